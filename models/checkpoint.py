@@ -1,0 +1,223 @@
+"""A trained network as one `.safetensors` file: weights, the card that rebuilds it, and whom it was trained on.
+
+Nothing in a file is executed, and nothing in it is believed before it is checked. Equal models give equal bytes.
+Fetching a file from an object store is left to the caller, who passes the bytes.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from models.architectures import build, check_arguments, describe, mode_of
+from schemas.errors import BadModelError, SettingsError
+from schemas.models import ModelCard, Statistic
+from schemas.split import subject_key
+
+MAX_BYTES = 2**30
+_MAX_HEADER_BYTES = 16 * 2**20
+_CARD = "frontalis_model_card"  # the only metadata key: safetensors writes several in random order
+_WEIGHTS = "model."
+_SEEN = "seen_subjects"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model in `eval()` on the CPU, its card, the SHA-256 of its file, and the subjects it has seen.
+
+    `seen_subjects` holds the sorted `subject_key`s (int64) of the training and validation subjects, or None where the
+    file does not tell.
+    """
+
+    model: nn.Module
+    card: ModelCard
+    file_digest: str
+    seen_subjects: NDArray[np.int64] | None
+
+    def has_seen(self, subjects: Sequence[str]) -> NDArray[np.bool_]:
+        """Return, for each subject, whether the model was trained or chosen on it; these stay out of its evaluation.
+
+        Raises `BadModelError` when the file does not tell.
+        """
+        if self.seen_subjects is None or self.card.split is None:
+            raise BadModelError("the model does not tell which subjects it was trained on; train it anew with a split")
+        keys = np.array([subject_key(subject, self.card.split.salt) for subject in subjects], dtype=np.int64)
+        return np.isin(keys, self.seen_subjects)
+
+
+def save(
+    card: ModelCard, model: nn.Module, path: str | os.PathLike[str], seen_subjects: NDArray[np.int64] | None = None
+) -> str:
+    """Write the checkpoint and return its SHA-256. The file appears whole or not at all; see `to_bytes`."""
+    data = to_bytes(card, model, seen_subjects)
+    target = Path(path)
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).chmod(0o644)  # temporary files are born private; a model is meant to be read
+            Path(file.name).replace(target)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_bytes(card: ModelCard, model: nn.Module, seen_subjects: NDArray[np.int64] | None = None) -> bytes:
+    """Return the checkpoint as bytes, equal for an equal card, weights and subjects.
+
+    `seen_subjects` are `subject_key`s under the salt of `card.split`, in any order. Raises `BadModelError` when the
+    model is not the one that the card describes or holds a weight that is not finite, `ValueError` when there are seen
+    subjects without a split, or a metric is not finite (JSON has no NaN; write null).
+    """
+    if seen_subjects is not None and card.split is None:
+        raise ValueError("seen_subjects without card.split: nobody could look a subject up without the salt")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    _check_weights(weights, _skeleton(card), "the model to save")
+    tensors = {_WEIGHTS + name: tensor for name, tensor in weights.items()}
+    if seen_subjects is not None:
+        tensors[_SEEN] = torch.from_numpy(np.unique(seen_subjects.astype(np.int64, casting="safe")))
+    text = json.dumps(card.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return safetensors.torch.save(tensors, {_CARD: text})
+
+
+def load(source: bytes | str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Checkpoint:
+    """Return the checkpoint in a file or in bytes, safely even when a stranger wrote it.
+
+    Checked in this order: the size, before anything is read; the safetensors header; the card and its arguments; the
+    names, shapes and types of all tensors against a network that has shapes but no memory; that every weight is finite. Whatever fails
+    raises `BadModelError`, which says what and names the way out. A missing file raises it too.
+    """
+    name = "the given bytes" if isinstance(source, bytes) else os.fspath(source)
+    data = source if isinstance(source, bytes) else _read(name, max_bytes)
+    if len(data) > max_bytes:
+        raise BadModelError(f"{name}: {len(data):,} bytes, more than the limit of {max_bytes:,}; raise max_bytes")
+    card = _read_card(data, name)
+    skeleton = _skeleton_of_file(card, name)
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise BadModelError(f"{name}: not a readable safetensors file ({error}); copy it again") from error
+    seen = _read_seen(tensors.pop(_SEEN, None), card, name)
+    strangers = [key for key in tensors if not key.startswith(_WEIGHTS)]
+    if strangers:
+        raise BadModelError(f"{name}: unknown tensor {min(strangers)!r}; write checkpoints with `frontalis train`")
+    weights = {key.removeprefix(_WEIGHTS): tensor for key, tensor in tensors.items()}
+    _check_weights(weights, skeleton, name)
+    skeleton.load_state_dict(weights, assign=True)
+    return Checkpoint(skeleton.eval(), card, hashlib.sha256(data).hexdigest(), seen)
+
+
+def inference_options(card: ModelCard, statistic: Statistic, batch_size: int) -> dict[str, str | int]:
+    """Return the options that change a feature of this model, and no others: what `model_digest` is to be given."""
+    if card.mode == "per_sample":
+        return {}
+    if statistic == "frozen":
+        return {"statistic": "frozen"}
+    return {"statistic": "batch", "batch_size": batch_size}
+
+
+def model_digest(file_digest: str, options: Mapping[str, Any]) -> str:
+    """Return 32 hex digits that stand for a model file together with the options it is run with.
+
+    Options are hashed as canonical JSON, so their order does not matter. Raises `ValueError` or `TypeError` for an
+    option that JSON cannot hold.
+    """
+    content = {"file": file_digest, "options": dict(options)}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that can change what training gives: Python and the libraries it runs on."""
+    names = ("torch", "numpy", "pytorch-metric-learning", "safetensors")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def _skeleton(card: ModelCard) -> nn.Module:
+    """Return the card's network: shapes, no memory. Raises `SettingsError` when the card contradicts itself."""
+    arguments = check_arguments(card.architecture, card.arguments)
+    if arguments.dim != card.embedding_dim:
+        raise SettingsError(f"the card says embedding_dim {card.embedding_dim}, its arguments build {arguments.dim}")
+    if mode_of(arguments) != card.mode:
+        raise SettingsError(f"the card says mode {card.mode!r}, its arguments build {mode_of(arguments)!r}")
+    with torch.device("meta"):
+        return build(card.architecture, card.arguments)
+
+
+def _check_weights(weights: Mapping[str, Tensor], skeleton: nn.Module, name: str) -> None:
+    wanted = skeleton.state_dict()
+    missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    if missing or unknown:
+        what = f"lacks tensor {missing[0]!r}" if missing else f"has an unknown tensor {unknown[0]!r}"
+        raise BadModelError(f"{name}: {what}; card and weights must be of the same model")
+    for key, tensor in weights.items():
+        found, expected = (list(tensor.shape), tensor.dtype), (list(wanted[key].shape), wanted[key].dtype)
+        if found != expected:
+            raise BadModelError(
+                f"{name}: tensor {key!r} is {found[0]} {found[1]}, the card wants {expected[0]} {expected[1]}; "
+                f"card and weights must be of the same model"
+            )
+        if not tensor.isfinite().all():
+            raise BadModelError(f"{name}: tensor {key!r} holds NaN or infinity; train the model again, more gently")
+        if key.endswith(("running_var", "num_batches_tracked", "frozen_rows")) and (tensor < 0).any():
+            raise BadModelError(f"{name}: tensor {key!r} is negative, which no training gives; fetch the file again")
+
+
+def _read(name: str, max_bytes: int) -> bytes:
+    try:
+        with Path(name).open("rb") as file:
+            data = file.read(max_bytes + 1) if os.fstat(file.fileno()).st_size <= max_bytes else None
+    except OSError as error:
+        raise BadModelError(f"{name}: cannot be read ({error.strerror}); give the path of a model file") from error
+    if data is None or len(data) > max_bytes:
+        raise BadModelError(
+            f"{name}: more than the limit of {max_bytes:,} bytes; raise max_bytes if you trust the file"
+        )
+    return data
+
+
+def _read_card(data: bytes, name: str) -> ModelCard:
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > min(len(data) - 8, _MAX_HEADER_BYTES):
+        raise BadModelError(f"{name}: not a safetensors file, or cut short; copy it again")
+    try:
+        text = json.loads(data[8 : 8 + size])["__metadata__"][_CARD]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise BadModelError(f"{name}: carries no model card; write checkpoints with `frontalis train`") from error
+    try:
+        return ModelCard.model_validate_json(text)
+    except ValidationError as error:
+        raise BadModelError(f"{name}: the model card is wrong: {describe(error)}") from error
+
+
+def _skeleton_of_file(card: ModelCard, name: str) -> nn.Module:
+    try:
+        return _skeleton(card)
+    except SettingsError as error:
+        raise BadModelError(f"{name}: the model card is wrong: {error}") from error
+
+
+def _read_seen(tensor: Tensor | None, card: ModelCard, name: str) -> NDArray[np.int64] | None:
+    if tensor is None:
+        return None
+    if tensor.dtype != torch.int64 or tensor.dim() != 1 or not (tensor[1:] > tensor[:-1]).all():
+        raise BadModelError(f"{name}: {_SEEN} is not a sorted list of int64; train the model again")
+    if card.split is None:
+        raise BadModelError(f"{name}: {_SEEN} without a split rule cannot be looked up; train the model again")
+    return tensor.numpy()

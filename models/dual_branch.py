@@ -1,0 +1,103 @@
+"""The dual-branch network: one branch keeps what agrees between views, the other learns the change from side to front.
+
+Both branches are residual and start at zero change, so an untrained network gives its input back and training can move
+away from the raw embedding only on purpose. Losses and training are left to others.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.se import SEBlock
+from schemas.errors import SettingsError
+
+Branches = tuple[Tensor, Tensor, Tensor]
+
+
+class DualBranchSENet(nn.Module):
+    """Fuse two residual squeeze-and-excitation branches: `front = α·identity + (1 − α)·pose`.
+
+    Each branch is `x + FC(Dropout(ReLU(BN(FC(SE(x))))))` with its last layer at zero in the beginning.
+
+    Args:
+        feature_dim: D, the length of embeddings and features.
+        reduction: bottleneck of the SE blocks, see `SEBlock`.
+        fusion_alpha: α at the start, in (0, 1). It is kept as a logit, so that learning never leaves (0, 1).
+        learnable_fusion: whether training may change α.
+        use_batch_stat: the SE blocks squeeze over the batch instead of per sample.
+        hidden_dim: width inside a branch; `None` means D.
+        dropout: probability of dropping a hidden unit in training, in [0, 1).
+
+    Raises `SettingsError` for a value outside these ranges.
+    """
+
+    fusion_logit: Tensor
+
+    def __init__(
+        self,
+        feature_dim: int = 512,
+        reduction: int = 16,
+        fusion_alpha: float = 0.7,
+        learnable_fusion: bool = True,
+        use_batch_stat: bool = False,
+        hidden_dim: int | None = None,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if not 0 < fusion_alpha < 1:
+            raise SettingsError(f"fusion_alpha is {fusion_alpha}; choose a value between 0 and 1, both excluded")
+        if not 0 <= dropout < 1:
+            raise SettingsError(f"dropout is {dropout}; choose a value from 0 to less than 1")
+        hidden = feature_dim if hidden_dim is None else hidden_dim
+        if hidden < 1:
+            raise SettingsError(f"hidden_dim is {hidden}; a branch needs at least one hidden unit")
+        self.feature_dim = feature_dim
+        self.identity_branch = ResidualBranch(SEBlock(feature_dim, reduction, use_batch_stat), hidden, dropout)
+        self.pose_branch = ResidualBranch(SEBlock(feature_dim, reduction, use_batch_stat), hidden, dropout)
+        logit = _logit(fusion_alpha)
+        if learnable_fusion:
+            self.fusion_logit = nn.Parameter(logit)
+        else:
+            self.register_buffer("fusion_logit", logit)
+
+    def forward(self, x: Tensor, return_branches: bool = False) -> Tensor | Branches:
+        """Return front, or (front, identity, pose) with `return_branches`; all `[batch, feature_dim]` as x."""
+        identity: Tensor = self.identity_branch(x)
+        pose: Tensor = self.pose_branch(x)
+        front = torch.lerp(pose, identity, self.alpha)  # exact where the branches agree, which α·i + (1 − α)·p is not
+        return (front, identity, pose) if return_branches else front
+
+    @property
+    def alpha(self) -> Tensor:
+        """The share of the identity branch in front: a scalar tensor that gradients flow through."""
+        return torch.sigmoid(self.fusion_logit)
+
+
+class ResidualBranch(nn.Module):
+    """`x + FC(Dropout(ReLU(BN(FC(SE(x))))))` on `[batch, D]`, the identity until it is trained."""
+
+    def __init__(self, se: SEBlock, hidden_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.se = se
+        self.expand = nn.Linear(se.channels, hidden_dim, bias=False)  # the BatchNorm behind it has the bias
+        self.norm = nn.BatchNorm1d(hidden_dim)
+        self.activation = nn.ReLU()
+        self.dropout = nn.Dropout(dropout)
+        self.project = nn.Linear(hidden_dim, se.channels)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the branch's version of x, same shape."""
+        hidden: Tensor = self.dropout(self.activation(self.norm(self.expand(self.se(x)))))
+        return x + self.project(hidden)
+
+
+def _logit(alpha: float) -> Tensor:
+    """Return the float32 logit whose sigmoid is nearest to alpha: the rounded logit or one of its neighbours."""
+    wanted = torch.tensor(alpha, device="cpu")
+    middle = torch.tensor(math.log(alpha / (1 - alpha)), device="cpu")
+    around = torch.stack([middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1)])
+    nearest: Tensor = around[(torch.sigmoid(around) - wanted).abs().argmin()]
+    return nearest.clone()

@@ -1,0 +1,75 @@
+"""What a model says about itself: the card inside a checkpoint, and the arguments each network is built from.
+
+Everything here is checked data without torch. The networks, and the check that weights fit the card, are in `models`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from schemas.split import SplitRule
+
+Mode = Literal["per_sample", "batch_stat"]
+Statistic = Literal["frozen", "batch"]
+Normalisation = Literal["none", "l2"]
+
+MAX_DIM = 65_536  # far above any embedding; keeps a hostile card from asking for the machine's memory
+Dim = Annotated[int, Field(ge=1, le=MAX_DIM)]
+
+
+class _Arguments(BaseModel):
+    """Constructor arguments as written to a card: exact types, no unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class SEArguments(_Arguments):
+    """Arguments of `models.se.SEBlock`."""
+
+    channels: Dim
+    reduction: Dim = 16
+    use_batch_stat: bool = False
+
+    @property
+    def dim(self) -> int:
+        """Length of the embeddings that go in and of the features that come out."""
+        return self.channels
+
+
+class DualBranchArguments(_Arguments):
+    """Arguments of `models.dual_branch.DualBranchSENet`; `hidden_dim=None` means `feature_dim`."""
+
+    feature_dim: Dim = 512
+    reduction: Dim = 16
+    fusion_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    learnable_fusion: bool = True
+    use_batch_stat: bool = False
+    hidden_dim: Dim | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    @property
+    def dim(self) -> int:
+        """Length of the embeddings that go in and of the features that come out."""
+        return self.feature_dim
+
+
+class ModelCard(BaseModel):
+    """Everything needed to rebuild a network and to know what it was trained on.
+
+    `normalisation` is how an embedding is scaled before it enters the network, in training and at inference alike.
+    `training_data` is a digest of the training rows. `split` decides which subjects were trained on. `metrics` holds
+    any JSON. `created` is free text (ISO 8601 by custom); leave it out where equal training must give equal bytes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    architecture: str
+    arguments: dict[str, JsonValue]
+    mode: Mode
+    embedding_dim: Dim
+    normalisation: Normalisation = "l2"
+    training_data: str | None = None
+    split: SplitRule | None = None
+    metrics: dict[str, JsonValue] = {}
+    versions: dict[str, str] = {}
+    created: str | None = None
