@@ -1,0 +1,70 @@
+"""Ids as numbers: FAISS knows rows by 64-bit integers, a store knows them by text or integer.
+
+A key is a hash of the id alone, so it survives retries, re-ordering and rebuilding. Where the ids lie, and which table
+maps a key back to its id, is left to the caller.
+"""
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from schemas.errors import StoreError
+
+_POSITIVE = np.uint64(2**63 - 1)
+
+
+def id_keys(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Return the key of every id: int64 `[n]`, the lower 63 bits of XXH3-64 over the id's UTF-8 text.
+
+    An integer id is hashed as its decimal digits, so 17 and "17" are one id, whichever way a shard stores it. Keys are
+    never negative, since FAISS answers −1 for "no neighbour". `ids` is text (any Arrow string type) or integers.
+
+    Raises:
+        TypeError: `ids` is of another type.
+        ValueError: an id is null; bad rows are sorted out before keys are made.
+    """
+    if ids.null_count:
+        raise ValueError(f"id_keys: {ids.null_count} of {len(ids)} ids are null")
+    parts = ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]
+    keys = np.empty(len(ids), dtype=np.uint64)
+    start = 0
+    for part in parts:
+        # a C-level map over Python bytes: 15 M ids/s, measured on one core; slicing the Arrow buffer is half as fast
+        texts = _as_binary(part).to_numpy(zero_copy_only=False)
+        keys[start : start + len(part)] = np.fromiter(map(xxhash.xxh3_64_intdigest, texts), np.uint64, len(part))
+        start += len(part)
+    keys &= _POSITIVE
+    return keys.view(np.int64)
+
+
+def find_collisions(ids: pa.Array | pa.ChunkedArray, keys: np.ndarray) -> None:
+    """Refuse two different ids that have one key; the same id twice is no collision, and is not looked for here.
+
+    For n ids the chance that any two collide is about n² / 2⁶⁴: 0.05% for 100 million.
+
+    Args:
+        ids: the ids, text or integers.
+        keys: int64 `[n]`, what `id_keys` gave for them.
+
+    Raises:
+        StoreError: naming both ids and their key.
+    """
+    if len(ids) != len(keys):
+        raise ValueError(f"find_collisions: {len(ids)} ids but {len(keys)} keys")
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    for at in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
+        left, right = ids[int(order[at])].as_py(), ids[int(order[at + 1])].as_py()
+        if left != right:
+            raise StoreError(
+                f"ids {left!r} and {right!r} have the same 64-bit key {ordered[at]}, so an index cannot tell them apart; "
+                "rename one of them"
+            )
+
+
+def _as_binary(ids: pa.Array) -> pa.Array:
+    if pa.types.is_integer(ids.type):
+        ids = ids.cast(pa.string())
+    if not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type) or pa.types.is_string_view(ids.type)):
+        raise TypeError(f"id_keys: ids are text or integers, not {ids.type}")
+    return ids.cast(pa.large_string()).cast(pa.large_binary())

@@ -1,0 +1,33 @@
+"""Settings of the vector index: what a person may choose. What follows is decided in `storage.indexes`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class IndexSettings(BaseModel):
+    """How features become a FAISS index.
+
+    Attributes:
+        factory: "auto" (by row count and memory budget) or a `faiss.index_factory` string, taken as it is.
+        memory_budget_gb: what the finished index may occupy, in 10⁹ bytes; "auto" compresses vectors to stay below it.
+            Building needs one batch and the training sample besides.
+        training_rows: rows drawn at random from all shards to train kinds that need training; also bounds their number
+            of lists.
+        nprobe: lists that a search visits, of kinds that have lists; None lets the number of lists decide.
+        ef_search: candidates that a search follows in a graph (HNSW); None keeps FAISS's own.
+        rebuild_share: once more than this share of the rows has changed since training, the index is rebuilt.
+        gpu: "auto" trains on a GPU when there is one and FAISS can use it.
+        seed: of the training sample and the clustering.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    factory: Annotated[str, Field(min_length=1)] = "auto"
+    memory_budget_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
+    training_rows: Annotated[int, Field(ge=1_000)] = 262_144
+    nprobe: Annotated[int, Field(ge=1)] | None = None
+    ef_search: Annotated[int, Field(ge=1)] | None = None
+    rebuild_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    gpu: Literal["auto", "never"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
