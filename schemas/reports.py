@@ -1,0 +1,210 @@
+"""What an evaluation says: the record between the metrics that were computed and whoever reads them.
+
+`tasks.evaluate` fills these records, the gate and the trend read them, the report and the command line print them, and
+`metrics.json` and the release row hold them as JSON. Values are plain numbers; a figure that cannot be estimated is
+`None` with a reason, never a silent number.
+"""
+
+from datetime import datetime
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+RAW = "raw"
+ALL = "all"
+
+
+class Record(BaseModel):
+    """Base of all records: unknown fields are refused, so that an old reader never misreads a newer file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Estimate(Record):
+    """A figure with its 95% interval (percentile bootstrap over subjects), or the reason why there is none."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = Field(default=None, description="why the value is None: 'not estimable: …'")
+
+
+class Curve(Record):
+    """A DET curve: false match rate against false non-match rate, thinned, ordered by rising FMR."""
+
+    fmr: list[float]
+    fnmr: list[float]
+
+
+class Histogram(Record):
+    """Genuine and impostor score densities over shared bin edges (`len(edges) == len(genuine) + 1`)."""
+
+    edges: list[float]
+    genuine: list[float]
+    impostor: list[float]
+
+
+class CellResult(Record):
+    """Verification within one pose-pair cell (`all`, `frontal-frontal`, `frontal-profile`, …).
+
+    `fnmr` is keyed by the FMR point as printed (`"1e-3"`) and uses the cell's own threshold at that FMR. `fnmr_global`
+    and `fmr_global` use the one threshold found over all pairs of the population at that FMR.
+    """
+
+    n_genuine: int
+    n_impostor: int
+    eer: Estimate
+    auc: Estimate
+    d_prime: float | None
+    fnmr: dict[str, Estimate]
+    fnmr_global: dict[str, Estimate]
+    fmr_global: dict[str, float | None]
+    det: Curve | None = None
+    histogram: Histogram | None = None
+
+
+class PairsResult(Record):
+    """Accuracy over one protocol of a pairs file: the threshold of a fold is chosen on the other folds.
+
+    `missing` counts pairs that name an id the store does not have: failures to acquire (ISO/IEC 19795-1), reported and
+    not part of the accuracy.
+    """
+
+    protocol: str
+    n_pairs: int
+    missing: int
+    n_folds: int
+    accuracy_mean: float | None
+    accuracy_sd: float | None
+    eer: float | None
+    reason: str | None = None
+
+
+class IdentificationResult(Record):
+    """1:N search with a frontal gallery and profile probes (or all rows, where no pose is known)."""
+
+    gallery: str
+    probes: str
+    n_gallery: int
+    n_gallery_subjects: int
+    n_mated: int
+    n_non_mated: int
+    rank: dict[str, Estimate] = Field(description='share of mated probes found within rank k, keyed by k ("1", "5" …)')
+    fnir: dict[str, Estimate] = Field(description='FNIR keyed by the FPIR point as printed ("1e-2")')
+    served_rank: dict[str, float | None] = Field(
+        default_factory=dict, description="the same rank-k through the served FAISS index; empty where it was not asked"
+    )
+    recall: dict[str, float | None] = Field(
+        default_factory=dict, description="recall@k of the served index against exact search"
+    )
+
+
+class ModeResult(Record):
+    """All figures of one mode over one population. `difference` holds mode − raw, paired over the same subjects."""
+
+    mode: str
+    model_digest: str | None
+    thresholds: dict[str, float | None] = Field(description="global `score >= t` threshold at each FMR point")
+    cells: dict[str, CellResult]
+    difference: dict[str, dict[str, Estimate]] = Field(
+        default_factory=dict, description="cell → metric ('eer', 'fnmr@1e-3', …) → mode − raw with its paired interval"
+    )
+    pairs: list[PairsResult] = Field(default_factory=list)
+    identification: IdentificationResult | None = None
+
+
+class Population(Record):
+    """The subjects over which modes are compared.
+
+    `all` holds every labelled row, where only raw is free of leaks; `held_out` leaves out each subject that any of the
+    models has seen in training or validation.
+    """
+
+    name: str
+    n_rows: int
+    n_subjects: int
+    left_out_subjects: int
+    left_out_rows: int
+    sampled_from_subjects: int | None = Field(default=None, description="set where a limit on rows made a sample")
+    modes: dict[str, ModeResult]
+
+
+class Evaluation(Record):
+    """One evaluation of one release."""
+
+    release: str
+    resamples: int
+    seed: int
+    fmrs: list[str]
+    unlabelled_rows: int
+    duplicate_rows: int = Field(description="rows whose raw embedding is byte-identical to another's: never paired")
+    populations: dict[str, Population]
+
+
+class ChannelWeights(Record):
+    """Channel weights of one SE block of one model over a sample of rows."""
+
+    mode: str
+    branch: str
+    mean: list[float]
+    spread: list[float]
+    top: list[tuple[int, float]] = Field(description="(channel, mean weight), the largest first")
+
+
+class ShardFault(Record):
+    """A shard that could not be used, and what became of its last good features."""
+
+    shard: str
+    reason: str
+    kept: bool
+
+
+class DataQuality(Record):
+    """Where the rows read have gone. `rows_read == rows_features + sum(quarantined.values()) + forgotten`."""
+
+    shards: int
+    rows_read: int
+    rows_features: int
+    quarantined: dict[str, int] = Field(description="reason → rows")
+    forgotten: int = 0
+    bad_shards: list[ShardFault] = Field(default_factory=list)
+
+
+class GateDecision(Record):
+    """Whether the release is served, and why, in one sentence with the number and the interval."""
+
+    promoted: bool
+    reason: str
+    compared_with: str | None = None
+
+
+class GatedMetric(Record):
+    """The figure by which the gate judges: one metric (`eer`, `fnmr@1e-3` …) of one cell over one population."""
+
+    population: str
+    cell: str
+    metric: str
+
+
+class TrendPoint(Record):
+    """The gated metric of one release, by mode."""
+
+    release: str
+    created: datetime
+    promoted: bool
+    figures: dict[str, Estimate]
+
+
+class ReportInput(Record):
+    """All that the report of one release shows. `trend` is ordered by time, this release last."""
+
+    release: str
+    created: datetime
+    evaluation: Evaluation
+    gate: GateDecision
+    gated: GatedMetric
+    quality: DataQuality
+    weights: list[ChannelWeights] = Field(default_factory=list)
+    trend: list[TrendPoint] = Field(default_factory=list)
+    provenance: dict[str, JsonValue] = Field(
+        default_factory=dict, description="digests, versions, settings, printed as they are: no secrets"
+    )

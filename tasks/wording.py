@@ -1,0 +1,97 @@
+"""How figures are put into words and short strings, the same in tables, in alternative texts and in Markdown.
+
+Shares are printed in percent, differences in percentage points, and every figure here is an error: smaller is better.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+from schemas.reports import ALL, CellResult, Estimate, ModeResult
+
+Judgement = Literal["better", "worse", "no difference", "no interval"]
+
+NOT_ESTIMABLE = "n/e"
+
+
+def percent(share: float) -> str:
+    """Print a share in percent, without the sign: two decimals, below 0.1% two significant digits."""
+    value = 100 * share
+    if value == 0 or abs(value) >= 0.1 or not np.isfinite(value):
+        return minus(f"{value:.2f}" if value else "0")
+    return minus(np.format_float_positional(value, precision=2, fractional=False, trim="-"))
+
+
+def points(difference: float) -> str:
+    """Print a difference of shares in percentage points, with its sign."""
+    return minus(f"{100 * difference:+.2f}")
+
+
+def minus(number: str) -> str:
+    """Print the true minus sign."""
+    return number.replace("-", "\N{MINUS SIGN}")
+
+
+def interval(estimate: Estimate) -> str | None:
+    """Print a 95% interval in percent, or None where there is none."""
+    if estimate.low is None or estimate.high is None:
+        return None
+    return f"{percent(estimate.low)} to {percent(estimate.high)}"
+
+
+def spoken(estimate: Estimate) -> str:
+    """Put an estimate into words for alternative texts: value and interval, or that there is none."""
+    if estimate.value is None:
+        return "not estimable"
+    between = interval(estimate)
+    return f"{percent(estimate.value)}%" + (f" (95% interval {between})" if between else "")
+
+
+def judge(difference: Estimate) -> Judgement:
+    """Judge a difference to raw by its 95% interval: only an interval clear of zero is a difference."""
+    if difference.low is None or difference.high is None:
+        return "no interval"
+    if difference.high < 0:
+        return "better"
+    return "worse" if difference.low > 0 else "no difference"
+
+
+def cell_name(cell: str) -> str:
+    """Name a pose-pair cell for people: `frontal-profile` is frontal–profile."""
+    if cell == ALL:
+        return "all pairs"
+    pair = pose_pair(cell)
+    return "\N{EN DASH}".join(pair) if pair else cell
+
+
+def pose_pair(cell: str) -> tuple[str, str] | None:
+    """Return the two pose classes of a cell; None for `all`, and where hyphens in a class make the name ambiguous."""
+    if cell.count("-") == 1:
+        first, second = cell.split("-")
+        return first, second
+    middle = len(cell) // 2
+    if len(cell) % 2 and cell[middle] == "-" and cell[:middle] == cell[middle + 1 :]:
+        return cell[:middle], cell[middle + 1 :]
+    return None
+
+
+def metric_name(metric: str) -> str:
+    """Name a metric for people: `fnmr@1e-3` is FNMR at FMR 0.1%."""
+    if metric.startswith("fnmr@"):
+        return f"FNMR at FMR {percent_of(metric.removeprefix('fnmr@'))}"
+    return metric.upper()
+
+
+def percent_of(rate: str) -> str:
+    """Print a rate given as text (`1e-3`) in percent with its sign (0.1%)."""
+    return f"{float(100 * float(rate)):.10g}%"
+
+
+def figure_of(cell: CellResult, metric: str) -> Estimate | None:
+    """Return the estimate of `eer` or `fnmr@<fmr>` of a cell, None where it was not measured."""
+    return cell.eer if metric == "eer" else cell.fnmr.get(metric.removeprefix("fnmr@"))
+
+
+def difference_of(mode: ModeResult, cell: str, metric: str) -> Estimate | None:
+    """Return mode − raw of a metric in a cell, None where it was not measured (as for raw itself)."""
+    return mode.difference.get(cell, {}).get(metric)
