@@ -1,0 +1,240 @@
+"""Verification (1:1) figures from genuine and impostor scores, after ISO/IEC 19795-1:2021.
+
+One rule decides everything: a pair matches when `score >= t`. So FMR(t) is the share of impostor scores >= t, FNMR(t)
+the share of genuine scores < t, and every threshold that is reported is a score that was *observed* (genuine or
+impostor). A figure that the scores cannot support is None with the reason beside it, never a number. Computing the
+scores is left to `allpairs` and `cosine`, intervals to `bootstrap`.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from metrics.tally import ScoreTally
+
+FMR_POINTS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """FNMR at a false match rate of *at most* `target_fmr`; all None, with a `reason`, when not estimable."""
+
+    target_fmr: float
+    threshold: float | None
+    fmr: float | None  # what is reached at the threshold: the target or, for want of a score in between, less
+    fnmr: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class EqualErrorRate:
+    """Where FMR and FNMR cross; `threshold` is None when that lies above every observed score."""
+
+    rate: float | None
+    threshold: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The figures of one comparison. `auc` and `d_prime` are None when a class of pairs is empty (or has no spread)."""
+
+    n_genuine: int
+    n_impostor: int
+    eer: EqualErrorRate
+    auc: float | None
+    d_prime: float | None
+    points: tuple[OperatingPoint, ...]
+
+    def at(self, target_fmr: float) -> OperatingPoint:
+        """Return the operating point of one target FMR; KeyError when it was not asked for."""
+        for point in self.points:
+            if point.target_fmr == target_fmr:
+                return point
+        raise KeyError(f"FMR {target_fmr:g} was not computed; there are {[point.target_fmr for point in self.points]}")
+
+
+@dataclass(frozen=True, eq=False)
+class DetCurve:
+    """Exact points of the detection error trade-off, thresholds ascending: `fmr` falls, `fnmr` rises."""
+
+    thresholds: NDArray[np.float64]
+    fmr: NDArray[np.float64]
+    fnmr: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreHistogram:
+    """Counts of scores in [edge i, edge i+1), for plots; scores beyond the ends are counted in the end bins."""
+
+    edges: NDArray[np.float64]
+    genuine: NDArray[np.int64]
+    impostor: NDArray[np.int64]
+
+
+def verify(genuine: ArrayLike, impostor: ArrayLike, fmr_points: Sequence[float] = FMR_POINTS) -> Verification:
+    """Compute all verification figures of two 1-D score arrays (higher = more alike).
+
+    Raises ValueError for NaN, infinity, arrays that are not one-dimensional, and targets outside (0, 1).
+
+    >>> verify([0.9, 0.8, 0.3], [0.5, 0.2, 0.1, 0.0], fmr_points=[0.25]).at(0.25)
+    OperatingPoint(target_fmr=0.25, threshold=0.3, fmr=0.25, fnmr=0.0, reason=None)
+    """
+    return summarise(ScoreTally.from_scores(genuine, impostor), fmr_points)
+
+
+def summarise(tally: ScoreTally, fmr_points: Sequence[float] = FMR_POINTS) -> Verification:
+    """Compute all verification figures of a tally."""
+    return Verification(
+        n_genuine=tally.n_genuine,
+        n_impostor=tally.n_impostor,
+        eer=equal_error_rate(tally),
+        auc=auc(tally),
+        d_prime=d_prime(tally),
+        points=tuple(operating_point(tally, target) for target in fmr_points),
+    )
+
+
+def operating_point(tally: ScoreTally, target_fmr: float) -> OperatingPoint:
+    """FNMR at the smallest observed score t with FMR(t) **at most** `target_fmr` (ISO/IEC 19795-1:2021, FNMR at FMR).
+
+    The target is read as the decimal number that it prints as, so 0.29 of 100 impostors are 29 and not 28.
+    Tied scores match together or not at all, so the FMR reached may be smaller than the target; it is returned.
+    Not estimable, with the reason: no genuine or no impostor pair; fewer than 1/target impostors (not even one false
+    match would be allowed, so the data says nothing about that rate); no observed score above a tie that is too large.
+
+    Raises ValueError for a target outside (0, 1).
+    """
+    if not 0 < target_fmr < 1:
+        raise ValueError(f"target FMR {target_fmr} is outside (0, 1)")
+    share = Fraction(repr(float(target_fmr)))
+    allowed = math.floor(share * tally.n_impostor)
+    if reason := _missing_pairs(tally):
+        return OperatingPoint(target_fmr, None, None, None, reason)
+    if allowed == 0:
+        reason = f"FMR {target_fmr:g} needs {math.ceil(1 / share)} impostor pairs or more; found {tally.n_impostor}"
+        return OperatingPoint(target_fmr, None, None, None, reason)
+    # The largest impostor score at which too many would match; every observed score above it is strict enough.
+    too_lax = int(np.count_nonzero(tally.impostor_at_least > allowed)) - 1
+    threshold = tally.next_observed_above(float(tally.impostor[too_lax]))
+    if threshold is None:
+        ties = int(tally.impostor_at_least[too_lax])
+        reason = f"{ties} impostor scores tie at the largest score; FMR {target_fmr:g} allows {allowed}"
+        return OperatingPoint(target_fmr, None, None, None, reason)
+    fmr, fnmr = rates_at(tally, threshold)
+    return OperatingPoint(target_fmr, threshold, fmr, fnmr)
+
+
+def rates_at(tally: ScoreTally, threshold: float) -> tuple[float | None, float | None]:
+    """FMR and FNMR at any threshold; None for a rate that has no pairs."""
+    false_matches, false_non_matches = _errors_at(tally, threshold)
+    fmr = false_matches / tally.n_impostor if tally.n_impostor else None
+    fnmr = false_non_matches / tally.n_genuine if tally.n_genuine else None
+    return fmr, fnmr
+
+
+def equal_error_rate(tally: ScoreTally) -> EqualErrorRate:
+    """EER as FVC2000 defines it (Maio et al., "FVC2000", IEEE TPAMI 24(3), 2002), exact from counts.
+
+    t2 is the smallest observed score with FMR <= FNMR, t1 the observed score just below it (t1 = t2 when both rates are
+    equal there). Of the two, the one with the smaller FMR + FNMR is taken, t1 on a tie, and the EER is the mean of its
+    FMR and FNMR. The reject-everything point (FMR 0, FNMR 1) above all scores ends the curve.
+    """
+    if reason := _missing_pairs(tally):
+        return EqualErrorRate(None, None, reason)
+    n_genuine, n_impostor = tally.n_genuine, tally.n_impostor
+
+    def crossed(threshold: float) -> bool:
+        false_matches, false_non_matches = _errors_at(tally, threshold)
+        return false_matches * n_genuine <= false_non_matches * n_impostor
+
+    above = [_first(values, crossed) for values in (tally.impostor, tally.genuine)]
+    upper = min((score for score in above if score is not None), default=None)
+    upper_errors = (0, n_genuine) if upper is None else _errors_at(tally, upper)
+    threshold, (false_matches, false_non_matches) = upper, upper_errors
+    if upper_errors[0] * n_genuine != upper_errors[1] * n_impostor:
+        lower = tally.last_observed_below(math.inf if upper is None else upper)
+        assert lower is not None  # at the smallest observed score FMR is 1 and FNMR 0: the crossing lies above it
+        lower_errors = _errors_at(tally, lower)
+        if _weighted_sum(tally, lower_errors) <= _weighted_sum(tally, upper_errors):
+            threshold, (false_matches, false_non_matches) = lower, lower_errors
+    return EqualErrorRate((false_matches / n_impostor + false_non_matches / n_genuine) / 2, threshold)
+
+
+def auc(tally: ScoreTally) -> float | None:
+    """Area under the ROC curve: P(genuine > impostor) + ½ P(equal), the Mann-Whitney statistic with exact ties."""
+    if _missing_pairs(tally):
+        return None
+    at_least = np.append(tally.impostor_at_least, 0)
+    not_below = at_least[np.searchsorted(tally.impostor, tally.genuine, side="left")]
+    above = at_least[np.searchsorted(tally.impostor, tally.genuine, side="right")]
+    lost_halves = int(not_below.sum()) + int(above.sum())
+    return float(1 - Fraction(lost_halves, 2 * tally.n_genuine * tally.n_impostor))
+
+
+def d_prime(tally: ScoreTally) -> float | None:
+    """d′ = (μ_genuine − μ_impostor) / √((σ²_genuine + σ²_impostor) / 2), population variances (Daugman 2000).
+
+    Negative when genuine scores are the lower ones. None when a class is empty or all scores of each class are equal.
+    """
+    if _missing_pairs(tally):
+        return None
+    genuine = tally.genuine.astype(np.float64)
+    impostor = tally.impostor.astype(np.float64)
+    weights = tally.impostor_counts() / tally.n_impostor
+    mean_impostor = float(weights @ impostor)
+    variance = float(genuine.var() + weights @ (impostor - mean_impostor) ** 2)
+    return (float(genuine.mean()) - mean_impostor) / math.sqrt(variance / 2) if variance > 0 else None
+
+
+def det_curve(tally: ScoreTally, points: int = 512) -> DetCurve:
+    """At most `points` exact points of the DET curve, spread evenly in log FMR and in log FNMR.
+
+    Thinning drops points, it never moves one. Empty when a class of pairs is empty.
+    """
+    if _missing_pairs(tally):
+        return DetCurve(np.empty(0), np.empty(0), np.empty(0))
+    false_matches = np.geomspace(1, tally.n_impostor, points // 2)
+    by_fmr = np.searchsorted(-tally.impostor_at_least, -np.round(false_matches).astype(np.int64))
+    by_fnmr = np.round(np.geomspace(1, tally.n_genuine, points - points // 2)).astype(np.int64) - 1
+    chosen = np.concatenate([tally.impostor[np.minimum(by_fmr, len(tally.impostor) - 1)], tally.genuine[by_fnmr]])
+    thresholds = np.unique(chosen.astype(np.float64))
+    fmr = tally.false_matches(thresholds) / tally.n_impostor
+    return DetCurve(thresholds, fmr, tally.false_non_matches(thresholds) / tally.n_genuine)
+
+
+def score_histogram(tally: ScoreTally, bins: int = 200, low: float = -1.0, high: float = 1.0) -> ScoreHistogram:
+    """Histogram of both kinds of scores over `bins` equal bins of [low, high]."""
+    edges = np.linspace(low, high, bins + 1)
+    inner = edges[1:-1]
+    genuine = np.diff(tally.false_non_matches(inner), prepend=0, append=tally.n_genuine)
+    impostor = -np.diff(tally.false_matches(inner), prepend=tally.n_impostor, append=0)
+    return ScoreHistogram(edges, genuine.astype(np.int64), impostor.astype(np.int64))
+
+
+def _missing_pairs(tally: ScoreTally) -> str | None:
+    if not tally.n_genuine:
+        return "no genuine pair"
+    return None if tally.n_impostor else "no impostor pair"
+
+
+def _errors_at(tally: ScoreTally, threshold: float) -> tuple[int, int]:
+    """Python integers, so that cross products of counts cannot overflow."""
+    return int(tally.false_matches(threshold)), int(tally.false_non_matches(threshold))
+
+
+def _weighted_sum(tally: ScoreTally, errors: tuple[int, int]) -> int:
+    """FMR + FNMR, times both totals: an integer that orders points exactly."""
+    return errors[0] * tally.n_genuine + errors[1] * tally.n_impostor
+
+
+def _first(ascending: NDArray[np.floating[Any]], holds: Callable[[float], bool]) -> float | None:
+    """Return the smallest value for which a monotone condition holds."""
+    position = bisect_left(range(len(ascending)), True, key=lambda index: holds(float(ascending[index])))
+    return float(ascending[position]) if position < len(ascending) else None
