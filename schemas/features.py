@@ -1,0 +1,96 @@
+"""What the store's tables look like: features, quarantine, and the names of feature files.
+
+A feature file's name is its key: equal names hold equal bytes, whoever wrote them and whenever.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+
+VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))
+PARTITIONS = ("mode", "shard")
+VECTOR_COLUMNS = ("front", "identity", "pose_branch")
+DIGEST_BYTES = 16
+
+
+def feature_schema(id_type: pa.DataType, keep: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Return the schema of the features table, partition columns first.
+
+    `front`, `identity` and `pose_branch` are lists of float32 (a branch that was not asked for is null), since polars
+    and DuckDB read plain lists from Delta and refuse Arrow's fixed-size ones.
+    """
+    return pa.schema(
+        [
+            pa.field("mode", pa.string()),
+            pa.field("shard", pa.string()),
+            pa.field("id", id_type),
+            pa.field("subject", pa.string()),
+            pa.field("pose", pa.string()),
+            pa.field("yaw", pa.float32()),
+            pa.field("pitch", pa.float32()),
+            pa.field("roll", pa.float32()),
+            *keep,
+            *(pa.field(name, VECTOR) for name in VECTOR_COLUMNS),
+        ]
+    )
+
+
+def file_schema(table: pa.Schema) -> pa.Schema:
+    """Return the schema of one file of a partitioned table: all but the partition columns."""
+    return pa.schema([field for field in table if field.name not in PARTITIONS])
+
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string()),
+        pa.field("row", pa.int64()),
+        pa.field("id", pa.string()),
+        pa.field("subject", pa.string()),
+        pa.field("reason", pa.string()),
+    ]
+)
+
+
+def shard_key(name: str) -> str:
+    """Return the name under which a shard is kept: itself where it is plain, else cleaned and told apart by a hash.
+
+    The key is a folder name and a partition value; a name from the data never becomes a path unescaped.
+    """
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        return name
+    cleaned = re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("._-")[:60]
+    return f"{cleaned or 'shard'}~{digest_of(name.encode())[:10]}"
+
+
+def digest_of(*parts: bytes) -> str:
+    """Return the BLAKE2b digest (128 bit, hex) of parts, each prefixed by its length so that none runs into the next."""
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return state.hexdigest()
+
+
+def input_digest(content: str, duplicates: Iterable[int] = (), forgotten: Iterable[str] = ()) -> str:
+    """Return the digest of what a shard contributes: its content, less the rows that others own or that were forgotten.
+
+    Args:
+        content: digest of the shard's bytes.
+        duplicates: row numbers whose id was seen before, in this or an earlier shard.
+        forgotten: tombstones that match a row of this shard.
+    """
+    left_out = json.dumps([sorted(duplicates), sorted(forgotten)], separators=(",", ":"))
+    return digest_of(content.encode(), left_out.encode())
+
+
+def feature_path(mode: str, shard: str, input_digest: str, model_digest: str) -> str:
+    """Return where a feature file lies, relative to the features table. `shard` is a `shard_key`."""
+    return f"mode={mode}/shard={shard}/{input_digest}-{model_digest}.parquet"
+
+
+def quarantine_path(shard: str, input_digest: str) -> str:
+    """Return where a shard's quarantined rows lie, relative to the quarantine table."""
+    return f"shard={shard}/{input_digest}.parquet"

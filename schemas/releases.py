@@ -1,0 +1,71 @@
+"""The release record: one published result, complete enough to be served, judged, rolled back to and verified."""
+
+from datetime import datetime
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from schemas.reports import DataQuality, Estimate, GateDecision, Record
+
+
+class ModelRef(Record):
+    """A model of a release, kept in the store so that queries go through the same network as the index."""
+
+    path: str = Field(description="relative to the store")
+    file_digest: str
+    digest: str = Field(description="of the file and the inference options")
+    statistic: str
+
+
+class IndexRef(Record):
+    """A FAISS index of a release and its `ids.parquet`, relative to the store, with the digests of their bytes."""
+
+    path: str
+    digest: str
+    ids_path: str
+    ids_digest: str
+    rows: int
+    dim: int
+    factory: str
+
+
+class Release(Record):
+    """One row of the releases table. `serving` is True for exactly one row once anything was promoted."""
+
+    release: str
+    number: int
+    created: datetime
+    content: str = Field(description="digest of all that went in; equal content needs no new release")
+    source: str
+    features_version: int
+    quarantine_version: int | None
+    models: dict[str, ModelRef]
+    indexes: dict[str, IndexRef]
+    data: DataQuality
+    gate: GateDecision
+    gated: dict[str, Estimate] = Field(description="the gated metric per mode, raw included")
+    gated_name: str = Field(description="what `gated` holds, such as 'frontal-profile eer'")
+    report: str | None = Field(description="relative to the store")
+    serving: bool = False
+    erased: bool = Field(default=False, description="a person was forgotten since: it can no longer be served")
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+RELEASES_SCHEMA = pa.schema(
+    [
+        pa.field("release", pa.string()),
+        pa.field("number", pa.int64()),
+        pa.field("created", pa.timestamp("us", tz="UTC")),
+        pa.field("serving", pa.bool_()),
+        pa.field("promoted", pa.bool_()),
+        pa.field("reason", pa.string()),
+        pa.field("features_version", pa.int64()),
+        pa.field("record", pa.string()),
+    ]
+)
+
+
+def release_name(number: int, content: str) -> str:
+    """Return the name of release `number`: the same for the same content, so that a rerun finishes what it began."""
+    return f"r{number:05d}-{content[:8]}"

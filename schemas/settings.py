@@ -1,0 +1,203 @@
+"""Settings of every flow: pydantic models that load from `pipeline.toml` and serve as Prefect parameters.
+
+Unknown keys are refused, so a misspelt option is an error and not a silent default. Defaults that were chosen by
+measuring say where in `docs/decisions.md`.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from schemas.errors import SettingsError
+from schemas.index import IndexSettings
+
+Mode = Literal["per_sample", "batch_stat"]
+RAW = "raw"
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ColumnNames(Settings):
+    """How the columns of the source shards are called, and which others pass through."""
+
+    id: str = "id"
+    embedding: str = "embedding"
+    subject: str = "subject"
+    pose: str = "pose"
+    yaw: str = "yaw"
+    pitch: str = "pitch"
+    roll: str = "roll"
+    keep: tuple[str, ...] = Field(default=(), description="further columns that pass through to the features")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        reserved = {
+            "id",
+            "subject",
+            "pose",
+            "yaw",
+            "pitch",
+            "roll",
+            "front",
+            "identity",
+            "pose_branch",
+            "mode",
+            "shard",
+        }
+        taken = [name for name in self.keep if name in reserved or self.keep.count(name) > 1]
+        if taken:
+            raise ValueError(f"columns.keep: {taken[0]!r} is written already; leave it out")
+        return self
+
+
+class ReweightSettings(Settings):
+    """How features are computed."""
+
+    batch_size: int = Field(default=4096, ge=1, le=1_048_576, description="rows a block; also the batch of batch_stat")
+    statistic: Literal["frozen", "batch"] = Field(default="frozen", description="squeeze statistic of batch_stat")
+    branches: bool = Field(default=False, description="also write the identity and pose branches")
+    on_bad_rows: Literal["quarantine", "fail"] = "quarantine"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    group_rows: int = Field(default=200_000, ge=1, description="about how many rows one task works on")
+
+
+class EvaluationSettings(Settings):
+    """What is measured. `fmrs` are the operating points, as printed."""
+
+    fmrs: tuple[str, ...] = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
+    resamples: int = Field(default=1000, ge=0, le=100_000, description="bootstrap resamples; 0 gives no intervals")
+    seed: int = 0
+    max_rows: int = Field(default=50_000, ge=10, description="labelled rows beyond this are sampled by subject")
+    frontal_yaw: float = Field(default=15.0, gt=0, le=180, description="|yaw| up to here is frontal (no pose label)")
+    profile_yaw: float = Field(default=45.0, gt=0, le=180, description="|yaw| from here is profile (no pose label)")
+    pairs: str | None = Field(default=None, description="Parquet of pairs with folds: protocol, fold, id_a, id_b, same")
+
+    @field_validator("fmrs")
+    @classmethod
+    def _points(cls, fmrs: tuple[str, ...]) -> tuple[str, ...]:
+        for fmr in fmrs:
+            try:
+                inside = 0 < float(fmr) < 1
+            except ValueError:
+                inside = False
+            if not inside:
+                raise ValueError(f"evaluation.fmrs: {fmr!r} is no rate between 0 and 1, such as '1e-3'")
+        return fmrs
+
+    @model_validator(mode="after")
+    def _bins(self) -> Self:
+        if self.frontal_yaw > self.profile_yaw:
+            raise ValueError(f"evaluation.frontal_yaw {self.frontal_yaw} is beyond profile_yaw {self.profile_yaw}")
+        return self
+
+
+class GateSettings(Settings):
+    """When a release is promoted: no mode may be worse than the reference by more than `tolerance`, with confidence."""
+
+    cell: str = Field(default="frontal-profile", description="pose-pair cell; falls back to 'all' where it is empty")
+    metric: str = Field(default="eer", description="'eer' or 'fnmr@1e-3' and the like")
+    tolerance: float = Field(default=0.0, ge=0, le=1, description="absolute worsening that is tolerated")
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str) -> str:
+        if metric != "eer" and not metric.startswith("fnmr@"):
+            raise ValueError(f"gate.metric: {metric!r} is unknown; use 'eer' or 'fnmr@<fmr>'")
+        return metric
+
+
+class RunnerSettings(Settings):
+    """Where the shard groups are worked on: threads of this process, or a Dask cluster with one worker a GPU."""
+
+    kind: Literal["threads", "dask"] = "threads"
+    workers: int | None = Field(default=None, ge=1, le=1024, description="None: one a core")
+    address: str | None = Field(default=None, description="address of a running Dask scheduler")
+
+
+class PipelineSettings(Settings):
+    """All that `reprocess` needs; the content of `pipeline.toml`."""
+
+    source: str = Field(description="folder of Parquet shards: a local path or s3://…")
+    store: str = Field(description="the store: a local path or s3://…")
+    models: dict[Mode, str] = Field(description="mode → checkpoint file")
+    columns: ColumnNames = ColumnNames()
+    reweight: ReweightSettings = ReweightSettings()
+    index: IndexSettings = IndexSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: GateSettings = GateSettings()
+    runner: RunnerSettings = RunnerSettings()
+    wait: float = Field(default=0.0, ge=0, description="seconds to wait for another run that holds the store")
+
+    @field_validator("models")
+    @classmethod
+    def _some(cls, models: dict[Mode, str]) -> dict[Mode, str]:
+        if not models:
+            raise ValueError("models: name at least one, such as per_sample = 'per_sample.safetensors'")
+        return models
+
+    @model_validator(mode="after")
+    def _gate_point_is_measured(self) -> Self:
+        point = self.gate.metric.removeprefix("fnmr@")
+        if point != "eer" and point not in self.evaluation.fmrs:
+            raise ValueError(f"gate.metric {self.gate.metric!r}: {point!r} is not among evaluation.fmrs")
+        return self
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def load_pipeline(path: str, **overrides: object) -> PipelineSettings:
+    """Load `pipeline.toml`; relative paths in it are relative to the file, and `overrides` (not None) win.
+
+    Raises:
+        SettingsError: the file is missing or no TOML, or a setting is unknown or out of range.
+    """
+    file = Path(path)
+    try:
+        content = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); pass --config FILE.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: is no TOML ({error}).") from error
+    base = file.resolve().parent
+    for key in ("source", "store"):
+        if isinstance(content.get(key), str):
+            content[key] = _beside(base, content[key])
+    if isinstance(content.get("models"), dict):
+        content["models"] = {mode: _beside(base, str(uri)) for mode, uri in content["models"].items()}
+    evaluation = content.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("pairs"), str):
+        evaluation["pairs"] = _beside(base, evaluation["pairs"])
+    return pipeline(**{**content, **{key: value for key, value in overrides.items() if value is not None}})
+
+
+def pipeline(**values: object) -> PipelineSettings:
+    """Build settings from plain values.
+
+    Raises:
+        SettingsError: a setting is missing, unknown or out of range; the message names each.
+    """
+    try:
+        return PipelineSettings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(explain(error)) from error
+
+
+def explain(error: ValidationError) -> str:
+    """Put a pydantic error into one line a person can act on: which setting, what was found, what is wanted."""
+    parts = []
+    for one in error.errors():
+        where = ".".join(str(step) for step in one["loc"]) or "settings"
+        found = "" if one["type"] == "missing" or isinstance(one["input"], dict) else f" (found {one['input']!r})"
+        parts.append(f"{where}: {one['msg'].removeprefix('Value error, ')}{found}")
+    return "; ".join(parts)
+
+
+def _beside(base: Path, uri: str) -> str:
+    return uri if "://" in uri or Path(uri).is_absolute() else str(base / uri)

@@ -1,0 +1,211 @@
+"""The input contract: which Parquet shards are accepted, and what makes a row bad.
+
+`check_shard` decides from a shard's Arrow schema alone whether the shard can be used at all; `embedding_matrix` turns
+any accepted form of the embedding column into one float32 matrix and says, row by row, what is wrong with it. Reading
+files is left to `storage.shards`, counting and quarantining to `tasks.reweight`.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from schemas.errors import BadShardError
+from schemas.settings import ColumnNames
+
+FLOATS = (pa.float16(), pa.float32(), pa.float64())
+WANTED_EMBEDDING = (
+    "fixed_size_list, list or large_list of float16/32/64, arrow.fixed_shape_tensor, or fixed_size_binary of D×4 bytes"
+)
+
+# Squared norms are formed in float32: outside this range they underflow or overflow, and so would any cosine.
+SMALLEST_SQUARED_NORM = np.float32(1e-36)
+
+
+class Reason(StrEnum):
+    """Why a row is in quarantine. Where several apply, the first in this order is given."""
+
+    NULL_ID = "null_id"
+    DUPLICATE_ID = "duplicate_id"
+    ID_COLLISION = "id_collision"
+    NULL_EMBEDDING = "null_embedding"
+    WRONG_LENGTH = "wrong_length"
+    NOT_FINITE = "not_finite"
+    ZERO_NORM = "zero_norm"
+    NORM_OVERFLOW = "norm_overflow"
+
+
+@dataclass(frozen=True)
+class ShardSchema:
+    """What a shard promises: `dim` is None where lists carry their length row by row; `present` are optional columns."""
+
+    dim: int | None
+    id_type: pa.DataType
+    present: tuple[str, ...]
+    keep: tuple[pa.Field, ...]
+
+
+def check_shard(shard: str, schema: pa.Schema, columns: ColumnNames) -> ShardSchema:
+    """Check the Arrow schema of a shard against the contract.
+
+    Raises:
+        BadShardError: a needed or kept column is missing, appears twice, or has a type that is not accepted. The
+            message names the column, the type found and the type wanted.
+    """
+    for name in (columns.id, columns.embedding, *columns.keep):
+        found = schema.names.count(name)
+        if found != 1:
+            there = ", ".join(schema.names[:12]) or "no column at all"
+            what = "is missing" if found == 0 else f"appears {found} times"
+            raise BadShardError(f"shard {shard}: column {name!r} {what}; found {there}. Name it under [columns].")
+    id_type = _plain(schema.field(columns.id).type)
+    if not (_is_string(id_type) or pa.types.is_integer(id_type)) or id_type == pa.uint64():
+        raise BadShardError(f"shard {shard}: column {columns.id!r} has type {id_type}, wanted string or int64.")
+    present = []
+    for role in ("subject", "pose", "yaw", "pitch", "roll"):
+        name = getattr(columns, role)
+        if schema.names.count(name) > 1:
+            raise BadShardError(f"shard {shard}: column {name!r} appears {schema.names.count(name)} times.")
+        if name not in schema.names:
+            continue
+        found_type = _plain(schema.field(name).type)
+        text = role in ("subject", "pose")
+        if text and not (_is_string(found_type) or pa.types.is_integer(found_type) or pa.types.is_null(found_type)):
+            raise BadShardError(f"shard {shard}: column {name!r} has type {found_type}, wanted string.")
+        if not text and not (
+            pa.types.is_floating(found_type) or pa.types.is_integer(found_type) or pa.types.is_null(found_type)
+        ):
+            raise BadShardError(f"shard {shard}: column {name!r} has type {found_type}, wanted degrees as float32.")
+        present.append(role)
+    return ShardSchema(
+        dim=embedding_dim(shard, columns.embedding, schema.field(columns.embedding).type),
+        id_type=pa.string() if _is_string(id_type) else pa.int64(),
+        present=tuple(present),
+        keep=tuple(schema.field(name).with_nullable(True).remove_metadata() for name in columns.keep),
+    )
+
+
+def embedding_dim(shard: str, name: str, found: pa.DataType) -> int | None:
+    """Return D where the column's type fixes it, None for lists of free length.
+
+    Raises:
+        BadShardError: the type is no accepted form of an embedding.
+    """
+    kind = found.storage_type if isinstance(found, pa.BaseExtensionType) else found
+    if pa.types.is_fixed_size_binary(kind):
+        if kind.byte_width % 4 or not kind.byte_width:
+            raise BadShardError(
+                f"shard {shard}: column {name!r} has {kind.byte_width} bytes a row, wanted D×4 bytes of float32."
+            )
+        return int(kind.byte_width // 4)
+    if pa.types.is_fixed_size_list(kind) and kind.value_type in FLOATS and kind.list_size > 0:
+        return int(kind.list_size)
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and kind.value_type in FLOATS:
+        return None
+    raise BadShardError(f"shard {shard}: column {name!r} has type {found}, wanted {WANTED_EMBEDDING}.")
+
+
+def embedding_matrix(column: pa.Array, dim: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.object_]]:
+    """Turn an accepted embedding column of n rows into a matrix and a verdict a row.
+
+    Args:
+        column: an array whose type `embedding_dim` accepts.
+        dim: D, the length wanted of every row.
+
+    Returns:
+        (matrix, reasons): float32 `[n, D]`, without a copy where the column allows it, rows that have a reason hold
+        arbitrary values; and an object array `[n]` of `Reason | None`. Float64 values beyond float32 become infinite
+        and are `NOT_FINITE`; a norm below 1e-18 is `ZERO_NORM`, one above about 1.8e19 `NORM_OVERFLOW`.
+    """
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    n = len(column)
+    reasons = np.full(n, None, dtype=object)
+    if column.null_count:
+        reasons[column.is_null().to_numpy(zero_copy_only=False)] = Reason.NULL_EMBEDDING
+    kind = column.type
+    if pa.types.is_fixed_size_binary(kind):
+        found = kind.byte_width // 4
+        buffer = column.buffers()[1]
+        flat = (
+            np.frombuffer(buffer, dtype="<f4", count=n * found, offset=column.offset * kind.byte_width) if n else None
+        )
+        matrix = np.zeros((0, found), np.float32) if flat is None else flat.reshape(n, found)
+    elif pa.types.is_fixed_size_list(kind):
+        found = kind.list_size
+        matrix = _floats(column.values.slice(column.offset * found, n * found)).reshape(n, found)
+    else:
+        found = dim
+        matrix = _from_lists(column, dim, reasons)
+    if found != dim:
+        reasons[reasons == None] = Reason.WRONG_LENGTH  # noqa: E711 - elementwise
+        return np.zeros((n, dim), np.float32), reasons
+    with np.errstate(over="ignore", invalid="ignore"):
+        squared = np.einsum("ij,ij->i", matrix, matrix)
+    for row in np.flatnonzero(~(squared >= SMALLEST_SQUARED_NORM) | ~np.isfinite(squared)):
+        if reasons[row] is None:
+            reasons[row] = _verdict(matrix[row])
+    return matrix, reasons
+
+
+def text_column(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """Return a column as plain strings (dictionaries decoded, integers printed)."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    return array.cast(pa.string())
+
+
+def id_column(column: pa.ChunkedArray | pa.Array, id_type: pa.DataType) -> pa.Array:
+    """Return the id column as `id_type` (string or int64), dictionaries decoded."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    return array.cast(id_type)
+
+
+def angle_column(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, int]:
+    """Return degrees as float32 with values outside [−180, 180] or not finite made null, and how many those were."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = array.cast(pa.float32(), safe=False)
+    bad = pc.fill_null(pc.invert(pc.less_equal(pc.abs(array), 180.0)), False)
+    bad = pc.or_(bad, pc.fill_null(pc.is_nan(array), False))
+    count = int(pc.sum(bad).as_py() or 0)
+    return (pc.if_else(bad, pa.scalar(None, pa.float32()), array) if count else array), count
+
+
+def _from_lists(column: pa.Array, dim: int, reasons: npt.NDArray[np.object_]) -> npt.NDArray[np.float32]:
+    lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
+    wrong = (lengths != dim) & (reasons == None)  # noqa: E711 - elementwise
+    reasons[wrong] = Reason.WRONG_LENGTH
+    usable = lengths == dim
+    values = _floats(pc.list_flatten(column.filter(pa.array(usable)) if not usable.all() else column))
+    if usable.all():
+        return values.reshape(len(column), dim)
+    matrix = np.zeros((len(column), dim), np.float32)
+    matrix[usable] = values.reshape(-1, dim)
+    return matrix
+
+
+def _floats(values: pa.Array) -> npt.NDArray[np.float32]:
+    if values.null_count:
+        values = pc.fill_null(values.cast(pa.float32()), float("nan"))
+    with np.errstate(over="ignore"):
+        return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float32)
+
+
+def _verdict(row: npt.NDArray[np.float32]) -> Reason:
+    if not np.isfinite(row).all():
+        return Reason.NOT_FINITE
+    return Reason.ZERO_NORM if float(np.abs(row).max()) < 1 else Reason.NORM_OVERFLOW
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

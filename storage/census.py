@@ -1,0 +1,240 @@
+"""The census: what is known of every shard of the source, so that an unchanged shard is not read again.
+
+It is a cache beside the tables, never a second truth: a lost or damaged census costs one reading of the source and
+changes no result. It also answers the one question that spans shards: which rows carry an id that an earlier row owns.
+"""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import BadShardError, FrontalisError
+from schemas.ids import id_checks, id_keys
+from schemas.settings import ColumnNames
+from schemas.shards import check_shard, id_column, text_column
+from storage.location import Location
+from storage.shards import Shard, content_digest, open_shard
+
+NO_KEY = -1
+ENTRIES = "shards.parquet"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one shard.
+
+    `size`, `mtime_ns` and `change` only decide whether to look again; `basis` is what the counts depend on beside the
+    file (column names and tombstones). `duplicates` and `collisions` are row numbers, `forgotten` the tombstones that
+    match a row, `forgotten_rows` how many rows they take away.
+    """
+
+    key: str
+    uri: str
+    size: int
+    mtime_ns: int
+    change: str
+    basis: str
+    content: str
+    rows: int
+    dim: int | None
+    id_type: str
+    duplicates: list[int] = field(default_factory=list)
+    collisions: list[int] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    forgotten_rows: int = 0
+
+    def describes(self, shard: Shard, basis: str) -> bool:
+        """Return whether nothing has touched the shard since."""
+        return (self.uri, self.size, self.mtime_ns, self.change, self.basis) == (
+            shard.uri,
+            shard.size,
+            shard.mtime_ns,
+            shard.change,
+            basis,
+        )
+
+
+ENTRY_SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("key", "uri")),
+        *(pa.field(name, pa.int64()) for name in ("size", "mtime_ns")),
+        *(pa.field(name, pa.string()) for name in ("change", "basis", "content")),
+        *(pa.field(name, pa.int64()) for name in ("rows", "dim")),
+        pa.field("id_type", pa.string()),
+        *(pa.field(name, pa.list_(pa.int64())) for name in ("duplicates", "collisions")),
+        pa.field("forgotten", pa.list_(pa.string())),
+        pa.field("forgotten_rows", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """Key and check of every row of a shard, int64 `[rows]`; `NO_KEY` where the id is null or forgotten."""
+
+    keys: np.ndarray
+    checks: np.ndarray
+
+
+Matcher = Callable[[pa.Array, pa.Array | None], tuple[np.ndarray, list[str]]]
+"""Given ids and subjects, which rows are forgotten (bool `[n]`) and which tombstones matched."""
+
+
+class Census:
+    """Entries by shard key, loaded from and saved to the `census` folder of a store."""
+
+    def __init__(self, place: Location) -> None:
+        self.place = place
+        self.entries: dict[str, Entry] = {}
+
+    def load(self) -> "Census":
+        """Read the entries; a missing or damaged census is an empty one."""
+        try:
+            table = pq.read_table(io.BytesIO((self.place / ENTRIES).read_bytes()), schema=ENTRY_SCHEMA)
+            self.entries = {row["key"]: Entry(**row) for row in table.to_pylist()}
+        except (FileNotFoundError, FrontalisError, pa.ArrowException, OSError, TypeError):
+            self.entries = {}
+        return self
+
+    def save(self, entries: Mapping[str, Entry]) -> None:
+        """Replace all entries, and drop the row keys that none of them needs."""
+        rows = [asdict(entries[key]) for key in sorted(entries)]
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA), sink, compression="zstd")
+        (self.place / ENTRIES).write_bytes(sink.getvalue())
+        self.entries = dict(entries)
+        needed = {_keys_name(entry) for entry in entries.values()}
+        for file in (self.place / "keys").files():
+            if file.name not in needed:
+                (self.place / "keys" / file.name).delete()
+
+    def row_keys(self, entry: Entry) -> RowKeys | None:
+        """Return the row keys of a shard, or None where they are lost."""
+        try:
+            table = pq.read_table(io.BytesIO((self.place / "keys" / _keys_name(entry)).read_bytes(1 << 34)))
+        except (FileNotFoundError, pa.ArrowException, OSError):
+            return None
+        return RowKeys(table["key"].to_numpy(), table["check"].to_numpy())
+
+    def count(self, shard: Shard, columns: ColumnNames, basis: str, forget: Matcher | None) -> Entry:
+        """Read a shard's bytes and its id column, and write its row keys.
+
+        Raises:
+            BadShardError: the shard does not meet the contract, or cannot be read.
+        """
+        content = content_digest(shard)
+        with open_shard(shard) as parquet:
+            schema = check_shard(shard.key, parquet.schema_arrow, columns)
+            wanted = [columns.id] + ([columns.subject] if forget and "subject" in schema.present else [])
+            keys, checks, hits, gone = [], [], set[str](), 0
+            for batch in parquet.iter_batches(batch_size=65_536, columns=wanted):
+                ids = id_column(batch.column(columns.id), schema.id_type)
+                left_out = ids.is_null().to_numpy(zero_copy_only=False)
+                if forget is not None:
+                    subjects = text_column(batch.column(columns.subject)) if len(wanted) > 1 else None
+                    forgotten, matched = forget(ids, subjects)
+                    gone += int(forgotten.sum())
+                    hits.update(matched)
+                    left_out = left_out | forgotten
+                known = ids.filter(pa.array(~left_out))
+                key = np.full(len(ids), NO_KEY, np.int64)
+                check = np.full(len(ids), NO_KEY, np.int64)
+                key[~left_out] = id_keys(known)
+                check[~left_out] = id_checks(known)
+                keys.append(key)
+                checks.append(check)
+            entry = Entry(
+                key=shard.key,
+                uri=shard.uri,
+                size=shard.size,
+                mtime_ns=shard.mtime_ns,
+                change=shard.change,
+                basis=basis,
+                content=content,
+                rows=int(parquet.metadata.num_rows),
+                dim=schema.dim,
+                id_type=str(schema.id_type),
+                forgotten=sorted(hits),
+                forgotten_rows=gone,
+            )
+        self._write_keys(entry, _concatenated(keys), _concatenated(checks))
+        return entry
+
+    def _write_keys(self, entry: Entry, keys: np.ndarray, checks: np.ndarray) -> None:
+        sink = io.BytesIO()
+        pq.write_table(
+            pa.table({"key": keys, "check": checks}),
+            sink,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+        )
+        (self.place / "keys" / _keys_name(entry)).write_bytes(sink.getvalue())
+
+
+def mark_repeats(entries: Mapping[str, Entry], keys: Mapping[str, RowKeys]) -> dict[str, Entry]:
+    """Return the entries with `duplicates` and `collisions` set: rows whose key an earlier row holds.
+
+    Earlier means: in a shard whose key sorts before, or above in the same shard. Equal checks make a duplicate id,
+    different ones a collision of two ids.
+    """
+    order = sorted(entries)
+    frame = pl.concat(
+        [
+            pl.DataFrame(
+                {
+                    "shard": pl.Series([], dtype=pl.Int64),
+                    "row": pl.Series([], dtype=pl.Int64),
+                    "key": pl.Series([], dtype=pl.Int64),
+                    "check": pl.Series([], dtype=pl.Int64),
+                }
+            )
+        ]
+        + [
+            pl.DataFrame({"key": keys[name].keys, "check": keys[name].checks})
+            .with_row_index("row")
+            .select(pl.lit(number, pl.Int64).alias("shard"), pl.col("row").cast(pl.Int64), "key", "check")
+            for number, name in enumerate(order)
+        ]
+    ).filter(pl.col("key") != NO_KEY)
+    first = pl.col("key").is_first_distinct()
+    later = frame.filter(~first)
+    owners = frame.filter(first & pl.col("key").is_in(later["key"].unique().implode())).select("key", owner="check")
+    repeats = later.join(owners, on="key", how="left").with_columns(same=pl.col("check") == pl.col("owner"))
+    found: dict[tuple[int, bool], list[int]] = {}
+    for shard, row, same in repeats.select("shard", "row", "same").sort("shard", "row").iter_rows():
+        found.setdefault((shard, same), []).append(row)
+    return {
+        name: replace(
+            entries[name], duplicates=found.get((number, True), []), collisions=found.get((number, False), [])
+        )
+        for number, name in enumerate(order)
+    }
+
+
+def one_id_type(entries: Sequence[Entry], wanted: str | None) -> dict[str, BadShardError]:
+    """Return an error for each shard whose ids are not `wanted` (None: whatever the first shard has)."""
+    if not entries:
+        return {}
+    wanted = wanted or entries[0].id_type
+    return {
+        entry.key: BadShardError(
+            f"shard {entry.key}: the ids are {entry.id_type}, the store holds {wanted}; cast the column, since one "
+            "store holds one type of id."
+        )
+        for entry in entries
+        if entry.id_type != wanted
+    }
+
+
+def _keys_name(entry: Entry) -> str:
+    return f"{entry.content}-{entry.basis}.parquet"
+
+
+def _concatenated(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)

@@ -1,0 +1,123 @@
+"""Feature files: written block by block, read back as vectors, checked to be whole.
+
+The bytes of a file depend on its rows alone, so that whoever writes a name writes the same file. Vectors do not
+compress: they are stored plain, without dictionary and statistics, in row groups of one block, with a checksum on every
+page (measurements in `docs/decisions.md`). Which files are wanted is `tasks.plan`; committing them is `storage.tables`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import StoreError
+from schemas.features import PARTITIONS, VECTOR, VECTOR_COLUMNS
+from storage.location import Location
+from storage.tables import LiveFile, Table
+
+FEATURES = "features"
+QUARANTINE = "quarantine"
+
+
+def features_table(store: Location) -> Table:
+    """Return the features table of a store."""
+    return Table(store / FEATURES, PARTITIONS)
+
+
+def quarantine_table(store: Location) -> Table:
+    """Return the quarantine table of a store."""
+    return Table(store / QUARANTINE, ("shard",))
+
+
+def parquet_writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    """Open a writer of feature rows (no partition columns) into a stream that is open for writing."""
+    dictionary = [f.name for f in schema if pa.types.is_string(f.type) and f.name != "id"]
+    return pq.ParquetWriter(
+        file,
+        schema,
+        compression="none",
+        use_dictionary=dictionary or False,
+        write_statistics=False,
+        write_page_checksum=True,
+        store_schema=False,
+    )
+
+
+def vector_column(matrix: npt.NDArray[np.float32]) -> pa.ListArray:
+    """Return `[n, D]` float32 as a column of lists, without a copy where the matrix is contiguous."""
+    n, dim = matrix.shape
+    offsets = pa.array(np.arange(0, (n + 1) * dim, dim, dtype=np.int32)[: n + 1] if dim else np.zeros(n + 1, np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(matrix).reshape(-1)), type=VECTOR)
+
+
+def matrix_of(column: pa.Array | pa.ChunkedArray, what: str) -> npt.NDArray[np.float32]:
+    """Return a vector column as `[n, D]` float32, without a copy where it is one chunk.
+
+    Raises:
+        StoreError: rows differ in length, or a vector is null. `what` names the file.
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # combine_chunks keeps chunks that together exceed 2 GiB
+        return np.concatenate([matrix_of(chunk, what) for chunk in array.chunks])
+    n = len(array)
+    if n == 0:
+        return np.zeros((0, 0), np.float32)
+    offsets = array.offsets.to_numpy()
+    dim = int(offsets[1] - offsets[0])
+    if array.null_count or not (np.diff(offsets) == dim).all():
+        raise StoreError(f"{what}: the vectors differ in length or are missing; run `frontalis verify --store …`.")
+    flat = array.values.to_numpy()[offsets[0] : offsets[-1]]
+    return np.asarray(flat, dtype=np.float32).reshape(n, dim)
+
+
+def read_rows(table: Table, file: LiveFile, columns: Sequence[str], rows: int = 65_536) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of one feature file in batches, checking the checksum of every page read.
+
+    Raises:
+        StoreError: the file is missing or damaged. A damaged file is set aside (deleted), so that the next run of
+            `reprocess` computes it again.
+    """
+    place = table.place / file.path
+    try:
+        with place.open_input() as stream:
+            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+            if parquet.metadata.num_rows != file.rows:
+                raise pa.ArrowInvalid(f"{parquet.metadata.num_rows} rows instead of {file.rows}")
+            yield from parquet.iter_batches(batch_size=rows, columns=list(columns))
+    except FileNotFoundError as error:
+        raise StoreError(f"{place.uri}: is missing; run `frontalis reprocess` to compute it again.") from error
+    except (pa.ArrowException, OSError) as error:
+        place.delete()
+        raise StoreError(
+            f"{place.uri}: is damaged ({str(error).splitlines()[0][:120]}) and was removed; run `frontalis reprocess` "
+            "to compute it again."
+        ) from error
+
+
+def read_table(table: Table, files: Iterable[LiveFile], columns: Sequence[str]) -> pa.Table:
+    """Return the rows of several files as one table, partition columns added where asked for. Raises StoreError."""
+    inside = [name for name in columns if name not in PARTITIONS]
+    parts = []
+    for file in files:
+        for batch in read_rows(table, file, inside):
+            part = pa.Table.from_batches([batch])
+            for name in columns:
+                if name in PARTITIONS:
+                    part = part.append_column(name, pa.repeat(pa.scalar(file.partitions[name]), part.num_rows))
+            parts.append(part.select(list(columns)))
+    if not parts:
+        return pa.table({name: pa.array([], VECTOR if name in VECTOR_COLUMNS else pa.string()) for name in columns})
+    return pa.concat_tables(parts, promote_options="default")
+
+
+def complete_rows(place: Location) -> int | None:
+    """Return the rows of a file that lies under its final name, or None where it is truncated or damaged."""
+    try:
+        with place.open_input() as stream:
+            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+            return sum(int(batch.num_rows) for batch in parquet.iter_batches())
+    except (pa.ArrowException, OSError):
+        return None

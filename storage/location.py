@@ -1,0 +1,271 @@
+"""One object for every place: a local folder or an `s3://` prefix, with atomic writes.
+
+Paths are URIs at the border and a `Location` inside. Object storage takes its endpoint and credentials from the usual
+environment variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID …). What lies in which file is left to the
+modules beside this one.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import urllib.parse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from schemas.errors import SettingsError, StoreError
+
+TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file found by `Location.files`: `name` is relative to the location, `change` tells rewrites apart."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    change: str
+
+
+class Location:
+    """A folder, local or on S3. `place / "a/b"` goes down; all operations name the URI in their errors.
+
+    Raises:
+        SettingsError: the scheme is neither a plain path, `file://` nor `s3://`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        if "\0" in uri or not uri.strip():
+            raise SettingsError(f"{uri!r} is no path; give a folder or s3://bucket/prefix.")
+        scheme, _, rest = uri.partition("://")
+        if not _:
+            scheme, rest = "file", str(Path(uri).expanduser())
+        if scheme == "file":
+            self.fs: pafs.FileSystem = pafs.LocalFileSystem()
+            self.path = str(Path(rest).absolute())
+            self.uri = self.path
+        elif scheme == "s3":
+            self.fs = _s3()
+            self.path = rest.rstrip("/")
+            self.uri = f"s3://{self.path}"
+        else:
+            raise SettingsError(f"{uri}: scheme {scheme!r} is not supported; use a local path or s3://…")
+        self.is_local = scheme == "file"
+
+    def __truediv__(self, name: str) -> "Location":
+        below = object.__new__(Location)
+        below.fs, below.is_local = self.fs, self.is_local
+        below.path = f"{self.path}/{name}"
+        below.uri = f"{self.uri}/{name}"
+        return below
+
+    def __repr__(self) -> str:
+        return f"Location({self.uri!r})"
+
+    @property
+    def name(self) -> str:
+        """The last step of the path."""
+        return self.path.rsplit("/", 1)[-1]
+
+    def exists(self) -> bool:
+        """Return whether there is a file or folder."""
+        with self._naming():
+            return bool(self.fs.get_file_info(self.path).type != pafs.FileType.NotFound)
+
+    def size(self) -> int | None:
+        """Return the size of the file in bytes, or None where there is no file."""
+        with self._naming():
+            info = self.fs.get_file_info(self.path)
+        return int(info.size) if info.type == pafs.FileType.File else None
+
+    def files(self, *suffixes: str, hidden: bool = False) -> list[Entry]:
+        """List all files below, sorted by name; nothing where the folder is absent.
+
+        Args:
+            suffixes: keep names that end so (case-insensitive); none keeps all.
+            hidden: also those below a folder, or of a name, that starts with `.` or `_`.
+        """
+        with self._naming():
+            found = list(self._walk())
+        kept = []
+        for entry in found:
+            if suffixes and not entry.name.lower().endswith(suffixes):
+                continue
+            if not hidden and any(step[:1] in "._" for step in entry.name.split("/")):
+                continue
+            kept.append(entry)
+        return sorted(kept, key=lambda entry: entry.name)
+
+    def open_input(self) -> pa.NativeFile:
+        """Open the file for random access. Raises FileNotFoundError or StoreError."""
+        with self._naming():
+            return self.fs.open_input_file(self.path)
+
+    def read_bytes(self, limit: int = 1 << 30) -> bytes:
+        """Return the content of a small file. Raises StoreError where it is larger than `limit` bytes."""
+        with self.open_input() as file:
+            if file.size() > limit:
+                raise StoreError(f"{self.uri}: has {file.size()} bytes, more than the {limit} that are read at once.")
+            return bytes(file.read())
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Any]:
+        """Open a file for writing that appears under its name whole, or not at all.
+
+        Locally: a temporary name beside it, fsync, rename, fsync of the folder. On S3: spooled, then one upload.
+        """
+        if self.is_local:
+            with self._naming():
+                yield from self._write_local()
+            return
+        with tempfile.TemporaryFile() as spool:
+            yield spool
+            spool.seek(0)
+            with self._naming(), self.fs.open_output_stream(self.path) as target:
+                shutil.copyfileobj(spool, target, 8 << 20)
+
+    def write_bytes(self, content: bytes) -> None:
+        """Write a whole file atomically."""
+        with self.writing() as file:
+            file.write(content)
+
+    def copy_to(self, target: "Location") -> None:
+        """Copy a file atomically (a hard link where both are local)."""
+        if self.is_local and target.is_local:
+            with target._naming():
+                Path(target.path).parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    os.link(self.path, target.path)
+                _sync_folder(Path(target.path).parent)
+            return
+        with self.open_input() as source, target.writing() as file:
+            shutil.copyfileobj(source, file, 8 << 20)
+
+    def delete(self) -> None:
+        """Delete a file, or a folder with all below it; nothing where it is absent."""
+        with self._naming():
+            info = self.fs.get_file_info(self.path)
+            if info.type == pafs.FileType.File:
+                self.fs.delete_file(self.path)
+            elif info.type == pafs.FileType.Directory:
+                self.fs.delete_dir(self.path)
+
+    @property
+    def delta_options(self) -> dict[str, str]:
+        """Storage options for Delta: on S3 commits are conditional puts, so that two writers cannot both win."""
+        if self.is_local:
+            return {}
+        options = {"aws_conditional_put": "etag"}
+        endpoint = _endpoint()
+        if endpoint:
+            options |= {
+                "aws_endpoint": endpoint,
+                "aws_allow_http": "true" if endpoint.startswith("http://") else "false",
+            }
+        return options
+
+    def _walk(self) -> Iterator[Entry]:
+        if self.is_local:
+            # os.scandir gives ctime and inode, which a rewrite with the same size and mtime cannot keep.
+            stack = [Path(self.path)]
+            root = len(self.path) + 1
+            while stack:
+                folder = stack.pop()
+                try:
+                    children = list(os.scandir(folder))
+                except FileNotFoundError:
+                    continue
+                for child in children:
+                    if child.is_dir(follow_symlinks=False):
+                        stack.append(Path(child.path))
+                    elif child.is_file():
+                        stat = child.stat()
+                        yield Entry(
+                            child.path[root:], stat.st_size, stat.st_mtime_ns, f"{stat.st_ctime_ns}-{stat.st_ino}"
+                        )
+            return
+        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        for info in self.fs.get_file_info(selector):
+            if info.type == pafs.FileType.File:
+                yield Entry(info.path[len(self.path) + 1 :], info.size, info.mtime_ns or 0, "")
+
+    def etag(self) -> str:
+        """Return what object storage says of the content (its ETag); empty for local files."""
+        if self.is_local:
+            return ""
+        with self._naming(), self.fs.open_input_stream(self.path) as stream:
+            metadata = stream.metadata() or {}
+        return bytes(metadata.get(b"ETag", b"")).decode()
+
+    def _write_local(self) -> Iterator[BinaryIO]:
+        target = Path(self.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101 - mkstemp made it private
+            os.replace(temporary, target)  # noqa: PTH105
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            # pyarrow's errors carry no errno text of their own; the operating system's do.
+            raise StoreError(
+                f"{self.uri}: {error.strerror or error}. Nothing was published; mend it, then rerun."
+            ) from error
+
+
+def digest_file(place: Location, new: Callable[[], Any]) -> str:
+    """Return the hex digest of a file's bytes, read in pieces. `new` makes a hashlib object."""
+    state = new()
+    with place.open_input() as file:
+        while piece := file.read(8 << 20):
+            state.update(piece)
+    return str(state.hexdigest())
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _s3() -> pafs.FileSystem:
+    options: dict[str, Any] = {}
+    endpoint = _endpoint()
+    if endpoint:
+        parts = urllib.parse.urlsplit(endpoint)
+        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region:
+        options["region"] = region
+    return pafs.S3FileSystem(**options)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

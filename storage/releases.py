@@ -1,0 +1,127 @@
+"""The releases of a store: the history of what was published, and which one is served.
+
+The table is one small file that every change replaces in one Delta commit, so a reader sees the old list or the new
+one, and of two writers one is refused. Judging a release is left to `tasks.gate`, opening what it refers to, to
+`flows.query`.
+"""
+
+import io
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from schemas.errors import SettingsError, StoreError
+from schemas.features import digest_of
+from schemas.releases import RELEASES_SCHEMA, Release
+from storage.location import Location
+from storage.tables import LiveFile, Snapshot, Table
+
+RELEASES = "releases"
+
+
+class Releases:
+    """The release history of a store, oldest first."""
+
+    def __init__(self, store: Location) -> None:
+        self.store = store
+        self.table = Table(store / RELEASES, ())
+
+    def all(self) -> list[Release]:
+        """Return every release ever recorded, oldest first; empty for a store without any.
+
+        Raises:
+            StoreError: the table is damaged.
+        """
+        return self._read(self.table.snapshot())
+
+    def serving(self) -> Release:
+        """Return the release that answers queries.
+
+        Raises:
+            StoreError: nothing was promoted yet.
+        """
+        for release in self.all():
+            if release.serving:
+                return release
+        raise StoreError(f"{self.store.uri}: no release is served yet; run `frontalis reprocess` first.")
+
+    def get(self, name: str) -> Release:
+        """Return a release by name.
+
+        Raises:
+            SettingsError: there is none of that name.
+        """
+        releases = self.all()
+        for release in releases:
+            if release.release == name:
+                return release
+        known = ", ".join(release.release for release in releases[-5:]) or "none yet"
+        raise SettingsError(f"release {name!r} is not in {self.store.uri}; the latest are: {known}.")
+
+    def record(self, release: Release) -> None:
+        """Add a release; where it was promoted, it is served from this commit on.
+
+        Raises:
+            StoreBusyError: another run recorded one in between; nothing changed.
+        """
+        base = self.table.snapshot()
+        releases = [old for old in self._read(base) if old.release != release.release]
+        if release.gate.promoted:
+            releases = [old.model_copy(update={"serving": False}) for old in releases]
+        self._write(base, [*releases, release.model_copy(update={"serving": release.gate.promoted})])
+
+    def serve(self, name: str) -> Release:
+        """Serve an older (or newer) release from now on, and return it.
+
+        Raises:
+            SettingsError: there is none of that name, or a person was forgotten since and it can no longer be served.
+        """
+        wanted = self.get(name)
+        if wanted.erased:
+            raise SettingsError(f"release {name} holds a person who was forgotten since; choose a later one.")
+        base = self.table.snapshot()
+        releases = [old.model_copy(update={"serving": old.release == name}) for old in self._read(base)]
+        self._write(base, releases)
+        return wanted
+
+    def rewrite(self, releases: Iterable[Release]) -> None:
+        """Replace the whole history (used when releases are erased). Raises StoreBusyError."""
+        self._write(self.table.snapshot(), list(releases))
+
+    def _read(self, snapshot: Snapshot) -> list[Release]:
+        releases: list[Release] = []
+        for file in snapshot.files.values():
+            place = self.table.place / file.path
+            try:
+                rows = pq.read_table(io.BytesIO(place.read_bytes()))
+                releases += [Release.model_validate_json(record) for record in rows["record"].to_pylist()]
+            except (FileNotFoundError, pa.ArrowException, OSError, ValidationError, KeyError) as error:
+                raise StoreError(
+                    f"{place.uri}: the release history cannot be read ({str(error).splitlines()[0]}); restore the "
+                    "releases folder from a backup."
+                ) from error
+        return sorted(releases, key=lambda release: release.number)
+
+    def _write(self, base: Snapshot, releases: list[Release]) -> None:
+        rows = [
+            {
+                "release": release.release,
+                "number": release.number,
+                "created": release.created,
+                "serving": release.serving,
+                "promoted": release.gate.promoted,
+                "reason": release.gate.reason,
+                "features_version": release.features_version,
+                "record": release.model_dump_json(),
+            }
+            for release in releases
+        ]
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=RELEASES_SCHEMA), sink, compression="zstd")
+        content = sink.getvalue()
+        name = f"{digest_of(content, str(base.version).encode())}.parquet"
+        (self.table.place / name).write_bytes(content)
+        file = LiveFile(name, len(content), len(rows), {})
+        self.table.commit(base, RELEASES_SCHEMA, [file], base.files.values())

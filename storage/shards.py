@@ -1,0 +1,138 @@
+"""Reading shards: finding them under a source, telling whether one changed, and streaming its rows in blocks.
+
+What a shard must look like is `schemas.shards`; what is done with a bad one is decided by the tasks. Every failure to
+read a file is a `BadShardError` that names the shard.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import BadShardError, SettingsError
+from schemas.features import DIGEST_BYTES, shard_key
+from storage.location import Location, digest_file
+
+SUFFIXES = (".parquet", ".pq")
+# Column chunks are read through a buffer of this size rather than whole, so a huge row group stays bounded in memory.
+READ_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard found under a source. `change` moves whenever the file is rewritten, even with equal size and mtime."""
+
+    key: str
+    uri: str
+    size: int
+    mtime_ns: int
+    change: str
+
+    @property
+    def place(self) -> Location:
+        """Where the file lies."""
+        return Location(self.uri)
+
+
+def find_shards(source: str) -> list[Shard]:
+    """List the shards of a source, ordered by key: a folder (searched through), or one Parquet file.
+
+    Names that begin with `.` or `_` are passed over, as other Parquet tools do.
+
+    Raises:
+        SettingsError: the source does not exist, holds no Parquet file, or two files would get one key.
+    """
+    place = Location(source)
+    if not place.exists():
+        raise SettingsError(f"source {source}: does not exist; pass a folder of Parquet shards.")
+    if place.size() is not None:
+        folder, _, name = place.uri.rpartition("/")
+        found = [(Location(folder) / name, entry) for entry in Location(folder).files() if entry.name == name]
+    else:
+        found = [(place / entry.name, entry) for entry in place.files(*SUFFIXES)]
+    if not found:
+        raise SettingsError(f"source {source}: holds no .parquet file.")
+    shards: dict[str, Shard] = {}
+    for file, entry in found:
+        key = shard_key(entry.name.rsplit(".", 1)[0])
+        if key in shards:
+            raise SettingsError(f"source {source}: {entry.name!r} and {shards[key].uri!r} share the name {key!r}.")
+        change = entry.change or file.etag()
+        shards[key] = Shard(key, file.uri, entry.size, entry.mtime_ns, change)
+    return [shards[key] for key in sorted(shards)]
+
+
+def content_digest(shard: Shard) -> str:
+    """Return the digest of the shard's bytes (BLAKE2b, 128 bit, hex).
+
+    Raises:
+        BadShardError: the file cannot be read.
+    """
+    with _as_bad_shard(shard):
+        return digest_file(shard.place, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))
+
+
+@contextlib.contextmanager
+def open_shard(shard: Shard) -> Iterator[pq.ParquetFile]:
+    """Open a shard as Parquet.
+
+    Raises:
+        BadShardError: the file is unreadable, truncated, encrypted or no Parquet, also when found while reading rows.
+    """
+    with _as_bad_shard(shard), shard.place.open_input() as file:
+        parquet = pq.ParquetFile(
+            file, buffer_size=READ_BUFFER, pre_buffer=False, page_checksum_verification=True, memory_map=False
+        )
+        yield parquet
+
+
+def read_schema(shard: Shard) -> tuple[pa.Schema, int]:
+    """Return the Arrow schema and the number of rows. Raises BadShardError."""
+    with open_shard(shard) as parquet:
+        return parquet.schema_arrow, int(parquet.metadata.num_rows)
+
+
+def stream_blocks(shard: Shard, columns: Sequence[str], rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield (first row number, block) of consecutive `rows` rows in file order, the tail shorter.
+
+    Blocks cross row groups, so how a file was cut never shows in them. Memory: a few blocks.
+
+    Raises:
+        BadShardError: a page cannot be read.
+    """
+    with open_shard(shard) as parquet:
+        first = 0
+        pending: list[pa.RecordBatch] = []
+        # Not every version of the reader fills a batch across row groups; this makes it certain.
+        for batch in parquet.iter_batches(batch_size=rows, columns=list(columns), use_threads=False):
+            pending.append(batch)
+            while sum(part.num_rows for part in pending) >= rows:
+                whole = _joined(pending)
+                yield first, whole.slice(0, rows)
+                first += rows
+                rest = whole.slice(rows)
+                pending = [rest] if rest.num_rows else []
+        if pending:
+            yield first, _joined(pending)
+
+
+def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+
+
+@contextlib.contextmanager
+def _as_bad_shard(shard: Shard) -> Iterator[None]:
+    try:
+        yield
+    except BadShardError:
+        raise
+    except FileNotFoundError as error:
+        raise BadShardError(f"shard {shard.key}: {shard.uri} vanished while it was read.") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # StoreError is no OSError; what arrives here is Arrow's own word about the file.
+        raise BadShardError(
+            f"shard {shard.key}: {shard.uri} cannot be read as Parquet ({str(error).splitlines()[0][:200]})."
+        ) from error

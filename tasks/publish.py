@@ -1,0 +1,119 @@
+"""Publish: make what was computed visible, in one Delta commit a table.
+
+What the tables shall hold follows from the plan and from what reweighting could finish; the difference to what is live
+is the commit. Judging the result and serving it come later: readers of the last promoted release see nothing of this.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from schemas.errors import StoreError
+from schemas.features import QUARANTINE_SCHEMA, quarantine_path
+from schemas.reports import RAW, DataQuality, ShardFault
+from schemas.settings import PipelineSettings
+from storage.features import complete_rows, features_table, quarantine_table, read_table
+from storage.location import Location
+from storage.tables import LiveFile, Snapshot, Table
+from tasks.plan import Plan
+from tasks.reweight import ShardResult
+
+
+@dataclass(frozen=True)
+class Published:
+    """The two tables after the commit, and where all rows read have gone."""
+
+    features: Snapshot
+    quarantine: Snapshot
+    data: DataQuality
+
+
+def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResult]) -> Published:
+    """Commit new feature files and remove those no longer wanted; the same for quarantine.
+
+    Raises:
+        StoreBusyError: another run committed since the plan was made.
+    """
+    store = Location(settings.store)
+    features = features_table(store)
+    wanted, faults = _settle(plan, results)
+    fresh = {file.path: file for result in results for file in result.files} | {file.path: file for file in plan.reused}
+    add = [file for path, file in fresh.items() if path in wanted and path not in plan.base.files]
+    remove = [file for path, file in plan.base.files.items() if path not in wanted]
+    snapshot = features.commit(plan.base, plan.schema, add, remove)
+    quarantine = _publish_quarantine(store, {shard: plan.inputs[shard] for _, shard in wanted.values()})
+    return Published(snapshot, quarantine, data_quality(plan, faults, snapshot, quarantine, quarantine_table(store)))
+
+
+def _settle(plan: Plan, results: Sequence[ShardResult]) -> tuple[dict[str, tuple[str, str]], list[ShardFault]]:
+    """Return the files the table shall hold: those wanted, but for a shard that failed, its last good ones."""
+    wanted = dict(plan.wanted)
+    faults = list(plan.faults)
+    digests = {mode: path.rsplit("-", 1)[1] for path, (mode, _) in plan.wanted.items()}
+    for result in results:
+        if result.fault is None:
+            continue
+        wanted = {path: where for path, where in wanted.items() if where[1] != result.shard}
+        last_good = {
+            path: (file.partitions["mode"], result.shard)
+            for path, file in plan.base.files.items()
+            if file.partitions["shard"] == result.shard and path.endswith(digests.get(file.partitions["mode"], "/"))
+        }
+        kept = len(last_good) == len(plan.modes)
+        if kept:
+            wanted |= last_good
+        faults.append(result.fault.model_copy(update={"kept": kept}))
+    return wanted, faults
+
+
+def _publish_quarantine(store: Location, inputs: dict[str, str]) -> Snapshot:
+    table = quarantine_table(store)
+    base = table.snapshot()
+    names = {quarantine_path(shard, digest): shard for shard, digest in inputs.items()}
+    on_disk = {entry.name: entry.size for entry in table.place.files(".parquet")}
+    wanted = {path: shard for path, shard in names.items() if path in on_disk}
+    add = [
+        LiveFile(path, on_disk[path], complete_rows(table.place / path) or 0, {"shard": shard})
+        for path, shard in wanted.items()
+        if path not in base.files
+    ]
+    remove = [file for path, file in base.files.items() if path not in wanted]
+    if not add and not remove:
+        return base
+    return table.commit(base, QUARANTINE_SCHEMA, add, remove)
+
+
+def data_quality(
+    plan: Plan, faults: Sequence[ShardFault], features: Snapshot, quarantine: Snapshot, table: Table
+) -> DataQuality:
+    """Count where all rows read have gone.
+
+    Raises:
+        StoreError: the sums do not agree: a mode lacks rows of a shard, or a shard has rows that went nowhere.
+    """
+    rows: dict[str, dict[str, int]] = {}
+    for file in features.files.values():
+        rows.setdefault(file.partitions["shard"], {})[file.partitions["mode"]] = file.rows
+    held = Counter({file.partitions["shard"]: file.rows for file in quarantine.files.values()})
+    faulty = {fault.shard for fault in faults}
+    read = forgotten = 0
+    for shard, by_mode in rows.items():
+        if set(by_mode) != set(plan.modes) or len(set(by_mode.values())) != 1:
+            raise StoreError(f"shard {shard}: modes hold different rows ({by_mode}); run `frontalis verify --store …`.")
+        count = by_mode[RAW] + held[shard] + plan.entries[shard].forgotten_rows
+        if shard not in faulty and count != plan.entries[shard].rows:
+            raise StoreError(
+                f"shard {shard}: {plan.entries[shard].rows} rows were read, {by_mode[RAW]} became features, {held[shard]} "
+                f"are in quarantine, {plan.entries[shard].forgotten_rows} are forgotten; run `frontalis verify --store …`."
+            )
+        read += count
+        forgotten += plan.entries[shard].forgotten_rows
+    reasons = read_table(table, quarantine.files.values(), ["reason"])["reason"].to_pylist()
+    return DataQuality(
+        shards=len(rows),
+        rows_read=read,
+        rows_features=sum(by_mode[RAW] for by_mode in rows.values()),
+        quarantined=dict(sorted(Counter(reasons).items())),
+        forgotten=forgotten,
+        bad_shards=list(faults),
+    )

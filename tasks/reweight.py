@@ -1,0 +1,344 @@
+"""Reweight: read the embeddings of a shard, apply every model, write the feature files.
+
+A shard is streamed in blocks of consecutive rows, so memory stays bounded whatever its size, and a block is the same
+rows whoever computes it: workers, retries, devices and row groups never change a feature. Bad rows go to the shard's
+quarantine file. Nothing is visible until `tasks.publish` commits it.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from models.checkpoint import load
+from models.inference import Reweighter
+from schemas.errors import BadModelError, BadShardError
+from schemas.features import QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, file_schema, quarantine_path
+from schemas.releases import ModelRef
+from schemas.reports import RAW, ShardFault
+from schemas.settings import ColumnNames, PipelineSettings
+from schemas.shards import (
+    Reason,
+    ShardSchema,
+    angle_column,
+    check_shard,
+    embedding_matrix,
+    id_column,
+    text_column,
+)
+from storage.features import features_table, parquet_writer, quarantine_table, vector_column
+from storage.location import Location
+from storage.shards import read_schema, stream_blocks
+from storage.tables import LiveFile
+from storage.tombstones import Tombstones
+from tasks.plan import ShardWork
+
+log = logging.getLogger("frontalis.reweight")
+
+# Rows of a block where the features do not depend on it. A constant, since the last bit of a matrix product may differ
+# between block sizes, and equal names must hold equal bytes.
+BLOCK_ROWS = 4096
+RADIANS_BELOW = 3.2
+RADIANS_ROWS = 50
+
+
+@dataclass(frozen=True)
+class ReweightSpec:
+    """All that a worker needs to know beside the shards; small, so that it travels to any worker."""
+
+    store: str
+    columns: ColumnNames
+    models: Mapping[str, ModelRef]
+    schema: pa.Schema
+    batch_size: int
+    branches: bool
+    device: str
+    fail_on_bad_rows: bool
+
+    @classmethod
+    def of(cls, settings: PipelineSettings, models: Mapping[str, ModelRef], schema: pa.Schema) -> "ReweightSpec":
+        """Take from the settings what reweighting depends on."""
+        reweight = settings.reweight
+        return cls(
+            store=settings.store,
+            columns=settings.columns,
+            models=models,
+            schema=schema,
+            batch_size=reweight.batch_size,
+            branches=reweight.branches,
+            device=reweight.device,
+            fail_on_bad_rows=reweight.on_bad_rows == "fail",
+        )
+
+
+@dataclass
+class ShardResult:
+    """What became of one shard: the files written (not yet live), or why none could be."""
+
+    shard: str
+    input_digest: str
+    files: list[LiveFile] = field(default_factory=list)
+    quarantined: Counter[str] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
+    fault: ShardFault | None = None
+
+
+def reweight_group(group: Sequence[ShardWork], spec: ReweightSpec) -> list[ShardResult]:
+    """Compute the features of a group of shards. A bad shard does not stop the others; it comes back as a fault.
+
+    Raises:
+        BadShardError: a row is bad and the settings say to fail.
+        BadModelError: a model gives values that are not finite.
+        StoreError: the store cannot be written.
+    """
+    results = []
+    for work in group:
+        try:
+            results.append(reweight_shard(work, spec))
+        except BadShardError as error:
+            if spec.fail_on_bad_rows:
+                raise
+            results.append(
+                ShardResult(
+                    work.shard.key,
+                    work.input_digest,
+                    fault=ShardFault(shard=work.shard.key, reason=str(error), kept=False),
+                )
+            )
+    return results
+
+
+def reweight_shard(work: ShardWork, spec: ReweightSpec) -> ShardResult:
+    """Compute the features of one shard for every mode in `work.paths`, and its quarantine file.
+
+    Raises:
+        BadShardError: the shard breaks the contract, or a bad row was met and the settings say to fail.
+    """
+    arrow, _ = read_schema(work.shard)
+    shard = check_shard(work.shard.key, arrow, spec.columns)
+    networks = {mode: _network(spec, mode) for mode in work.paths if mode != RAW}
+    dim = _dim(work, spec, shard, networks)
+    result = ShardResult(work.shard.key, work.input_digest)
+    reader = _Reader(work, spec, shard, dim, result)
+    by_block: dict[int, list[str]] = {}
+    for mode in work.paths:
+        by_block.setdefault(_block_rows(spec, mode), []).append(mode)
+    for pass_number, (rows, modes) in enumerate(sorted(by_block.items())):
+        with contextlib.ExitStack() as stack:
+            writers = {mode: _Output(stack, spec, work.paths[mode]) for mode in modes}
+            for meta, matrix in reader.blocks(rows, record=pass_number == 0):
+                for mode in modes:
+                    network = networks.get(mode)
+                    outputs = (
+                        {"front": matrix} if network is None else _apply(network, matrix, spec, mode, work.shard.key)
+                    )
+                    writers[mode].write(meta, outputs)
+        for mode in modes:
+            result.files.append(writers[mode].live(mode, work.shard.key))
+    reader.write_quarantine()
+    return result
+
+
+class _Reader:
+    """Streams the good rows of a shard: a table of everything but the embedding, and the matrix."""
+
+    def __init__(self, work: ShardWork, spec: ReweightSpec, shard: ShardSchema, dim: int, result: ShardResult) -> None:
+        self.work, self.spec, self.shard, self.dim, self.result = work, spec, shard, dim, result
+        self.repeats = dict.fromkeys(work.duplicates, Reason.DUPLICATE_ID)
+        self.repeats |= dict.fromkeys(work.collisions, Reason.ID_COLLISION)
+        self.tombstones = Tombstones(Location(spec.store)) if work.forgotten else None
+        self.bad: list[dict[str, object]] = []
+        self.out_of_range = 0
+        self.largest_yaw = 0.0
+        self.yaws = 0
+
+    def blocks(self, rows: int, record: bool) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+        columns = self.spec.columns
+        names = [columns.id, columns.embedding, *(getattr(columns, role) for role in self.shard.present), *columns.keep]
+        schema = file_schema(self.spec.schema)
+        for first, block in stream_blocks(self.work.shard, list(dict.fromkeys(names)), rows):
+            meta = self._meta(block, schema, record)
+            matrix, reasons = embedding_matrix(block.column(columns.embedding), self.dim)
+            keep = self._sort_out(first, meta, reasons, record)
+            if keep.all():
+                yield meta, matrix
+            else:
+                yield meta.filter(pa.array(keep)), matrix[keep]
+        if record:
+            self._warn()
+
+    def write_quarantine(self) -> None:
+        if not self.bad:
+            return
+        path = quarantine_path(self.work.shard.key, self.work.input_digest)
+        table = pa.Table.from_pylist(self.bad, schema=file_schema(QUARANTINE_SCHEMA))
+        with (quarantine_table(Location(self.spec.store)).place / path).writing() as file:
+            pq.write_table(table, file, compression="zstd", store_schema=False, write_statistics=False)
+
+    def _meta(self, block: pa.RecordBatch, schema: pa.Schema, record: bool) -> pa.RecordBatch:
+        columns = self.spec.columns
+        arrays = []
+        for item in schema:
+            if item.name in VECTOR_COLUMNS:
+                continue
+            if item.name == "id":
+                array = id_column(block.column(columns.id), item.type)
+            elif item.name in ("subject", "pose") and item.name in self.shard.present:
+                array = text_column(block.column(getattr(columns, item.name)))
+            elif item.name in ("yaw", "pitch", "roll") and item.name in self.shard.present:
+                array, out_of_range = angle_column(block.column(getattr(columns, item.name)))
+                if record:
+                    self.out_of_range += out_of_range
+                    if item.name == "yaw":
+                        self._see_yaw(array)
+            elif item.name in columns.keep:
+                try:
+                    array = block.column(item.name).cast(item.type)
+                except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                    raise BadShardError(
+                        f"shard {self.work.shard.key}: column {item.name!r} has type {block.column(item.name).type}, the "
+                        f"store holds {item.type} ({error})."
+                    ) from error
+            else:
+                array = pa.nulls(block.num_rows, item.type)
+            arrays.append(array)
+        return pa.RecordBatch.from_arrays(arrays, [f.name for f in schema if f.name not in VECTOR_COLUMNS])
+
+    def _sort_out(self, first: int, meta: pa.RecordBatch, reasons: np.ndarray, record: bool) -> np.ndarray:
+        """Return which rows are good, and note the others. Forgotten rows leave no trace but their number."""
+        ids = meta.column("id")
+        for row in range(first, first + len(reasons)) if self.repeats else ():
+            if row in self.repeats:
+                reasons[row - first] = self.repeats[row]
+        if ids.null_count:
+            reasons[ids.is_null().to_numpy(zero_copy_only=False)] = Reason.NULL_ID
+        good = reasons == None  # noqa: E711 - elementwise
+        gone = np.zeros(len(reasons), bool)
+        if self.tombstones is not None:
+            gone, _ = self.tombstones.match(ids, meta.column("subject"))
+            good &= ~gone
+        if record:
+            for at in np.flatnonzero(~good & ~gone):
+                reason = str(reasons[at])
+                if self.spec.fail_on_bad_rows:
+                    raise BadShardError(
+                        f"shard {self.work.shard.key}, row {first + at} (id {ids[int(at)].as_py()!r}): {reason}; mend it, "
+                        'or set on_bad_rows = "quarantine".'
+                    )
+                self.result.quarantined[reason] += 1
+                self.bad.append(
+                    {
+                        "row": first + int(at),
+                        "id": None if (value := ids[int(at)].as_py()) is None else str(value),
+                        "subject": meta.column("subject")[int(at)].as_py(),
+                        "reason": reason,
+                    }
+                )
+        return np.asarray(good, bool)
+
+    def _see_yaw(self, yaw: pa.Array) -> None:
+        values = yaw.drop_null().to_numpy(zero_copy_only=False)
+        self.yaws += len(values)
+        if len(values):
+            self.largest_yaw = max(self.largest_yaw, float(np.abs(values).max()))
+
+    def _warn(self) -> None:
+        if self.out_of_range:
+            self.result.warnings.append(
+                f"shard {self.work.shard.key}: {self.out_of_range} angles outside ±180° or not finite were taken as unknown"
+            )
+        if self.yaws >= RADIANS_ROWS and 0 < self.largest_yaw < RADIANS_BELOW:
+            self.result.warnings.append(
+                f"shard {self.work.shard.key}: no |yaw| exceeds {self.largest_yaw:.2f}; degrees are wanted, these look "
+                "like radians"
+            )
+
+
+class _Output:
+    """One feature file on its way to its final name."""
+
+    def __init__(self, stack: contextlib.ExitStack, spec: ReweightSpec, path: str) -> None:
+        self.path = path
+        self.schema = file_schema(spec.schema)
+        self.place = features_table(Location(spec.store)).place / path
+        file = stack.enter_context(self.place.writing())
+        self.writer = stack.enter_context(parquet_writer(file, self.schema))
+        self.rows = 0
+
+    def write(self, meta: pa.RecordBatch, vectors: Mapping[str, np.ndarray]) -> None:
+        n = meta.num_rows
+        if not n:
+            return
+        columns = {name: meta.column(name) for name in meta.schema.names}
+        for name in VECTOR_COLUMNS:
+            columns[name] = vector_column(vectors[name]) if name in vectors else pa.nulls(n, VECTOR)
+        table = pa.Table.from_arrays([columns[item.name] for item in self.schema], schema=self.schema)
+        self.writer.write_table(table, row_group_size=max(n, BLOCK_ROWS))
+        self.rows += n
+
+    def live(self, mode: str, shard: str) -> LiveFile:
+        size = self.place.size()
+        assert size is not None
+        return LiveFile(self.path, size, self.rows, {"mode": mode, "shard": shard})
+
+
+def _apply(network: Reweighter, matrix: np.ndarray, spec: ReweightSpec, mode: str, shard: str) -> dict[str, np.ndarray]:
+    try:
+        return network(matrix, branches=spec.branches and network.has_branches)
+    except BadModelError as error:
+        raise BadModelError(f"shard {shard}, mode {mode}: {error}") from error
+
+
+def _dim(work: ShardWork, spec: ReweightSpec, shard: ShardSchema, networks: Mapping[str, Reweighter]) -> int:
+    dims = {mode: network.embedding_dim for mode, network in networks.items()} or {
+        mode: _network(spec, mode).embedding_dim for mode in spec.models
+    }
+    wanted = set(dims.values())
+    if len(wanted) > 1:
+        raise BadModelError(f"the models want embeddings of different length ({dims}); train them on the same source.")
+    dim = wanted.pop()
+    if shard.dim is not None and shard.dim != dim:
+        raise BadShardError(
+            f"shard {work.shard.key}: column {spec.columns.embedding!r} has {shard.dim} numbers a row, the models want "
+            f"{dim}; pass models trained on such embeddings."
+        )
+    return dim
+
+
+def _block_rows(spec: ReweightSpec, mode: str) -> int:
+    model = spec.models.get(mode)
+    whole = model is not None and mode == "batch_stat" and model.statistic == "batch"
+    return spec.batch_size if whole else BLOCK_ROWS
+
+
+def _network(spec: ReweightSpec, mode: str) -> Reweighter:
+    model = spec.models[mode]
+    return _load_network(spec.store, model.path, model.statistic, spec.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_network(store: str, path: str, statistic: str, device: str) -> Reweighter:
+    checkpoint = load((Location(store) / path).read_bytes())
+    return Reweighter(checkpoint, statistic=statistic, device=device)
+
+
+@contextlib.contextmanager
+def one_thread_each(workers: int) -> Iterator[None]:
+    """Give every worker thread of this process one torch thread while several work side by side.
+
+    On a shared machine that is as fast as OpenMP threads when it is quiet and several times faster when it is not.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(workers, 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
