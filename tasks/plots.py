@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -91,7 +91,8 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> l
                 said.append(f"{mode.mode} {cell_name(cell)} {points(estimate.value)} points, {judge(estimate)}")
         axes.set_yticks(range(len(cells)), [_short(cell_name(cell)) for cell in cells])
         axes.set(xlim=(-reach, reach), ylim=(len(cells) - 0.5, -0.5))
-        axes.set_xlabel("\N{LEFTWARDS ARROW} better      percentage points      worse \N{RIGHTWARDS ARROW}")
+        axes.set_xlabel("percentage points")
+        _ends(axes, "\N{LEFTWARDS ARROW} better", "worse \N{RIGHTWARDS ARROW}")
         axes.grid(visible=False, axis="y")
         _mode_legend(figure, [mode.mode for mode in shown], modes, lines=False)
         panels.append(Panel(f"difference-{_slug(metric)}", f"{metric_name(metric)}: " + "; ".join(said), figure))
@@ -108,16 +109,20 @@ def det_curves(modes: Modes, cells: Sequence[str]) -> list[Panel]:
     x_range = (max(1e-6, min(rates, default=1e-4)), 0.5)
     y_range = (max(1e-5, min(misses, default=1e-3)), min(0.95, max(0.5, *misses, 0.5)))
     panels = []
-    for number, cell in enumerate(drawn):
+    for cell in drawn:
         figure, axes = _canvas(cell_name(cell), 300, 264, left=46, bottom=38)
         said = []
         for mode in modes.values():
             result = mode.cells.get(cell)
             if result is None or result.det is None:
                 continue
-            axes.plot(
-                _deviates(result.det.fmr, x_range), _deviates(result.det.fnmr, y_range), **_line(mode.mode, modes)
-            )
+            kept = [
+                (fmr, fnmr)
+                for fmr, fnmr in zip(result.det.fmr, result.det.fnmr, strict=True)
+                if x_range[0] <= fmr <= x_range[1] and y_range[0] <= fnmr <= y_range[1]
+            ]
+            x, y = [fmr for fmr, _ in kept], [fnmr for _, fnmr in kept]
+            axes.plot(_deviates(x, x_range), _deviates(y, y_range), **_line(mode.mode, modes))
             _det_intervals(axes, result, mode.mode, modes, x_range, y_range)
             said.append(f"{mode.mode} EER {spoken(result.eer)}")
         for axis, (low, high) in ((axes.xaxis, x_range), (axes.yaxis, y_range)):
@@ -125,8 +130,7 @@ def det_curves(modes: Modes, cells: Sequence[str]) -> list[Panel]:
             axis.set_ticks(_deviates(ticks, (low, high)), [f"{100 * tick:.4g}" for tick in ticks])
         axes.set(xlim=_deviates(x_range, x_range), ylim=_deviates(y_range, y_range))
         axes.set(xlabel="false match rate, %", ylabel="false non-match rate, %")
-        if number == 0:
-            _inner_legend(axes, modes)
+        _inner_legend(axes, modes)
         panels.append(Panel(f"det-{_slug(cell)}", f"DET curves, {cell_name(cell)}: " + "; ".join(said), figure))
     return panels
 
@@ -232,22 +236,21 @@ def identification_curves(modes: Modes) -> list[Panel]:
 
 @drawing()
 def channel_weights(weights: Sequence[ChannelWeights]) -> list[Panel]:
-    """Draw mean and spread of each channel's weight, one panel a branch of a mode, the top channels marked."""
+    """Draw the channels' weights and their spread, falling, one panel a branch of a mode, the top channels named."""
     names = sorted({one.mode for one in weights})
     panels = []
     for one in weights:
         role = light(mode_role(one.mode, names))
         title = f"{_short(one.mode)} \N{MIDDLE DOT} {_short(one.branch)}"
         figure, axes = _canvas(title, 360, 208, left=42, bottom=38, colour=role)
-        mean, spread = np.array(one.mean), np.array(one.spread)
-        channels = np.arange(len(mean))
-        axes.fill_between(channels, mean - spread, mean + spread, color=role, alpha=0.25, lw=0)
-        axes.plot(channels, mean, color=role, lw=0.8)
-        for channel, weight in one.top:
-            axes.plot([channel], [weight], "o", ms=3.2, mfc=light("paper"), mec=light("ink"), mew=0.9)
-        if one.top:
-            axes.annotate(str(one.top[0][0]), one.top[0], (0, 5), textcoords="offset points", ha="center", **_NOTE)
-        axes.set(xlim=(-1, len(mean)), ylim=_weight_range(weights), xlabel="channel", ylabel="weight")
+        falling = np.argsort(-np.array(one.mean), kind="stable")
+        mean, spread = np.array(one.mean)[falling], np.array(one.spread)[falling]
+        ranks = np.arange(1, len(mean) + 1)
+        axes.fill_between(ranks, mean - spread, mean + spread, color=role, alpha=0.25, lw=0)
+        axes.plot(ranks, mean, color=role, lw=1.7)
+        top = [str(channel) for channel, _ in one.top[:5]]
+        axes.text(0.97, 0.93, "top: " + ", ".join(top), ha="right", va="top", transform=axes.transAxes, **_NOTE)
+        axes.set(xlim=(0, len(mean) + 1), ylim=_weight_range(weights), xlabel="channels, by rank", ylabel="weight")
         best = ", ".join(f"{channel} ({weight:.3f})" for channel, weight in one.top[:5])
         alt = f"Channel weights of {one.mode}, {one.branch} branch; largest mean weights: {best}"
         panels.append(Panel(f"weights-{_slug(one.mode)}-{_slug(one.branch)}", alt, figure))
@@ -331,10 +334,19 @@ def _mode_legend(figure: Figure, shown: Iterable[str], modes: Iterable[str], *, 
     figure.legend(handles=handles, **_LEGEND, loc="lower left", ncol=3, bbox_to_anchor=(0, 0))
 
 
-def _inner_legend(axes: Axes, modes: Iterable[str], place: str = "upper right") -> None:
-    axes.legend(
-        handles=[Line2D([], [], label=_short(mode), **_line(mode, modes)) for mode in modes], **_LEGEND, loc=place
-    )
+def _inner_legend(
+    axes: Axes, modes: Iterable[str], place: Literal["upper right", "lower right"] = "upper right"
+) -> None:
+    handles = [Line2D([], [], label=_short(mode), **_line(mode, modes)) for mode in modes]
+    axes.legend(handles=handles, loc=place, **_LEGEND)
+
+
+def _ends(axes: Axes, left: str, right: str) -> None:
+    """Name the two ends of the horizontal axis, on the line of its label."""
+    for text, place, side in ((left, 0, "left"), (right, 1, "right")):
+        axes.annotate(
+            text, (place, 0), (0, -20), xycoords="axes fraction", textcoords="offset points", ha=side, va="top", **_NOTE
+        )
 
 
 def _bounds(estimate: Estimate) -> tuple[float, float]:

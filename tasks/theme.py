@@ -87,8 +87,14 @@ def variables() -> dict[str, str]:
 
 
 def plot_rules() -> str:
-    """Return the CSS rules that give the classes of `inline_svg` their colours."""
+    """Return the CSS rules that give the classes of `inline_svg` their colours (`f-raw` fills, `s-raw` strokes)."""
     return "\n".join(f".f-{role} {{ fill: var(--{role}) }} .s-{role} {{ stroke: var(--{role}) }}" for role in PALETTE)
+
+
+def mode_rules() -> str:
+    """Return the CSS rules that colour the text (`t-raw`) and the border (`b-raw`) of a mode."""
+    roles = (*_MODES, "other-1", "other-2")
+    return "\n".join(f".t-{one} {{ color: var(--{one}) }} .b-{one} {{ border-color: var(--{one}) }}" for one in roles)
 
 
 def visible(text: str) -> str:

@@ -39,6 +39,13 @@ def interval(estimate: Estimate) -> str | None:
     return f"{percent(estimate.low)} to {percent(estimate.high)}"
 
 
+def points_interval(difference: Estimate) -> str | None:
+    """Print the 95% interval of a difference in percentage points, or None where there is none."""
+    if difference.low is None or difference.high is None:
+        return None
+    return f"{points(difference.low)} to {points(difference.high)}"
+
+
 def spoken(estimate: Estimate) -> str:
     """Put an estimate into words for alternative texts: value and interval, or that there is none."""
     if estimate.value is None:

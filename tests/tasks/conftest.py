@@ -13,8 +13,8 @@ from schemas.reports import (
     DataQuality,
     Estimate,
     Evaluation,
-    GatedMetric,
     GateDecision,
+    GatedMetric,
     Histogram,
     IdentificationResult,
     ModeResult,
@@ -113,9 +113,7 @@ def _mode_results(rng: np.random.Generator) -> dict[str, ModeResult]:
                     f: None if threshold is None else float((impostor >= threshold).mean())
                     for f, threshold in thresholds.items()
                 },
-                det=Curve(
-                    fmr=fmr.tolist(), fnmr=(np.searchsorted(np.sort(genuine), sweep) / len(genuine)).tolist()
-                ),
+                det=Curve(fmr=fmr.tolist(), fnmr=(np.searchsorted(np.sort(genuine), sweep) / len(genuine)).tolist()),
                 histogram=Histogram(
                     edges=edges.tolist(),
                     genuine=np.histogram(genuine, edges, density=True)[0].tolist(),
@@ -128,7 +126,10 @@ def _mode_results(rng: np.random.Generator) -> dict[str, ModeResult]:
                     if value is None or raw[metric] is None
                     else _estimate(
                         value - raw[metric],
-                        [a[metric] - b[metric] for a, b in zip(bootstrap[mode][cell], bootstrap[RAW][cell], strict=True)],
+                        [
+                            a[metric] - b[metric]
+                            for a, b in zip(bootstrap[mode][cell], bootstrap[RAW][cell], strict=True)
+                        ],
                         reason,
                     )
                     for metric, value in point.items()
