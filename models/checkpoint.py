@@ -100,8 +100,8 @@ def load(source: bytes | str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) 
     """Return the checkpoint in a file or in bytes, safely even when a stranger wrote it.
 
     Checked in this order: the size, before anything is read; the safetensors header; the card and its arguments; the
-    names, shapes and types of all tensors against a network that has shapes but no memory; that every weight is finite. Whatever fails
-    raises `BadModelError`, which says what and names the way out. A missing file raises it too.
+    names, shapes and types of all tensors, against a network that has shapes but no memory; that every weight is
+    finite. Whatever fails raises `BadModelError`, which says what and names the way out. A missing file raises it too.
     """
     name = "the given bytes" if isinstance(source, bytes) else os.fspath(source)
     data = source if isinstance(source, bytes) else _read(name, max_bytes)

@@ -71,7 +71,8 @@ class DualBranchSENet(nn.Module):
     @property
     def alpha(self) -> Tensor:
         """The share of the identity branch in front: a scalar tensor that gradients flow through."""
-        return torch.sigmoid(self.fusion_logit)
+        alpha: Tensor = torch.sigmoid(self.fusion_logit)
+        return alpha
 
 
 class ResidualBranch(nn.Module):
@@ -91,7 +92,8 @@ class ResidualBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the branch's version of x, same shape."""
         hidden: Tensor = self.dropout(self.activation(self.norm(self.expand(self.se(x)))))
-        return x + self.project(hidden)
+        change: Tensor = self.project(hidden)
+        return x + change
 
 
 def _logit(alpha: float) -> Tensor:

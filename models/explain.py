@@ -1,0 +1,120 @@
+"""What the channel weights are, and whether they follow the channels that tell people apart. Numbers only: plots and
+reading data are left to the tasks.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.dual_branch import DualBranchSENet
+from models.se import SEBlock
+
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class ChannelSummary:
+    """Mean and spread (population standard deviation) of each channel's weight over samples, float64 `[C]` each."""
+
+    mean: NDArray[np.float64]
+    spread: NDArray[np.float64]
+
+
+def channel_weights(model: nn.Module, x: Tensor) -> dict[str, NDArray[np.float32]]:
+    """Return the channel weights of each branch for rows `[n, C]` that are normalised as the card says.
+
+    The keys are `identity` and `pose`, or `se` for a plain block. Each value is `[n, C]`; under a batch statistic all
+    its rows are the same. The model's mode (train or eval) is kept. `TypeError` for another kind of model.
+    """
+    if isinstance(model, DualBranchSENet):
+        blocks = {"identity": model.identity_branch.se, "pose": model.pose_branch.se}
+    elif isinstance(model, SEBlock):
+        blocks = {"se": model}
+    else:
+        raise TypeError(f"{type(model).__name__} has no channel weights that are known here; extend models.explain")
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            return {name: block.weights(x).expand(len(x), -1).cpu().numpy() for name, block in blocks.items()}
+    finally:
+        model.train(was_training)
+
+
+def summarise(weights: Floats) -> ChannelSummary:
+    """Return mean and spread over the samples of weights `[n, C]`; `ValueError` for no sample."""
+    if weights.ndim != 2 or len(weights) == 0:
+        raise ValueError(f"weights must be [n, C] with n > 0, not {list(weights.shape)}")
+    return ChannelSummary(weights.mean(axis=0, dtype=np.float64), weights.std(axis=0, dtype=np.float64))
+
+
+def top_channels(weights: Floats, k: int = 10) -> list[tuple[int, float]]:
+    """Return the k channels of largest weight as (channel, weight), largest first; of equal ones the lower channel.
+
+    `weights` is `[C]`: of one sample, or a mean. All C are returned when k is larger.
+    """
+    order = np.argsort(-weights, kind="stable")[:k]
+    return [(int(channel), float(weights[channel])) for channel in order]
+
+
+def identity_relatedness(x: Floats, subjects: Sequence[Hashable], views: Sequence[Hashable]) -> NDArray[np.float64]:
+    """Return, for each channel, how much more it varies between subjects than within a subject across views.
+
+    With m(s, v) the mean of the rows of subject s in view v, V(s) the number of views of s, m(s) the mean of its
+    m(s, v), and m the mean of the m(s), each taken per channel:
+
+        between = Σ_s (m(s) − m)² / (S − 1)
+        within  = Σ_s [ Σ_v (m(s, v) − m(s))² / (V(s) − 1) ] / S
+        relatedness = between / within
+
+    It is the F ratio of a one-way analysis of variance over view means, up to the number of views: large where a
+    channel tells people apart and does not care from where they are seen. Views and subjects count equally however
+    many rows they have. Only the S subjects with at least two views count.
+
+    Args:
+        x: `[n, C]`.
+        subjects: n names.
+        views: n names of views, such as `frontal` and `profile`.
+
+    Returns float64 `[C]`: infinity where a channel varies only between subjects, NaN where it does not vary at all.
+    Raises `ValueError` for lengths that differ or fewer than two subjects that were seen in two views.
+    """
+    if not len(x) == len(subjects) == len(views):
+        raise ValueError(f"{len(x)} rows, {len(subjects)} subjects and {len(views)} views; one of each a row is wanted")
+    rows_of: dict[Hashable, dict[Hashable, list[int]]] = {}
+    for row, (subject, view) in enumerate(zip(subjects, views, strict=True)):
+        rows_of.setdefault(subject, {}).setdefault(view, []).append(row)
+    centres, withins = [], []
+    for rows_by_view in rows_of.values():
+        if len(rows_by_view) >= 2:
+            means = np.stack([x[rows].mean(axis=0, dtype=np.float64) for rows in rows_by_view.values()])
+            centres.append(means.mean(axis=0))
+            withins.append(means.var(axis=0, ddof=1))
+    if len(centres) < 2:
+        raise ValueError(f"{len(centres)} subjects were seen in two views; at least two are needed")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.var(centres, axis=0, ddof=1) / np.mean(withins, axis=0))
+
+
+def rank_correlation(a: Floats, b: Floats) -> float:
+    """Return Spearman's rank correlation of two `[n]` arrays, ties given their mean rank; NaN where one is constant.
+
+    Infinity ranks above all numbers. Pairs with a NaN are left out. `ValueError` for lengths that differ.
+    """
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"two arrays of one length are wanted, not {list(a.shape)} and {list(b.shape)}")
+    known = ~(np.isnan(a) | np.isnan(b))
+    ranks_a, ranks_b = _centred_ranks(a[known]), _centred_ranks(b[known])
+    scale = float(np.sqrt((ranks_a @ ranks_a) * (ranks_b @ ranks_b)))
+    return float(ranks_a @ ranks_b) / scale if scale > 0 else float("nan")
+
+
+def _centred_ranks(values: Floats) -> NDArray[np.float64]:
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(sizes)
+    ranks = (last - (sizes - 1) / 2)[group]
+    return np.asarray(ranks - (len(values) + 1) / 2)

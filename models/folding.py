@@ -1,0 +1,165 @@
+"""The inference graph: the same numbers as the network in `eval()`, in fewer and faster steps.
+
+BatchNorm and dropout disappear into the layer before them, the activations into the matrix products, and rows run in
+blocks that stay in the cache. Scaling inputs and choosing a device is left to `models.inference`.
+
+What was measured (D = 512, one core of a Zen 5 EPYC, torch 2.13, 4,096 rows): 85–104 ms eager, 82 ms folded on MKL,
+37 ms folded on oneDNN, of which 33 ms is the four large products at the speed the core can do. Hence oneDNN below, and
+hence no concatenated layers: one product twice as wide takes exactly twice as long.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.dual_branch import Branches, DualBranchSENet, ResidualBranch
+from models.se import SEBlock
+from schemas.errors import BadModelError
+from schemas.models import Statistic
+
+_HAS_ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+_BLOCK_ROWS = 1024  # measured at D = 512: 512 to 1,024 rows are 7% faster than 4,096 on one core; tails cost nothing
+
+
+def fold(model: nn.Module, statistic: Statistic = "frozen") -> "FoldedSE | FoldedDualBranch":
+    """Return the inference graph of an `SEBlock` or `DualBranchSENet`; it shares no memory with the model.
+
+    Equal to the model in `eval()` with the same `statistic` to 1e-5 of the size of x. Per sample, a row's result does
+    not depend on the other rows, and `statistic` has no effect. Raises `BadModelError` when the frozen mean is asked
+    for and was not gathered, `TypeError` for another kind of model.
+    """
+    if isinstance(model, SEBlock):
+        return FoldedSE(FoldedGate(model, statistic))
+    if isinstance(model, DualBranchSENet):
+        return FoldedDualBranch(model, statistic)
+    raise TypeError(f"no inference graph for {type(model).__name__}; add one in models.folding")
+
+
+class FoldedSE(nn.Module):
+    """An SE block as the whole model. It has no branches."""
+
+    def __init__(self, gate: "FoldedGate") -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features of `[n, D]` embeddings, same shape."""
+        squeezed = self.gate.squeeze(x)
+        front = torch.empty_like(x)
+        for block in _blocks(x):
+            rows = x[block]
+            torch.mul(rows, self.gate(rows if squeezed is None else squeezed), out=front[block])
+        return front
+
+
+class FoldedDualBranch(nn.Module):
+    """The dual-branch network without BatchNorm; front is the same, bit for bit, with branches asked for or not."""
+
+    alpha: Tensor
+
+    def __init__(self, model: DualBranchSENet, statistic: Statistic) -> None:
+        super().__init__()
+        self.identity_branch = FoldedBranch(model.identity_branch, statistic)
+        self.pose_branch = FoldedBranch(model.pose_branch, statistic)
+        self.register_buffer("alpha", model.alpha.detach().clone())
+
+    def forward(self, x: Tensor, return_branches: bool = False) -> Tensor | Branches:
+        """Return front, or (front, identity, pose), for `[n, D]` embeddings; each `[n, D]`."""
+        outputs = [torch.empty_like(x) for _ in range(3 if return_branches else 1)]
+        identity_squeezed, pose_squeezed = self.identity_branch.gate.squeeze(x), self.pose_branch.gate.squeeze(x)
+        for block in _blocks(x):
+            identity = self.identity_branch(x[block], identity_squeezed)
+            pose = self.pose_branch(x[block], pose_squeezed)
+            torch.lerp(pose, identity, self.alpha, out=outputs[0][block])
+            if return_branches:
+                outputs[1][block] = identity
+                outputs[2][block] = pose
+        return (outputs[0], outputs[1], outputs[2]) if return_branches else outputs[0]
+
+
+class FoldedBranch(nn.Module):
+    """A residual branch: gate, two affine maps, the sum."""
+
+    expand: Tensor  # [H, D], with BatchNorm's scale
+    expand_bias: Tensor
+    project: Tensor  # [D, H]
+    project_bias: Tensor
+
+    def __init__(self, branch: ResidualBranch, statistic: Statistic) -> None:
+        super().__init__()
+        self.gate = FoldedGate(branch.se, statistic)
+        weight, bias = _fold_norm(branch.expand, branch.norm)
+        self.register_buffer("expand", weight)
+        self.register_buffer("expand_bias", bias)
+        self.register_buffer("project", branch.project.weight.detach().clone())
+        self.register_buffer("project_bias", branch.project.bias.detach().clone())
+
+    def forward(self, rows: Tensor, squeezed: Tensor | None) -> Tensor:
+        """Return the branch's version of some rows, `[n, D]`; `squeezed` is the shared statistic, if there is one."""
+        gated = self.gate(rows if squeezed is None else squeezed) * rows
+        hidden = _affine(gated, self.expand, self.expand_bias, "relu")
+        return _affine(hidden, self.project, self.project_bias, "none").add_(rows)
+
+
+class FoldedGate(nn.Module):
+    """Channel weights from the squeezed statistic."""
+
+    reduce: Tensor  # [C/r, C]
+    excite: Tensor  # [C, C/r]
+    frozen_mean: Tensor | None  # [1, C]
+
+    def __init__(self, block: SEBlock, statistic: Statistic) -> None:
+        super().__init__()
+        frozen = block.use_batch_stat and statistic == "frozen"
+        if frozen and not block.gathered:
+            raise BadModelError(
+                "the model holds no frozen batch statistic; train it again so that one is gathered, or choose "
+                'statistic = "batch"'
+            )
+        self.per_sample = not block.use_batch_stat
+        self.register_buffer("reduce", block.get_parameter("fc.0.weight").detach().clone())
+        self.register_buffer("excite", block.get_parameter("fc.2.weight").detach().clone())
+        self.register_buffer("frozen_mean", block.frozen_mean[None, :].clone() if frozen else None)
+
+    def squeeze(self, x: Tensor) -> Tensor | None:
+        """Return the statistic `[1, C]` that all rows of x share, or None where each row is its own."""
+        if self.per_sample:
+            return None
+        if self.frozen_mean is not None:
+            return self.frozen_mean
+        return x.mean(dim=0, keepdim=True, dtype=torch.float64).to(x.dtype)  # float64: the same on any thread count
+
+    def forward(self, squeezed: Tensor) -> Tensor:
+        """Return the weights in (0, 1), same shape as the statistic."""
+        return _affine(_affine(squeezed, self.reduce, None, "relu"), self.excite, None, "sigmoid")
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    size = _BLOCK_ROWS if x.device.type == "cpu" else max(len(x), 1)
+    return [slice(start, start + size) for start in range(0, len(x), size)]
+
+
+def _fold_norm(linear: nn.Linear, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the one affine map that `linear` (without bias) and `norm` in eval are together."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    with torch.no_grad():
+        scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+        weight = linear.weight.double() * scale[:, None]
+        bias = norm.bias.double() - norm.running_mean.double() * scale
+    return weight.to(linear.weight.dtype), bias.to(linear.weight.dtype)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Return `activation(x @ weight.T + bias)`.
+
+    On the CPU it is the oneDNN operator that torch.compile emits for the same expression: `functional.linear` goes to
+    MKL, which does not use AVX-512 on AMD. Where this build of torch lacks it, and on a GPU, plain torch does the same.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN:
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+        return fused
+    y = functional.linear(x, weight, bias)
+    if activation == "relu":
+        return y.relu_()
+    return y.sigmoid_() if activation == "sigmoid" else y

@@ -1,0 +1,136 @@
+"""Embeddings in, features out: the hot path of the nightly run and the query path, over plain NumPy arrays.
+
+It scales the rows as the model's card says, runs the inference graph on a device, and lets nothing out that is not a
+finite number. Which rows make a batch, and where they lie, is left to the tasks.
+"""
+
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from models.checkpoint import Checkpoint
+from models.folding import FoldedDualBranch, FoldedSE, fold
+from schemas.errors import BadModelError, SettingsError
+from schemas.models import Normalisation, Statistic
+
+Rows = NDArray[np.float32]
+
+
+def normalise(x: Tensor, normalisation: Normalisation) -> Tensor:
+    """Return rows as a network wants them: unchanged (`"none"`), or each divided by its Euclidean norm (`"l2"`).
+
+    A row of zeros becomes NaN: it has no direction, and NaN is noticed. Norms are taken in float64, so that no row of
+    finite numbers overflows.
+    """
+    if normalisation == "none":
+        return x
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
+    scaled: Tensor = x * norm.reciprocal().to(x.dtype)
+    return scaled
+
+
+class Reweighter:
+    """Re-weights blocks of embeddings with one checkpoint; a call leaves no trace in it, so threads may share it.
+
+    Args:
+        checkpoint: the model and its card.
+        statistic: for a `batch_stat` model: its `"frozen"` mean, or the mean of each given block (`"batch"`). Without
+            effect for a `per_sample` model.
+        device: `"auto"` takes the GPU when there is one.
+
+    Raises `BadModelError` when the frozen mean is asked for and the model has none, `SettingsError` when CUDA is asked
+    for and there is none.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        statistic: Statistic = "frozen",
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+    ) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise SettingsError('device "cuda": torch sees no GPU here; choose "cpu" or "auto"')
+        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.embedding_dim = checkpoint.card.embedding_dim
+        self._checkpoint = checkpoint
+        self._network = fold(checkpoint.model, statistic).to(self.device)
+        self.has_branches = isinstance(self._network, FoldedDualBranch)
+
+    def __call__(self, x: Rows, branches: bool = False) -> dict[str, Rows]:
+        """Return `front`, and with `branches` also `identity` and `pose_branch`, each float32 `[n, D]`.
+
+        Args:
+            x: float32 `[n, D]`, as stored (not normalised); read-only arrays are welcome and are not copied.
+            branches: `BadModelError` for an architecture without branches, see `has_branches`.
+
+        Raises `BadModelError` naming the first row whose feature is not finite, or the dimension that does not fit;
+        `ValueError` for anything but a two-dimensional float32 array.
+        """
+        if branches and not self.has_branches:
+            raise BadModelError("this model has no branches; ask for front only, or use a dual_branch model")
+        return self._run(self._network, x, branches)
+
+    def query(self, x: Rows) -> Rows:
+        """Return front for one vector `[D]`, or for several `[n, D]` each as if it came alone.
+
+        A `batch_stat` model uses its frozen mean, also with `statistic="batch"`, since a query has no batch; when it
+        has none, `BadModelError`.
+        """
+        front = self._run(self._query_network, np.atleast_2d(x), branches=False)["front"]
+        return front[0] if x.ndim == 1 else front
+
+    @cached_property
+    def _query_network(self) -> FoldedSE | FoldedDualBranch:
+        try:
+            return fold(self._checkpoint.model, "frozen").to(self.device)
+        except BadModelError as error:
+            raise BadModelError(
+                "a query vector has no batch to take the mean of, and the model holds no frozen batch statistic; "
+                "train it again so that one is gathered"
+            ) from error
+
+    def _run(self, network: FoldedSE | FoldedDualBranch, x: Rows, branches: bool) -> dict[str, Rows]:
+        if x.ndim != 2 or x.dtype != np.float32:
+            raise ValueError(f"embeddings must be float32 [n, {self.embedding_dim}], not {x.dtype} {list(x.shape)}")
+        if x.shape[1] != self.embedding_dim:
+            raise BadModelError(
+                f"the embeddings have {x.shape[1]} numbers, the model wants {self.embedding_dim}; use another model"
+            )
+        names = ("front", "identity", "pose_branch") if branches else ("front",)
+        if len(x) == 0:
+            return {name: np.empty_like(x) for name in names}
+        with torch.inference_mode():
+            # DLPack, unlike from_numpy, takes the read-only arrays that Arrow gives without a copy or a warning.
+            rows = normalise(from_dlpack(x).to(self.device), self._normalisation)
+            outputs = network(rows, return_branches=True) if branches else (network(rows),)
+            features = [output.cpu().numpy() for output in outputs]
+        _refuse_non_finite(x, features[0], self._normalisation)
+        return dict(zip(names, features, strict=True))
+
+    @property
+    def _normalisation(self) -> Normalisation:
+        return self._checkpoint.card.normalisation
+
+
+def _refuse_non_finite(x: Rows, front: Rows, normalisation: Normalisation) -> None:
+    """Raise for the first bad row. Front mixes both branches, so a bad number in either of them shows in it too."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(front.sum()):  # 30 times cheaper than a look at each number, and never misses one
+            return
+    bad = np.flatnonzero(~np.isfinite(front).all(axis=1))
+    if len(bad) == 0:
+        return
+    row = int(bad[0])
+    if not np.isfinite(x).all():
+        row = int(np.flatnonzero(~np.isfinite(x).all(axis=1))[0])  # under a batch statistic it spoils the other rows
+        why = "the embedding itself holds NaN or infinity"
+    elif normalisation == "l2" and not x[row].any():
+        why = "the embedding is all zeros and has no direction"
+    else:
+        why = "the embedding is finite, the network's output is not"
+    raise BadModelError(f"row {row} of {len(x)}: {why}; quarantine such rows before re-weighting")

@@ -1,0 +1,61 @@
+"""The losses that teach a network which rows belong together. The training loop and its recipe are left to others."""
+
+from collections.abc import Callable, Mapping
+
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses import SupConLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import BatchHardMiner
+from torch import Tensor, nn
+
+from schemas.errors import SettingsError
+
+
+class BatchHardTriplet(nn.Module):
+    """Triplet margin loss on cosine similarity, one triplet a row: its hardest positive and its hardest negative.
+
+    `max(0, s(a, n) − s(a, p) + margin)`, averaged over the triplets that are not 0 (Hermans et al. 2017,
+    arXiv:1703.07737).
+    """
+
+    def __init__(self, margin: float = 0.2) -> None:
+        super().__init__()
+        if not 0 < margin <= 2:
+            raise SettingsError(f"margin is {margin}; cosine similarities differ by at most 2, choose one in (0, 2]")
+        self.miner = BatchHardMiner(distance=CosineSimilarity())
+        self.loss = TripletMarginLoss(margin=margin, distance=CosineSimilarity())
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of `[n, D]` features with int64 labels `[n]`; 0 when no triplet can be formed."""
+        loss: Tensor = self.loss(features, labels, self.miner(features, labels))
+        return loss
+
+
+class SupervisedContrastive(nn.Module):
+    """Supervised contrastive loss on cosine similarity (Khosla et al. 2020, arXiv:2004.11362, the L_out form).
+
+    The default temperature is low because higher ones harm the low-FMR end, measured on CFP embeddings.
+    """
+
+    def __init__(self, temperature: float = 0.03) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise SettingsError(f"temperature is {temperature}; choose a value above 0, such as 0.03")
+        self.loss = SupConLoss(temperature=temperature, distance=CosineSimilarity())
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of `[n, D]` features with int64 labels `[n]`; 0 when no row has a positive."""
+        loss: Tensor = self.loss(features, labels)
+        return loss
+
+
+LOSSES: Mapping[str, Callable[..., nn.Module]] = {"triplet": BatchHardTriplet, "supcon": SupervisedContrastive}
+
+
+def make_loss(name: str, **options: float) -> nn.Module:
+    """Return the loss of that name, called as `loss(features, labels)`; `SettingsError` for a wrong name or option."""
+    if name not in LOSSES:
+        raise SettingsError(f"loss {name!r} is unknown; known are {', '.join(sorted(LOSSES))}")
+    try:
+        return LOSSES[name](**options)
+    except TypeError as error:
+        raise SettingsError(f"loss {name!r}: {error}; see its description in models.losses") from error
