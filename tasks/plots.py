@@ -4,12 +4,8 @@ Each function takes records and returns panels; what was not measured gives no p
 their axes, so that they compare by eye. Colours and the way into HTML, SVG and PNG are `tasks.theme`'s.
 """
 
-import re
-import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,8 +13,27 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from schemas.reports import RAW, CellResult, ChannelWeights, Estimate, ModeResult, TrendPoint
-from tasks.theme import RAMP_STEPS, drawing, light, mode_role, visible
+from schemas.reports import RAW, CellResult, ChannelWeights, ModeResult, TrendPoint
+from tasks.panels import (
+    LABEL,
+    LEGEND,
+    NOTE,
+    Panel,
+    bounds,
+    canvas,
+    dress,
+    ends,
+    error_curve,
+    inner_legend,
+    line_style,
+    mark_style,
+    mode_colour,
+    mode_legend,
+    short,
+    slug,
+    whole,
+)
+from tasks.theme import RAMP_STEPS, drawing, light, mode_role
 from tasks.wording import (
     NOT_ESTIMABLE,
     cell_name,
@@ -35,28 +50,15 @@ from tasks.wording import (
 
 Modes = dict[str, ModeResult]
 
-_DASHES = {"raw": (0, (5, 2)), "per_sample": "-", "batch_stat": (0, (6, 1.5, 1.5, 1.5))}
-_MARKERS = {"raw": "o", "per_sample": "s", "batch_stat": "^"}
-_SMALL = 9.5
-_LEGEND: dict[str, Any] = {
-    "frameon": False, "fontsize": _SMALL, "labelcolor": light("muted"), "handlelength": 1.8, "handletextpad": 0.5,
-    "columnspacing": 1.2, "borderpad": 0.1, "labelspacing": 0.25,
-}  # fmt: skip
-_LABEL: dict[str, Any] = {"fontsize": _SMALL, "fontweight": "bold", "va": "top"}
-_NOTE: dict[str, Any] = {"fontsize": _SMALL, "color": light("ink")}
+
 # Fixed, so that a colour means the same every night: a cell's step is the number of bounds its FNMR has reached.
 _HEAT_BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+
+
 _POSE_ORDER = ("frontal", "half", "profile", "unknown")
+
+
 _TREND_LENGTH = 30
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One drawn panel: `name` (letters, digits, hyphens; unique in a report), the alternative text, the drawing."""
-
-    name: str
-    alt: str
-    figure: Figure
 
 
 @drawing()
@@ -72,10 +74,10 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> l
     ]
     if not found:
         return []
-    reach = 115 * max(abs(bound) for estimate in found for bound in _bounds(estimate)) or 1
+    reach = 115 * max(abs(bound) for estimate in found for bound in bounds(estimate)) or 1
     panels = []
     for metric in metrics:
-        figure, axes = _canvas(f"{metric_name(metric)}, difference to raw", 360, 236, left=94, bottom=60)
+        figure, axes = canvas(f"{metric_name(metric)}, difference to raw", 360, 236, left=94, bottom=60)
         axes.axvline(0, color=light("ink"), lw=1)
         said = []
         for place, mode in enumerate(shown):
@@ -84,18 +86,18 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> l
                 estimate = difference_of(mode, cell, metric)
                 if estimate is None or estimate.value is None:
                     continue
-                low, high = _bounds(estimate)
-                axes.plot([100 * low, 100 * high], [row + shift] * 2, color=_colour(mode.mode, modes), lw=2)
+                low, high = bounds(estimate)
+                axes.plot([100 * low, 100 * high], [row + shift] * 2, color=mode_colour(mode.mode, modes), lw=2)
                 clear = judge(estimate) in ("better", "worse")
-                axes.plot([100 * estimate.value], [row + shift], **_mark(mode.mode, modes, solid=clear))
+                axes.plot([100 * estimate.value], [row + shift], **mark_style(mode.mode, modes, solid=clear))
                 said.append(f"{mode.mode} {cell_name(cell)} {points(estimate.value)} points, {judge(estimate)}")
-        axes.set_yticks(range(len(cells)), [_short(cell_name(cell)) for cell in cells])
+        axes.set_yticks(range(len(cells)), [short(cell_name(cell)) for cell in cells])
         axes.set(xlim=(-reach, reach), ylim=(len(cells) - 0.5, -0.5))
         axes.set_xlabel("percentage points")
-        _ends(axes, "\N{LEFTWARDS ARROW} better", "worse \N{RIGHTWARDS ARROW}")
+        ends(axes, "\N{LEFTWARDS ARROW} better", "worse \N{RIGHTWARDS ARROW}")
         axes.grid(visible=False, axis="y")
-        _mode_legend(figure, [mode.mode for mode in shown], modes, lines=False)
-        panels.append(Panel(f"difference-{_slug(metric)}", f"{metric_name(metric)}: " + "; ".join(said), figure))
+        mode_legend(figure, [mode.mode for mode in shown], modes)
+        panels.append(Panel(f"difference-{slug(metric)}", f"{metric_name(metric)}: " + "; ".join(said), figure))
     return panels
 
 
@@ -110,7 +112,7 @@ def det_curves(modes: Modes, cells: Sequence[str]) -> list[Panel]:
     y_range = (max(1e-5, min(misses, default=1e-3)), min(0.95, max(0.5, *misses, 0.5)))
     panels = []
     for cell in drawn:
-        figure, axes = _canvas(cell_name(cell), 300, 264, left=46, bottom=38)
+        figure, axes = canvas(cell_name(cell), 300, 264, left=46, bottom=38)
         said = []
         for mode in modes.values():
             result = mode.cells.get(cell)
@@ -122,7 +124,7 @@ def det_curves(modes: Modes, cells: Sequence[str]) -> list[Panel]:
                 if x_range[0] <= fmr <= x_range[1] and y_range[0] <= fnmr <= y_range[1]
             ]
             x, y = [fmr for fmr, _ in kept], [fnmr for _, fnmr in kept]
-            axes.plot(_deviates(x, x_range), _deviates(y, y_range), **_line(mode.mode, modes))
+            axes.plot(_deviates(x, x_range), _deviates(y, y_range), **line_style(mode.mode, modes))
             _det_intervals(axes, result, mode.mode, modes, x_range, y_range)
             said.append(f"{mode.mode} EER {spoken(result.eer)}")
         for axis, (low, high) in ((axes.xaxis, x_range), (axes.yaxis, y_range)):
@@ -130,8 +132,8 @@ def det_curves(modes: Modes, cells: Sequence[str]) -> list[Panel]:
             axis.set_ticks(_deviates(ticks, (low, high)), [f"{100 * tick:.4g}" for tick in ticks])
         axes.set(xlim=_deviates(x_range, x_range), ylim=_deviates(y_range, y_range))
         axes.set(xlabel="false match rate, %", ylabel="false non-match rate, %")
-        _inner_legend(axes, modes)
-        panels.append(Panel(f"det-{_slug(cell)}", f"DET curves, {cell_name(cell)}: " + "; ".join(said), figure))
+        inner_legend(axes, modes)
+        panels.append(Panel(f"det-{slug(cell)}", f"DET curves, {cell_name(cell)}: " + "; ".join(said), figure))
     return panels
 
 
@@ -143,34 +145,36 @@ def score_histograms(modes: Modes, cells: Sequence[str], fmr: str) -> list[Panel
     panels = []
     low, high = _score_range(shown, drawn)
     for cell in drawn:
-        figure, base = _canvas(cell_name(cell), 300, 64 + 62 * len(shown), left=8, bottom=38)
+        figure, base = canvas(cell_name(cell), 300, 64 + 62 * len(shown), left=8, bottom=38)
         base.set_axis_off()
         figure.legend(
             handles=[
                 Line2D([], [], color=light("muted"), lw=1.2, label="impostor"),
                 Patch(facecolor=light("rule"), label="genuine"),
             ],
-            **_LEGEND, loc="upper right", bbox_to_anchor=(1.02, 1.015),
+            **LEGEND, loc="upper right", bbox_to_anchor=(1.02, 1.015),
         )  # fmt: skip
         box = base.get_position()
         said = []
         for row, mode in enumerate(shown):
             height = box.height / len(shown)
             axes = figure.add_axes((box.x0, box.y1 - (row + 1) * height, box.width, 0.92 * height))
-            _dress(axes)
+            dress(axes)
             axes.spines["left"].set_visible(False)
             axes.set(xlim=(low, high), yticks=[])
             axes.tick_params(labelbottom=row == len(shown) - 1)
-            axes.text(0.0, 0.96, _short(mode.mode), color=_colour(mode.mode, modes), **_LABEL, transform=axes.transAxes)
+            axes.text(
+                0.0, 0.96, short(mode.mode), color=mode_colour(mode.mode, modes), **LABEL, transform=axes.transAxes
+            )
             result = mode.cells.get(cell)
             if result is None or result.histogram is None:
                 continue
-            _score_row(axes, result, _colour(mode.mode, modes), mode.thresholds.get(fmr))
+            _score_row(axes, result, tone, mode.thresholds.get(fmr))
             if row == len(shown) - 1:
                 axes.set_xlabel("cosine score")
             miss = result.fnmr_global.get(fmr)
             said.append(f"{mode.mode} {spoken(miss)} of genuine pairs below the threshold" if miss else mode.mode)
-        panels.append(Panel(f"scores-{_slug(cell)}", f"Scores, {cell_name(cell)}: " + "; ".join(said), figure))
+        panels.append(Panel(f"scores-{slug(cell)}", f"Scores, {cell_name(cell)}: " + "; ".join(said), figure))
     return panels
 
 
@@ -181,7 +185,7 @@ def pose_heat_maps(modes: Modes, fmr: str) -> list[Panel]:
     poses = [pose for pose in _POSE_ORDER if pose in found] + sorted(found.difference(_POSE_ORDER))
     panels = []
     for mode in modes.values() if poses else ():
-        figure, axes = _canvas(mode.mode, 360, 268, left=62, bottom=62, colour=_colour(mode.mode, modes))
+        figure, axes = canvas(mode.mode, 360, 268, left=62, bottom=62, colour=mode_colour(mode.mode, modes))
         said = []
         for row, first in enumerate(poses):
             for column, second in enumerate(poses[: row + 1]):
@@ -192,15 +196,15 @@ def pose_heat_maps(modes: Modes, fmr: str) -> list[Panel]:
                 _heat_cell(axes, column, row, miss.value, result.n_genuine)
                 said.append(f"{second}\N{EN DASH}{first} {spoken(miss)}")
         axes.set(xlim=(-0.5, len(poses) - 0.5), ylim=(len(poses) - 0.5, -0.5))
-        axes.set_xticks(range(len(poses)), [_short(pose, 10) for pose in poses])
-        axes.set_yticks(range(len(poses)), [_short(pose, 10) for pose in poses])
+        axes.set_xticks(range(len(poses)), [short(pose, 10) for pose in poses])
+        axes.set_yticks(range(len(poses)), [short(pose, 10) for pose in poses])
         axes.tick_params(length=0)
         axes.grid(visible=False)
         for spine in axes.spines.values():
             spine.set_visible(False)
         _heat_key(figure)
         alt = f"{mode.mode}, FNMR at the global threshold of FMR {percent_of(fmr)}: " + "; ".join(said)
-        panels.append(Panel(f"poses-{_slug(mode.mode)}", alt, figure))
+        panels.append(Panel(f"poses-{slug(mode.mode)}", alt, figure))
     return panels
 
 
@@ -217,19 +221,23 @@ def identification_curves(modes: Modes) -> list[Panel]:
         keys = sorted({key for curve in series.values() for key in curve}, key=float)
         if not keys:
             continue
-        figure, axes = _canvas(title, 360, 250, left=52, bottom=38)
+        figure, axes = canvas(title, 360, 250, left=52, bottom=38)
         said = []
         for place, (mode, curve) in enumerate(series.items()):
             shift = (place - (len(series) - 1) / 2) * 0.1
             known = [
                 (keys.index(key) + shift, curve[key]) for key in keys if key in curve and curve[key].value is not None
             ]
-            _error_curve(axes, known, mode, modes)
+            error_curve(axes, known, mode, modes)
             said += [f"{mode} at {key} {spoken(curve[key])}" for key in keys if key in curve]
+        for place, key in enumerate(keys):
+            if all(key not in curve or curve[key].value is None for curve in series.values()):
+                axes.annotate(NOT_ESTIMABLE, (place, 0), (0, 4), xycoords=("data", "axes fraction"),
+                              textcoords="offset points", ha="center", **NOTE)  # fmt: skip
         labels = keys if name == "cmc" else [percent_of(key) for key in keys]
         axes.set_xticks(range(len(keys)), labels)
         axes.set(xlim=(-0.4, len(keys) - 0.6), xlabel=x_label, ylabel=y_label)
-        _inner_legend(axes, {mode: modes[mode] for mode in shown}, "lower right" if name == "cmc" else "upper right")
+        inner_legend(axes, {mode: modes[mode] for mode in shown}, "lower right" if name == "cmc" else "upper right")
         panels.append(Panel(name, f"{title}: " + "; ".join(said), figure))
     return panels
 
@@ -241,19 +249,19 @@ def channel_weights(weights: Sequence[ChannelWeights]) -> list[Panel]:
     panels = []
     for one in weights:
         role = light(mode_role(one.mode, names))
-        title = f"{_short(one.mode)} \N{MIDDLE DOT} {_short(one.branch)}"
-        figure, axes = _canvas(title, 360, 208, left=42, bottom=38, colour=role)
+        title = f"{short(one.mode)} \N{MIDDLE DOT} {short(one.branch)}"
+        figure, axes = canvas(title, 300, 208, left=42, bottom=38, colour=role)
         falling = np.argsort(-np.array(one.mean), kind="stable")
         mean, spread = np.array(one.mean)[falling], np.array(one.spread)[falling]
         ranks = np.arange(1, len(mean) + 1)
         axes.fill_between(ranks, mean - spread, mean + spread, color=role, alpha=0.25, lw=0)
         axes.plot(ranks, mean, color=role, lw=1.7)
         top = [str(channel) for channel, _ in one.top[:5]]
-        axes.text(0.97, 0.93, "top: " + ", ".join(top), ha="right", va="top", transform=axes.transAxes, **_NOTE)
+        axes.text(0.97, 0.93, "top: " + ", ".join(top), ha="right", va="top", transform=axes.transAxes, **NOTE)
         axes.set(xlim=(0, len(mean) + 1), ylim=_weight_range(weights), xlabel="channels, by rank", ylabel="weight")
         best = ", ".join(f"{channel} ({weight:.3f})" for channel, weight in one.top[:5])
         alt = f"Channel weights of {one.mode}, {one.branch} branch; largest mean weights: {best}"
-        panels.append(Panel(f"weights-{_slug(one.mode)}-{_slug(one.branch)}", alt, figure))
+        panels.append(Panel(f"weights-{slug(one.mode)}-{slug(one.branch)}", alt, figure))
     return panels
 
 
@@ -262,114 +270,33 @@ def trend_lines(trend: Sequence[TrendPoint]) -> list[Panel]:
     """Draw the gated metric over the last releases, one panel a mode; hollow marks were not promoted."""
     recent = trend[-_TREND_LENGTH:]
     names = list(dict.fromkeys(mode for point in recent for mode in point.figures))
-    bounds = [b for point in recent for one in point.figures.values() if one.value is not None for b in _bounds(one)]
+    known_figures = [one for point in recent for one in point.figures.values() if one.value is not None]
+    lowest = 100 * min((bounds(one)[0] for one in known_figures), default=0)
+    highest = 100 * max((bounds(one)[1] for one in known_figures), default=0)
+    margin = 0.08 * (highest - lowest) + 0.1
     panels = []
-    for mode in names if bounds else ():
-        figure, axes = _canvas(mode, 360, 216, left=46, bottom=38, colour=_colour(mode, names))
+    for mode in names if known_figures else ():
+        figure, axes = canvas(mode, 360, 216, left=46, bottom=38, colour=mode_colour(mode, names))
         known = [
             (place, point.figures[mode])
             for place, point in enumerate(recent)
             if mode in point.figures and point.figures[mode].value is not None
         ]
-        _error_curve(axes, known, mode, names, marks=False)
+        error_curve(axes, known, mode, names, marks=False)
         for place, one in known:
-            axes.plot([place], [_whole(one)], **_mark(mode, names, solid=recent[place].promoted))
+            axes.plot([place], [whole(one)], **mark_style(mode, names, solid=recent[place].promoted))
         if known:
             place, one = known[-1]
-            axes.annotate(percent(one.value or 0), (place, _bounds(one)[1] * 100), (0, 4), textcoords="offset points",
-                          ha="right" if len(recent) > 1 else "center", **_NOTE)  # fmt: skip
+            axes.annotate(percent(one.value or 0), (place, bounds(one)[1] * 100), (0, 4), textcoords="offset points",
+                          ha="right" if len(recent) > 1 else "center", **NOTE)  # fmt: skip
         ticks = sorted({round(at) for at in np.linspace(0, len(recent) - 1, min(4, len(recent)))})
         axes.set_xticks(ticks, [f"{recent[tick].created:%d %b}" for tick in ticks])
-        margin = 8 * (max(bounds) - min(bounds)) + 0.1
         axes.set(xlim=(-0.5, max(0.5, len(recent) - 0.5)), ylabel="%")
-        axes.set_ylim(max(0, 100 * min(bounds) - margin), 100 * max(bounds) + 2 * margin)
+        axes.set_ylim(max(0, lowest - margin), highest + 2 * margin)
         said = f"latest {spoken(known[-1][1])}" if known else "no estimable figure"
         alt = f"Gated metric of {mode} over {len(known)} releases: {said}"
-        panels.append(Panel(f"trend-{_slug(mode)}", alt, figure))
+        panels.append(Panel(f"trend-{slug(mode)}", alt, figure))
     return panels
-
-
-def _canvas(
-    title: str, width: int, height: int, *, left: int, bottom: int, colour: str = light("ink")
-) -> tuple[Figure, Axes]:
-    """Return a figure of so many CSS pixels with one pair of axes at fixed margins, so that neighbours line up."""
-    figure = Figure(figsize=(width / 72, height / 72), facecolor="none")
-    figure.text(2 / width, 1 - 13 / height, _short(title, 46), fontsize=11, fontweight="bold", color=colour)
-    axes = figure.add_axes((left / width, bottom / height, 1 - (left + 10) / width, 1 - (bottom + 28) / height))
-    _dress(axes)
-    axes.grid(color=light("grid"), lw=0.8)
-    return figure, axes
-
-
-def _dress(axes: Axes) -> None:
-    axes.set_facecolor("none")
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set(visible=side in ("left", "bottom"), color=light("rule"), lw=0.8)
-    axes.tick_params(color=light("rule"), labelcolor=light("muted"), labelsize=_SMALL, length=3, width=0.8)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set(color=light("muted"), fontsize=_SMALL)
-
-
-def _colour(mode: str, modes: Iterable[str]) -> str:
-    return light(mode_role(mode, list(modes)))
-
-
-def _line(mode: str, modes: Iterable[str]) -> dict[str, Any]:
-    return {"color": _colour(mode, modes), "lw": 1.7, "ls": _DASHES.get(mode, (0, (2, 1.5)))}
-
-
-def _mark(mode: str, modes: Iterable[str], *, solid: bool = True) -> dict[str, Any]:
-    colour = _colour(mode, modes)
-    return {
-        "ls": "none", "marker": _MARKERS.get(mode, "D"), "ms": 5.5, "mec": colour, "mew": 1.3,
-        "mfc": colour if solid else light("paper"),
-    }  # fmt: skip
-
-
-def _mode_legend(figure: Figure, shown: Iterable[str], modes: Iterable[str], *, lines: bool) -> None:
-    handles = [
-        Line2D([], [], label=_short(mode), **(_line(mode, modes) if lines else _mark(mode, modes))) for mode in shown
-    ]
-    figure.legend(handles=handles, **_LEGEND, loc="lower left", ncol=3, bbox_to_anchor=(0, 0))
-
-
-def _inner_legend(
-    axes: Axes, modes: Iterable[str], place: Literal["upper right", "lower right"] = "upper right"
-) -> None:
-    handles = [Line2D([], [], label=_short(mode), **_line(mode, modes)) for mode in modes]
-    axes.legend(handles=handles, loc=place, **_LEGEND)
-
-
-def _ends(axes: Axes, left: str, right: str) -> None:
-    """Name the two ends of the horizontal axis, on the line of its label."""
-    for text, place, side in ((left, 0, "left"), (right, 1, "right")):
-        axes.annotate(
-            text, (place, 0), (0, -20), xycoords="axes fraction", textcoords="offset points", ha=side, va="top", **_NOTE
-        )
-
-
-def _bounds(estimate: Estimate) -> tuple[float, float]:
-    """Return the interval, or the value twice where there is none."""
-    value = estimate.value or 0.0
-    low, high = estimate.low, estimate.high
-    return (value if low is None else low), (value if high is None else high)
-
-
-def _whole(estimate: Estimate) -> float:
-    return 100 * (estimate.value or 0.0)
-
-
-def _error_curve(
-    axes: Axes, known: Sequence[tuple[float, Estimate]], mode: str, modes: Iterable[str], *, marks: bool = True
-) -> None:
-    """Draw estimates, in percent, at their places: a line, the intervals, and the marks on top."""
-    places = [place for place, _ in known]
-    for place, one in known:
-        axes.plot([place, place], [100 * bound for bound in _bounds(one)], color=_colour(mode, modes), lw=1, alpha=0.55)
-    axes.plot(places, [_whole(one) for _, one in known], **_line(mode, modes))
-    if marks:
-        axes.plot(places, [_whole(one) for _, one in known], **_mark(mode, modes))
 
 
 def _deviates(rates: Sequence[float], span: tuple[float, float]) -> list[float]:
@@ -394,8 +321,8 @@ def _det_intervals(
         if miss is None or miss.value is None or float(fmr) < x_range[0]:
             continue
         at = _deviates([float(fmr)], x_range)
-        axes.plot(at * 2, _deviates(_bounds(miss), y_range), color=_colour(mode, modes), lw=1, alpha=0.55)
-        axes.plot(at, _deviates([miss.value], y_range), **(_mark(mode, modes) | {"ms": 4}))
+        axes.plot(at * 2, _deviates(bounds(miss), y_range), color=mode_colour(mode, modes), lw=1, alpha=0.55)
+        axes.plot(at, _deviates([miss.value], y_range), **(mark_style(mode, modes) | {"ms": 4}))
 
 
 def _has_histogram(mode: ModeResult, cell: str) -> bool:
@@ -439,7 +366,7 @@ def _heat_key(figure: Figure) -> None:
     """Draw the scale of the heat map along the foot of the figure."""
     width, height = figure.get_size_inches() * 72
     key = figure.add_axes((62 / width, 18 / height, 1 - 72 / width, 7 / height))
-    _dress(key)
+    dress(key)
     for step in range(RAMP_STEPS):
         key.add_patch(Rectangle((step, 0), 1, 1, facecolor=light(f"ramp-{step}"), edgecolor=light("grid"), lw=0.5))
     key.set(xlim=(0, RAMP_STEPS), ylim=(0, 1), yticks=[])
@@ -454,16 +381,3 @@ def _weight_range(weights: Sequence[ChannelWeights]) -> tuple[float, float]:
     high = max(mean + spread for one in weights for mean, spread in zip(one.mean, one.spread, strict=True))
     margin = 0.12 * (high - low) + 1e-3
     return low - margin / 2, high + margin
-
-
-def _short(text: str, length: int = 18) -> str:
-    text = " ".join(visible(text).split())
-    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _slug(text: str) -> str:
-    """Return a name for files and ids: `text` itself where it is plain, else what is plain of it and a checksum."""
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,40}", text):
-        return text
-    plain = re.sub(r"[^A-Za-z0-9_]+", "-", text)[:40].strip("-")
-    return f"{plain}-{zlib.crc32(text.encode(errors='backslashreplace')):08x}".lstrip("-")

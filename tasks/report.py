@@ -11,94 +11,32 @@ import hashlib
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from schemas.reports import ALL, RAW, Estimate, Evaluation, ModeResult, Population, ReportInput
+from schemas.reports import ALL, Evaluation, ModeResult, Population, ReportInput
 from tasks import plots
-from tasks.plots import Panel
-from tasks.theme import inline_svg, mode_role, mode_rules, plot_rules, png_file, svg_file, variables, visible
+from tasks.panels import Panel
+from tasks.report_tables import Shown, Table, accuracy_rows, detail_table, pose_table, present, search_table
+from tasks.theme import inline_svg, mode_rules, plot_rules, png_file, svg_file, variables, visible
 from tasks.wording import (
-    NOT_ESTIMABLE,
-    Judgement,
     cell_name,
-    difference_of,
-    figure_of,
-    interval,
-    judge,
     metric_name,
     percent,
     percent_of,
-    points,
-    points_interval,
 )
 
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
 _MAIN_CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")
+
+
 _MAIN_METRICS = ("eer", "fnmr@1e-2", "fnmr@1e-3")
-_SIGNS: dict[Judgement, str] = {"better": "▼", "worse": "▲", "no difference": "=", "no interval": "?"}
-_MARKS = {RAW: "●", "per_sample": "■", "batch_stat": "▲"}
-
-
-@dataclass(frozen=True)
-class Shown:
-    """An estimate as a table shows it; `note` is the number of the footnote that says why there is no value."""
-
-    value: str
-    between: str | None = None
-    note: int | None = None
-    reason: str | None = None
-    difference: str | None = None
-    difference_between: str | None = None
-    judgement: Judgement | None = None
-
-    @property
-    def sign(self) -> str:
-        """Return the sign of the judgement, which tells it without colour."""
-        return _SIGNS[self.judgement] if self.judgement else ""
-
-
-@dataclass(frozen=True)
-class ModeName:
-    """A mode in a table: its name, its mark in the figures and the role of its colour."""
-
-    name: str
-    mark: str
-    role: str
-
-
-@dataclass
-class Table:
-    """Rows of estimates, in groups, with the footnotes that they need."""
-
-    caption: str
-    heads: list[str]
-    groups: list[tuple[str, str, list[tuple[ModeName, list[Shown]]]]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def show(self, estimate: Estimate | None, difference: Estimate | None = None) -> Shown:
-        """Format an estimate, and its difference to raw where there is one; number the reason of a missing one."""
-        if estimate is None:
-            return Shown("\N{EN DASH}")
-        if estimate.value is None:
-            reason = estimate.reason or "not estimable"
-            if reason not in self.notes:
-                self.notes.append(reason)
-            return Shown(NOT_ESTIMABLE, note=self.notes.index(reason) + 1, reason=reason)
-        if difference is None or difference.value is None:
-            return Shown(percent(estimate.value), interval(estimate))
-        return Shown(
-            percent(estimate.value),
-            interval(estimate),
-            difference=points(difference.value),
-            difference_between=points_interval(difference),
-            judgement=judge(difference),
-        )
 
 
 @dataclass(frozen=True)
@@ -137,9 +75,9 @@ def render_report(report: ReportInput) -> str:
         verdict=_verdict_table(report, population),
         gated_name=f"{metric_name(report.gated.metric)}, {cell_name(report.gated.cell)}",
         tables=[_main_table(one, report) for one in report.evaluation.populations.values() if one.modes],
-        details=_detail_tables(population, report.evaluation.fmrs) if population else [],
-        search=_search_table(population) if population else None,
-        accuracy=_accuracy_rows(population) if population else [],
+        detail=detail_table(population, report.evaluation.fmrs) if population else None,
+        search=search_table(population) if population else None,
+        accuracy=accuracy_rows(population) if population else [],
         figures=[
             (one, [Markup(inline_svg(panel.figure, panel.name, panel.alt)) for panel in one.panels])  # noqa: S704
             for one in _figures(report)
@@ -170,7 +108,7 @@ def markdown_table(evaluation: Evaluation) -> str:
     population = _population(evaluation, "held_out")
     if population is None:
         return "No figures: no labelled rows were evaluated.\n"
-    table = _table(population, _present(population, _MAIN_CELLS), _metrics(evaluation))
+    table = pose_table(population, present(population, _MAIN_CELLS), _metrics(evaluation))
     heads = ["pose pair", "mode", *(f"{head}, %" for head in table.heads)]
     lines = [_markdown_row(heads), _markdown_row(["---"] * len(heads), escape=False)]
     for title, _, rows in table.groups:
@@ -189,124 +127,23 @@ def _population(evaluation: Evaluation, wanted: str) -> Population | None:
     return measured.get(wanted) or next(iter(measured.values()), None)
 
 
-def _present(population: Population, cells: Sequence[str]) -> list[str]:
-    return [cell for cell in cells if any(cell in mode.cells for mode in population.modes.values())]
-
-
 def _metrics(evaluation: Evaluation) -> list[str]:
     return [one for one in _MAIN_METRICS if one == "eer" or one.removeprefix("fnmr@") in evaluation.fmrs]
 
 
 def _shown_cells(report: ReportInput, population: Population) -> list[str]:
     cells = _MAIN_CELLS if report.gated.cell in _MAIN_CELLS else (*_MAIN_CELLS, report.gated.cell)
-    return _present(population, cells)
+    return present(population, cells)
 
 
 def _verdict_table(report: ReportInput, population: Population | None) -> Table | None:
     if population is None or population.name != report.gated.population:
         return None
-    return _table(population, [report.gated.cell], [report.gated.metric])
+    return pose_table(population, [report.gated.cell], [report.gated.metric])
 
 
 def _main_table(population: Population, report: ReportInput) -> tuple[Population, Table]:
-    return population, _table(population, _shown_cells(report, population), _metrics(report.evaluation))
-
-
-def _table(population: Population, cells: Sequence[str], metrics: Sequence[str]) -> Table:
-    """Build the table of modes within pose pairs, with differences to raw."""
-    table = Table(f"Modes by pose pair, population {population.name}", [metric_name(metric) for metric in metrics])
-    for cell in cells:
-        rows, sizes = [], ""
-        for mode in population.modes.values():
-            result = mode.cells.get(cell)
-            if result is None:
-                continue
-            sizes = f"{result.n_genuine:,} genuine, {result.n_impostor:,} impostor pairs"
-            shown = [table.show(figure_of(result, metric), difference_of(mode, cell, metric)) for metric in metrics]
-            rows.append((_mode_name(mode.mode, population), shown))
-        table.groups.append((cell_name(cell), sizes, rows))
-    return table
-
-
-def _detail_tables(population: Population, fmrs: Sequence[str]) -> list[Table]:
-    """Build the folded table: every pose pair, AUC, d′ and every operating point."""
-    heads = ["AUC", "d\N{PRIME}", "EER", *(f"FNMR at {percent_of(fmr)}" for fmr in fmrs)]
-    table = Table("Every pose pair and operating point", heads)
-    cells = dict.fromkeys(cell for mode in population.modes.values() for cell in mode.cells)
-    for cell in cells:
-        rows, sizes = [], ""
-        for mode in population.modes.values():
-            result = mode.cells.get(cell)
-            if result is None:
-                continue
-            sizes = f"{result.n_genuine:,} genuine, {result.n_impostor:,} impostor pairs"
-            d_prime = Shown("\N{EN DASH}" if result.d_prime is None else f"{result.d_prime:.2f}")
-            shown = [table.show(result.auc), d_prime, table.show(result.eer)]
-            shown += [table.show(result.fnmr.get(fmr)) for fmr in fmrs]
-            rows.append((_mode_name(mode.mode, population), shown))
-        table.groups.append((cell_name(cell), sizes, rows))
-    return [table]
-
-
-def _search_table(population: Population) -> tuple[str, Table] | None:
-    """Build the table of 1:N search and the sentence that says what was searched for in what."""
-    found = [mode for mode in population.modes.values() if mode.identification]
-    if not found:
-        return None
-    one = found[0].identification
-    assert one is not None
-    ranks = _keys(mode.identification.rank for mode in found if mode.identification)
-    served = _keys(mode.identification.served_rank for mode in found if mode.identification)
-    recall = _keys(mode.identification.recall for mode in found if mode.identification)
-    fpirs = _keys(mode.identification.fnir for mode in found if mode.identification)
-    heads = [f"rank {key}" for key in ranks] + [f"rank {key}, served index" for key in served]
-    heads += [f"recall@{key} of the index" for key in recall]
-    heads += [f"FNIR at FPIR {percent_of(key)}" for key in fpirs]
-    table = Table("Search, 1:N", heads)
-    rows = []
-    for mode in found:
-        result = mode.identification
-        assert result is not None
-        shown = [table.show(result.rank.get(key)) for key in ranks]
-        for figures, keys in ((result.served_rank, served), (result.recall, recall)):
-            values = [figures.get(key) for key in keys]
-            shown += [Shown("\N{EN DASH}" if value is None else percent(value)) for value in values]
-        shown += [table.show(result.fnir.get(key)) for key in fpirs]
-        rows.append((_mode_name(mode.mode, population), shown))
-    table.groups.append(("", "", rows))
-    sentence = (
-        f"{one.n_mated:,} {one.probes} probes with a mate and {one.n_non_mated:,} without, searched for in a "
-        f"{one.gallery} gallery of {one.n_gallery:,} rows of {one.n_gallery_subjects:,} subjects."
-    )
-    return sentence, table
-
-
-def _keys(figures: Any) -> list[str]:
-    return sorted({key for one in figures for key in one}, key=float)
-
-
-def _accuracy_rows(population: Population) -> list[dict[str, Any]]:
-    return [
-        {
-            "protocol": pairs.protocol,
-            "mode": _mode_name(mode.mode, population),
-            "accuracy": None
-            if pairs.accuracy_mean is None
-            else percent(pairs.accuracy_mean)
-            + ("" if pairs.accuracy_sd is None else f" ± {percent(pairs.accuracy_sd)}"),
-            "reason": pairs.reason or "not estimable",
-            "eer": None if pairs.eer is None else percent(pairs.eer),
-            "pairs": f"{pairs.n_pairs:,}",
-            "missing": f"{pairs.missing:,}",
-            "folds": pairs.n_folds,
-        }
-        for mode in population.modes.values()
-        for pairs in mode.pairs
-    ]
-
-
-def _mode_name(mode: str, population: Population) -> ModeName:
-    return ModeName(mode, _MARKS.get(mode, "◆"), mode_role(mode, list(population.modes)))
+    return population, pose_table(population, _shown_cells(report, population), _metrics(report.evaluation))
 
 
 def _figures(report: ReportInput) -> list[FigureView]:

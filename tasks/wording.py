@@ -23,8 +23,11 @@ def percent(share: float) -> str:
 
 
 def points(difference: float) -> str:
-    """Print a difference of shares in percentage points, with its sign."""
-    return minus(f"{100 * difference:+.2f}")
+    """Print a difference of shares in percentage points, with its sign: two decimals, more where they would say 0."""
+    value = 100 * difference
+    if value == 0 or abs(value) >= 0.005:
+        return minus(f"{value:+.2f}" if value else "0")
+    return minus(np.format_float_positional(value, precision=1, fractional=False, sign=True, trim="-"))
 
 
 def minus(number: str) -> str:

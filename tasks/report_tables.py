@@ -1,0 +1,192 @@
+"""The tables of the report, as rows of strings ready to be laid out in HTML or Markdown.
+
+Each figure is shown with its interval, its difference to raw and what that difference is worth, or with the number of
+the footnote that says why it cannot be estimated. Layout and escaping are the reader's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from schemas.reports import RAW, Estimate, Population
+from tasks.theme import mode_role
+from tasks.wording import (
+    NOT_ESTIMABLE,
+    Judgement,
+    cell_name,
+    difference_of,
+    figure_of,
+    interval,
+    judge,
+    metric_name,
+    percent,
+    percent_of,
+    points,
+    points_interval,
+)
+
+_SIGNS: dict[Judgement, str] = {"better": "↓", "worse": "↑", "no difference": "=", "no interval": "?"}
+_MARKS = {RAW: "●", "per_sample": "■", "batch_stat": "▲"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An estimate as a table shows it; `note` numbers the footnote that says why there is no value."""
+
+    value: str
+    between: str | None = None
+    note: int | None = None
+    reason: str | None = None
+    difference: str | None = None
+    difference_between: str | None = None
+    judgement: Judgement | None = None
+    also: str | None = None
+
+    @property
+    def sign(self) -> str:
+        """Return the sign of the judgement, which tells it without colour."""
+        return _SIGNS[self.judgement] if self.judgement else ""
+
+
+@dataclass(frozen=True)
+class ModeName:
+    """A mode in a table: its name, its mark in the figures and the role of its colour."""
+
+    name: str
+    mark: str
+    role: str
+
+
+@dataclass
+class Table:
+    """Rows of estimates, in groups, with the footnotes that they need."""
+
+    caption: str
+    heads: list[str]
+    groups: list[tuple[str, str, list[tuple[ModeName, list[Shown]]]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def show(self, estimate: Estimate | None, difference: Estimate | None = None) -> Shown:
+        """Format an estimate, and its difference to raw where there is one; number the reason of a missing one."""
+        if estimate is None:
+            return Shown("\N{EN DASH}")
+        if estimate.value is None:
+            reason = estimate.reason or "not estimable"
+            if reason not in self.notes:
+                self.notes.append(reason)
+            return Shown(NOT_ESTIMABLE, note=self.notes.index(reason) + 1, reason=reason)
+        if difference is None or difference.value is None:
+            return Shown(percent(estimate.value), interval(estimate))
+        return Shown(
+            percent(estimate.value),
+            interval(estimate),
+            difference=points(difference.value),
+            difference_between=points_interval(difference),
+            judgement=judge(difference),
+        )
+
+
+def present(population: Population, cells: Sequence[str]) -> list[str]:
+    """Return those of `cells` that any mode was measured in."""
+    return [cell for cell in cells if any(cell in mode.cells for mode in population.modes.values())]
+
+
+def pose_table(population: Population, cells: Sequence[str], metrics: Sequence[str]) -> Table:
+    """Build the table of modes within pose pairs, with differences to raw."""
+    table = Table(f"Modes by pose pair, population {population.name}", [metric_name(metric) for metric in metrics])
+    for cell in cells:
+        rows, sizes = [], ""
+        for mode in population.modes.values():
+            result = mode.cells.get(cell)
+            if result is None:
+                continue
+            sizes = f"{result.n_genuine:,} genuine, {result.n_impostor:,} impostor pairs"
+            shown = [table.show(figure_of(result, metric), difference_of(mode, cell, metric)) for metric in metrics]
+            rows.append((_mode_name(mode.mode, population), shown))
+        table.groups.append((cell_name(cell), sizes, rows))
+    return table
+
+
+def detail_table(population: Population, fmrs: Sequence[str]) -> Table:
+    """Build the folded table: every pose pair, AUC, d′ and every operating point."""
+    heads = ["AUC", "d\N{PRIME}", "EER", *(f"FNMR at {percent_of(fmr)}" for fmr in fmrs)]
+    table = Table("Every pose pair and operating point", heads)
+    cells = dict.fromkeys(cell for mode in population.modes.values() for cell in mode.cells)
+    for cell in cells:
+        rows, sizes = [], ""
+        for mode in population.modes.values():
+            result = mode.cells.get(cell)
+            if result is None:
+                continue
+            sizes = f"{result.n_genuine:,} genuine, {result.n_impostor:,} impostor pairs"
+            d_prime = Shown("\N{EN DASH}" if result.d_prime is None else f"{result.d_prime:.2f}")
+            shown = [table.show(result.auc), d_prime, table.show(result.eer)]
+            shown += [table.show(result.fnmr.get(fmr)) for fmr in fmrs]
+            rows.append((_mode_name(mode.mode, population), shown))
+        table.groups.append((cell_name(cell), sizes, rows))
+    return table
+
+
+def search_table(population: Population) -> tuple[str, Table] | None:
+    """Build the table of 1:N search and the sentence that says what was searched for in what."""
+    found = [mode for mode in population.modes.values() if mode.identification]
+    if not found:
+        return None
+    one = found[0].identification
+    assert one is not None
+    ranks = _keys(mode.identification.rank for mode in found if mode.identification)
+    recall = _keys(mode.identification.recall for mode in found if mode.identification)
+    fpirs = _keys(mode.identification.fnir for mode in found if mode.identification)[::-1]
+    heads = [f"rank {key}" for key in ranks] + [f"FNIR at FPIR {percent_of(key)}" for key in fpirs]
+    heads += [f"recall@{key} of the index" for key in recall]
+    table = Table("Search, 1:N", heads)
+    rows = []
+    for mode in found:
+        result = mode.identification
+        assert result is not None
+        served = {key: value for key, value in result.served_rank.items() if value is not None}
+        shown = [
+            replace(table.show(result.rank.get(key)), also=percent(served[key]) if key in served else None)
+            for key in ranks
+        ]
+        shown += [table.show(result.fnir.get(key)) for key in fpirs]
+        shown += [
+            table.show(Estimate(value=result.recall[key], reason="not measured") if key in result.recall else None)
+            for key in recall
+        ]
+        rows.append((_mode_name(mode.mode, population), shown))
+    table.groups.append(("", "", rows))
+    sentence = (
+        f"{one.n_mated:,} {one.probes} probes with a mate and {one.n_non_mated:,} without, searched for in a "
+        f"{one.gallery} gallery of {one.n_gallery:,} rows of {one.n_gallery_subjects:,} subjects."
+    )
+    return sentence, table
+
+
+def _keys(figures: Any) -> list[str]:
+    return sorted({key for one in figures for key in one}, key=float)
+
+
+def accuracy_rows(population: Population) -> list[dict[str, Any]]:
+    """Return the rows of the table of pairs-file protocols."""
+    return [
+        {
+            "protocol": pairs.protocol,
+            "mode": _mode_name(mode.mode, population),
+            "accuracy": None
+            if pairs.accuracy_mean is None
+            else percent(pairs.accuracy_mean)
+            + ("" if pairs.accuracy_sd is None else f" ± {percent(pairs.accuracy_sd)}"),
+            "reason": pairs.reason or "not estimable",
+            "eer": None if pairs.eer is None else percent(pairs.eer),
+            "pairs": f"{pairs.n_pairs:,}",
+            "missing": f"{pairs.missing:,}",
+            "folds": pairs.n_folds,
+        }
+        for mode in population.modes.values()
+        for pairs in mode.pairs
+    ]
+
+
+def _mode_name(mode: str, population: Population) -> ModeName:
+    return ModeName(mode, _MARKS.get(mode, "◆"), mode_role(mode, list(population.modes)))
