@@ -163,9 +163,8 @@ def score_histograms(modes: Modes, cells: Sequence[str], fmr: str) -> list[Panel
             axes.spines["left"].set_visible(False)
             axes.set(xlim=(low, high), yticks=[])
             axes.tick_params(labelbottom=row == len(shown) - 1)
-            axes.text(
-                0.0, 0.96, short(mode.mode), color=mode_colour(mode.mode, modes), **LABEL, transform=axes.transAxes
-            )
+            tone = mode_colour(mode.mode, modes)
+            axes.text(0.0, 0.96, short(mode.mode), transform=axes.transAxes, color=tone, **LABEL)
             result = mode.cells.get(cell)
             if result is None or result.histogram is None:
                 continue
