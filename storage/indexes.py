@@ -58,7 +58,7 @@ def choose_factory(rows: int, dim: int, settings: IndexSettings) -> str:
             return f"IVF{lists},{name}"
     raise SettingsError(
         f"memory_budget_gb = {settings.memory_budget_gb:g} is too small for {rows:,} vectors of {dim} numbers: the "
-        f" most compressed kind needs {needed / 1e9:.3g} GB; raise memory_budget_gb, or set factory yourself"
+        f"most compressed kind needs {needed / 1e9:.3g} GB; raise memory_budget_gb, or set factory yourself"
     )
 
 
@@ -66,8 +66,8 @@ def build(batches: Batches, rows: int, dim: int, settings: IndexSettings) -> "Ve
     """Build an index of the kind that `choose_factory` gives, trained on a random sample over all batches.
 
     The sample (`training_rows` of them, without replacement) and the clustering are drawn from `settings.seed`: the
-    same stream gives the same bytes, except from kinds that grow a graph in parallel (HNSW, NSG). No rows give an empty
-    index.
+    same batches give the same bytes, except from kinds that grow a graph in parallel (HNSW, NSG). No rows give an empty
+    exact index.
 
     Args:
         batches: gives a fresh pass over all rows; vectors are normalised here.
@@ -91,7 +91,7 @@ def build(batches: Batches, rows: int, dim: int, settings: IndexSettings) -> "Ve
     for keys, vectors in batches():
         _check_keys(keys, vectors)
         index.add_with_ids(unit_rows(vectors, dim, keys), keys)
-        seen.append(keys)
+        seen.append(keys.copy())
     all_keys = np.concatenate(seen)
     if len(all_keys) != rows:
         raise StoreError(

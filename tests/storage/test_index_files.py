@@ -67,11 +67,11 @@ def test_every_changed_byte_is_refused():
             read_faiss(io.BytesIO(bad), proof.digest, len(bad), "indexes/r1")
 
 
-@pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"\0", lambda b: b""], ids=["short", "long", "empty"])
-def test_another_length_is_refused(change):
+@pytest.mark.parametrize("length", [0, 1, 2500, 10_000])
+def test_another_length_is_refused(length):
     file, proof = written()
     with pytest.raises(StoreError, match="the release recorded"):
-        read_faiss(io.BytesIO(change(file.getvalue())), proof.digest, 10**6, "index")
+        read_faiss(io.BytesIO((file.getvalue() + bytes(10_000))[:length]), proof.digest, 10**6, "index")
 
 
 def test_a_longer_file_than_allowed_is_not_read_on(monkeypatch):
