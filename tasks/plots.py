@@ -97,7 +97,8 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> l
         ends(axes, "\N{LEFTWARDS ARROW} better", "worse \N{RIGHTWARDS ARROW}")
         axes.grid(visible=False, axis="y")
         mode_legend(figure, [mode.mode for mode in shown], modes)
-        panels.append(Panel(f"difference-{slug(metric)}", f"{metric_name(metric)}: " + "; ".join(said), figure))
+        name = f"difference-{slug(metric.replace('@', '-'))}"
+        panels.append(Panel(name, f"{metric_name(metric)}: " + "; ".join(said), figure))
     return panels
 
 
@@ -108,8 +109,8 @@ def det_curves(modes: Modes, cells: Sequence[str]) -> list[Panel]:
     curves = [mode.cells[cell].det for cell in drawn for mode in modes.values() if _has_det(mode, cell)]
     rates = [rate for curve in curves if curve for rate in curve.fmr if rate > 0]
     misses = [rate for curve in curves if curve for rate in curve.fnmr if rate > 0]
-    x_range = (max(1e-6, min(rates, default=1e-4)), 0.5)
-    y_range = (max(1e-5, min(misses, default=1e-3)), min(0.95, max(0.5, *misses, 0.5)))
+    x_range = (max(1e-6, min([*rates, 0.1])), 0.5)
+    y_range = (max(1e-5, min([*misses, 0.1])), min(0.95, max(0.5, *misses, 0.5)))
     panels = []
     for cell in drawn:
         figure, axes = canvas(cell_name(cell), 300, 264, left=46, bottom=38)

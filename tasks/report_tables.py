@@ -109,7 +109,7 @@ def pose_table(population: Population, cells: Sequence[str], metrics: Sequence[s
 
 def detail_table(population: Population, fmrs: Sequence[str]) -> Table:
     """Build the folded table: every pose pair, AUC, d′ and every operating point."""
-    heads = ["AUC", "d\N{PRIME}", "EER", *(f"FNMR at {percent_of(fmr)}" for fmr in fmrs)]
+    heads = ["AUC, %", "d\N{PRIME}", "EER", *(f"FNMR at {percent_of(fmr)}" for fmr in fmrs)]
     table = Table("Every pose pair and operating point", heads)
     cells = dict.fromkeys(cell for mode in population.modes.values() for cell in mode.cells)
     for cell in cells:
@@ -158,7 +158,8 @@ def search_table(population: Population) -> tuple[str, Table] | None:
     table.groups.append(("", "", rows))
     sentence = (
         f"{one.n_mated:,} {one.probes} probes with a mate and {one.n_non_mated:,} without, searched for in a "
-        f"{one.gallery} gallery of {one.n_gallery:,} rows of {one.n_gallery_subjects:,} subjects."
+        f"{one.gallery} gallery of {one.n_gallery:,} rows of {one.n_gallery_subjects:,} subjects. "
+        "In percent, with 95% intervals."
     )
     return sentence, table
 

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 # role → (light, dark). The light colours double as the keys by which `inline_svg` finds the role: all are distinct.
 # The colours of the modes are blue and orange because they stay apart for every common kind of colour blindness.
@@ -164,6 +165,8 @@ def png_file(figure: Figure) -> bytes:
 
 
 def _themed(figure: Figure, name: str, label: str) -> ElementTree.Element:
+    for text in figure.findobj(Text):  # XML has no way to hold a control character, so they are written out
+        text.set_text(visible(text.get_text()))
     target = io.BytesIO()
     with drawing():
         figure.savefig(target, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
