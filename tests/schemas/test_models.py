@@ -1,0 +1,44 @@
+import pytest
+from pydantic import ValidationError
+
+from schemas.models import DualBranchArguments, ModelCard, SEArguments
+from schemas.split import SplitRule
+
+
+def card(**changes: object) -> ModelCard:
+    fields = {"architecture": "se", "arguments": {"channels": 64}, "mode": "per_sample", "embedding_dim": 64}
+    return ModelCard(**{**fields, **changes})
+
+
+def test_card_survives_json_with_nothing_lost():
+    full = card(
+        normalisation="none",
+        training_data="ab",
+        split=SplitRule(salt="x", train=0.5, validation=0.25, test=0.25),
+        metrics={"eer": 0.125, "steps": 160, "nested": [{"a": None}, True]},
+        versions={"torch": "2.13.0"},
+        created="2026-01-01",
+    )
+    assert ModelCard.model_validate_json(full.model_dump_json()) == full
+
+
+def test_dimension_is_read_from_either_network():
+    assert SEArguments(channels=48).dim == DualBranchArguments(feature_dim=48).dim == 48
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"embedding_dim": 0},
+        {"embedding_dim": 65_537},
+        {"embedding_dim": "64"},
+        {"embedding_dim": True},
+        {"mode": "raw"},
+        {"normalisation": "L2"},
+        {"unknown": 1},
+        {"metrics": {"a": object()}},
+    ],
+)
+def test_card_with_a_wrong_field_is_refused(changes):
+    with pytest.raises(ValidationError, match=next(iter(changes))):
+        card(**changes)
