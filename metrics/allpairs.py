@@ -1,0 +1,219 @@
+"""Verification over all pairs of a set of features, exact at any size, in total and cell by cell.
+
+A cell is a pair of classes, here of poses. One sweep gives everything that is reported for a mode: the figures at each
+cell's own thresholds, the rates in each cell at the thresholds of all pairs together, curves for plots, and the counts
+by subject that `bootstrap` resamples. Which class a row belongs to is left to the caller (`poses`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metrics.cosine import SCORES_PER_UNIT, Features, unit_rows
+from metrics.sweep import COARSE_BINS, GRID_POINTS, CellCounts, Rows, sweep
+from metrics.tally import ScoreTally
+from metrics.verification import (
+    FMR_POINTS,
+    DetCurve,
+    OperatingPoint,
+    ScoreHistogram,
+    Verification,
+    det_curve,
+    rates_at,
+    score_histogram,
+    summarise,
+)
+
+OVERALL = "all"
+_CLUSTER_SEED = 19795  # any fixed number: two modes on the same rows must get the same clusters
+
+
+@dataclass(frozen=True)
+class GlobalPoint:
+    """FMR and FNMR inside a cell at the threshold where *all pairs together* have an FMR of at most `target_fmr`.
+
+    A rate is None when the cell has no such pairs; all are None, with a `reason`, when there is no such threshold.
+    """
+
+    target_fmr: float
+    threshold: float | None
+    fmr: float | None
+    fnmr: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterCounts:
+    """Pairs by cluster of subjects and coarse score: what the bootstrap over subjects draws from.
+
+    Column b counts scores in [-1 + b/1024, -1 + (b+1)/1024); the last column the score 1. `genuine` int64
+    `[clusters, 2049]` counts pairs, `impostor_ends` int64 of the same shape counts ends of pairs: an impostor pair
+    counts once in the cluster of either subject.
+    """
+
+    genuine: NDArray[np.int64]
+    impostor_ends: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """All that is known of one cell: figures at its own and at the global thresholds, curves, counts by cluster."""
+
+    name: str
+    verification: Verification
+    at_global: tuple[GlobalPoint, ...]
+    det: DetCurve
+    histogram: ScoreHistogram
+    counts: ClusterCounts
+
+
+@dataclass(frozen=True, eq=False)
+class AllPairs:
+    """The result of a sweep. `clusters` int64 `[N]` tells to which cluster of subjects each row was counted."""
+
+    overall: Cell
+    cells: dict[str, Cell]
+    clusters: NDArray[np.int64]
+    n_subjects: int
+    n_duplicate_pairs: int
+
+    def __iter__(self) -> Iterator[Cell]:
+        yield self.overall
+        yield from self.cells.values()
+
+
+def all_pairs(
+    features: Features,
+    subjects: NDArray[np.integer[Any]],
+    *,
+    classes: NDArray[np.integer[Any]] | None = None,
+    class_names: Sequence[str] = (),
+    duplicates: NDArray[np.integer[Any]] | None = None,
+    fmr_points: Sequence[float] = FMR_POINTS,
+    max_clusters: int = 512,
+    device: str = "cpu",
+    workers: int | None = None,
+) -> AllPairs:
+    """Compare every row with every other row by cosine and compute all verification figures, exactly.
+
+    Args:
+        features: `[N, D]`, any float type; rows are L2-normalised here, so they need not be.
+        subjects: integer codes `[N]`; a pair is genuine when both codes are equal.
+        classes: integer codes `[N]` into `class_names`. Class a with class b makes the cell "a-b" (order of
+            `class_names`). None: no cells, only the total.
+        duplicates: integer codes `[N]`; rows with the same code (same id, same bytes) never form a pair.
+        fmr_points: the false match rates asked for.
+        max_clusters: more subjects than this are dealt into so many clusters, at random but always alike, and the
+            bootstrap draws clusters. Bounds memory: 33 kB for each cluster and cell.
+        device: "cpu" or a CUDA device of torch.
+        workers: threads; by default as many as torch is set to use.
+
+    Scores are float32 cosines on the grid that `cosine` describes; counts are integers, so the figures are those of
+    sorting all scores. Beside a sorted copy of the features it takes less than 1 GB at any N for the four pose classes
+    on a few cores (`sweep` tells how much).
+
+    Raises ValueError for shapes that do not fit together, codes without a name, zero or non-finite rows.
+    """
+    n_rows = len(features)
+    subjects = _codes("subjects", subjects, n_rows)
+    classes = np.zeros(n_rows, dtype=np.int64) if classes is None else _codes("classes", classes, n_rows)
+    duplicates = np.arange(n_rows) if duplicates is None else _codes("duplicates", duplicates, n_rows)
+    n_classes = max(1, len(class_names))
+    if n_rows and not 0 <= classes.min() <= classes.max() < n_classes:
+        raise ValueError(
+            f"classes hold {classes.min()} … {classes.max()}, but there are {len(class_names)} class names"
+        )
+    known, subject_rank = np.unique(subjects, return_inverse=True)
+    cluster_of_subject = _clusters(len(known), max_clusters)
+    clusters = cluster_of_subject[subject_rank]
+    order = np.lexsort((subject_rank, clusters, classes))
+    # A rank that rises with (cluster, subject): the order in which the rows of a class are sorted.
+    rank_of_subject = np.empty(len(known), dtype=np.int64)
+    rank_of_subject[np.lexsort((np.arange(len(known)), cluster_of_subject))] = np.arange(len(known))
+    rows = Rows(
+        unit=unit_rows(features, device, order),
+        cluster=clusters[order],
+        subject=rank_of_subject[subject_rank[order]],
+        starts=np.searchsorted(classes[order], np.arange(n_classes + 1)),
+        duplicate=duplicates[order],
+        n_clusters=int(cluster_of_subject.max(initial=-1)) + 1,
+    )
+    on_gpu = torch.device(device).type == "cuda"
+    counted = list(sweep(rows, 1 if on_gpu else workers or torch.get_num_threads()))
+
+    total = _total([counts for _, _, counts in counted], rows.n_clusters)
+    points = summarise(_tally(total), fmr_points).points
+    cells = {}
+    if class_names:
+        for first, second, counts in counted:
+            name = f"{class_names[first]}-{class_names[second]}"
+            cells[name] = _cell(name, counts, points, fmr_points)
+    _, copies = np.unique(duplicates, return_counts=True)
+    return AllPairs(
+        overall=_cell(OVERALL, total, points, fmr_points),
+        cells=cells,
+        clusters=clusters,
+        n_subjects=len(known),
+        n_duplicate_pairs=int((copies * (copies - 1) // 2).sum()),
+    )
+
+
+def _codes(name: str, codes: NDArray[np.integer[Any]], n_rows: int) -> NDArray[np.int64]:
+    array = np.asarray(codes)
+    if array.shape != (n_rows,) or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"{name}: {array.dtype} of shape {array.shape}; pass one integer code for each of {n_rows} rows"
+        )
+    return array.astype(np.int64)
+
+
+def _clusters(n_subjects: int, max_clusters: int) -> NDArray[np.int64]:
+    """Deal subjects into clusters of nearly equal size; one subject each while there are few enough."""
+    if n_subjects <= max_clusters:
+        return np.arange(n_subjects)
+    return np.random.default_rng(_CLUSTER_SEED).permutation(n_subjects) % max_clusters
+
+
+def _total(counted: Sequence[CellCounts], n_clusters: int) -> CellCounts:
+    impostor = np.zeros(GRID_POINTS, dtype=np.int64)
+    genuine_by_cluster = np.zeros((n_clusters, COARSE_BINS), dtype=np.int64)
+    ends_by_cluster = np.zeros((n_clusters, COARSE_BINS), dtype=np.int64)
+    for counts in counted:
+        impostor += counts.impostor
+        genuine_by_cluster += counts.genuine_by_cluster
+        ends_by_cluster += counts.ends_by_cluster
+    genuine = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *(counts.genuine for counts in counted)]))
+    return CellCounts(impostor, genuine, genuine_by_cluster, ends_by_cluster)
+
+
+def _tally(counts: CellCounts) -> ScoreTally:
+    observed = np.flatnonzero(counts.impostor)
+    return ScoreTally.from_counts(_score(counts.genuine), _score(observed), counts.impostor[observed])
+
+
+def _score(grid_numbers: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+    """Return the score of each grid number; exact, for its multiples of 2^-22 up to 1 are float32 numbers."""
+    return (grid_numbers / SCORES_PER_UNIT - 1).astype(np.float32)
+
+
+def _cell(name: str, counts: CellCounts, points: Sequence[OperatingPoint], fmr_points: Sequence[float]) -> Cell:
+    tally = _tally(counts)
+    return Cell(
+        name=name,
+        verification=summarise(tally, fmr_points),
+        at_global=tuple(_at_global(tally, point) for point in points),
+        det=det_curve(tally),
+        histogram=score_histogram(tally),
+        counts=ClusterCounts(counts.genuine_by_cluster, counts.ends_by_cluster),
+    )
+
+
+def _at_global(tally: ScoreTally, point: OperatingPoint) -> GlobalPoint:
+    if point.threshold is None:
+        return GlobalPoint(point.target_fmr, None, None, None, point.reason)
+    fmr, fnmr = rates_at(tally, point.threshold)
+    return GlobalPoint(point.target_fmr, point.threshold, fmr, fnmr)

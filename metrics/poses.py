@@ -1,0 +1,64 @@
+"""Pose classes of rows and names of pose-pair cells, by label where there is one, else by the size of the yaw angle."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+POSE_CLASSES = ("frontal", "half", "profile", "unknown")
+UNKNOWN = POSE_CLASSES.index("unknown")
+
+# Which side a face looks to is not told apart: the cells are about how far it is turned.
+POSE_LABELS: Mapping[str, str] = {
+    "frontal": "frontal",
+    "half": "half",
+    "left": "profile",
+    "right": "profile",
+    "profile": "profile",
+}
+
+
+def pose_classes(
+    labels: Sequence[str | None] | None,
+    yaw: NDArray[np.floating[Any]] | None = None,
+    *,
+    mapping: Mapping[str, str] = POSE_LABELS,
+    edges: tuple[float, float] = (15.0, 35.0),
+) -> NDArray[np.int64]:
+    """Return a code into `POSE_CLASSES` for every row, int64 `[N]`.
+
+    A label of `mapping` (capitals do not matter) decides. Without one (None, or a word that the mapping does not know)
+    the yaw does, in degrees, NaN where it is not known: |yaw| <= edges[0] is frontal, |yaw| < edges[1] half, more is
+    profile. Without either the row is "unknown"; a missing yaw is never taken for 0.
+
+    Raises ValueError when neither labels nor yaw are given or their lengths differ, for edges that do not rise, and for
+    a mapping to something that is no pose class.
+    """
+    if not 0 <= edges[0] < edges[1]:
+        raise ValueError(f"edges {edges} do not rise from 0; pass two angles in degrees, such as (15, 35)")
+    if strange := set(mapping.values()) - set(POSE_CLASSES):
+        raise ValueError(f"the mapping names {sorted(strange)}; the pose classes are {POSE_CLASSES}")
+    by_yaw = None if yaw is None else _by_yaw(np.asarray(yaw, dtype=np.float64), edges)
+    if labels is None:
+        if by_yaw is None:
+            raise ValueError("pass labels, yaw, or both")
+        return by_yaw
+    code_of = {label.lower(): POSE_CLASSES.index(name) for label, name in mapping.items()}
+    by_label = np.array([code_of.get(label.lower(), UNKNOWN) if label else UNKNOWN for label in labels], dtype=np.int64)
+    if by_yaw is None:
+        return by_label
+    if len(by_yaw) != len(by_label):
+        raise ValueError(f"{len(by_label)} labels, but {len(by_yaw)} yaw angles")
+    return np.where(by_label == UNKNOWN, by_yaw, by_label)
+
+
+def cell_name(first: str, second: str) -> str:
+    """Name the cell of two pose classes, the more frontal one first: "frontal-profile"."""
+    return "-".join(sorted((first, second), key=POSE_CLASSES.index))
+
+
+def _by_yaw(yaw: NDArray[np.float64], edges: tuple[float, float]) -> NDArray[np.int64]:
+    turned = np.abs(yaw)
+    classes = np.where(turned <= edges[0], 0, np.where(turned < edges[1], 1, 2))
+    return np.where(np.isfinite(yaw), classes, UNKNOWN).astype(np.int64)

@@ -1,0 +1,244 @@
+"""Counts the scores of all pairs of rows, exactly and once, in a bounded amount of memory.
+
+The pairs are visited in tiles of a matrix product that stay near the processor. Each score is rounded to its grid
+(`cosine`), so that its float32 bits are the number of a counter; nothing is kept but counters, and the few genuine
+scores. What the counts mean is left to `allpairs` and `verification`.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metrics.cosine import SCORES_PER_UNIT, shift_to_grid
+
+GRID_POINTS = 2 * SCORES_PER_UNIT + 1  # scores -1 … 1, both ends included
+COARSE_SHIFT = 12
+COARSE_BINS = (GRID_POINTS - 1 >> COARSE_SHIFT) + 1  # 2,049 bins of width 2^-10; the last holds the score 1 alone
+
+# A code is a grid number + _MARGIN; code 0 marks a pair that does not count. The margin is one coarse bin wide.
+_MARGIN = 1 << COARSE_SHIFT
+_BITS_OF_TWO = 0x40000000
+_COARSE_CODES = COARSE_BINS + 1
+_FLUSH_AT = 2**31 - 1  # pairs after which a 32-bit counter could overflow
+_TILE = {"cpu": (512, 2048), "cuda": (4096, 8192)}
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a sweep, sorted by class, then cluster, then subject, so that equal ones lie side by side.
+
+    `unit` holds unit vectors float32 `[N, D]`; `cluster` and `subject` are int64 `[N]`, `subject` being a rank that
+    does not fall within a class; `starts[c] : starts[c + 1]` are the rows of class c. Rows with the same `duplicate`
+    code (int64 `[N]`; a code held by one row alone means nothing) never form a pair.
+    """
+
+    unit: torch.Tensor
+    cluster: NDArray[np.int64]
+    subject: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    duplicate: NDArray[np.int64]
+    n_clusters: int
+
+
+@dataclass(frozen=True, eq=False)
+class CellCounts:
+    """All pairs of one class with another (or with itself).
+
+    `impostor` (int32 where that is enough, else int64) `[GRID_POINTS]`: impostor pairs by score. `genuine` int64
+    `[n]`: grid number of each genuine score, ascending. `genuine_by_cluster`, `ends_by_cluster` int64
+    `[clusters, COARSE_BINS]`: genuine pairs, and ends of impostor pairs (each pair has two), by cluster and coarse
+    score.
+    """
+
+    impostor: NDArray[np.integer[Any]]
+    genuine: NDArray[np.int64]
+    genuine_by_cluster: NDArray[np.int64]
+    ends_by_cluster: NDArray[np.int64]
+
+
+def sweep(rows: Rows, workers: int) -> Iterator[tuple[int, int, CellCounts]]:
+    """Yield (class, other class, counts) for every two classes with rows in them, class <= other class.
+
+    Workers are threads with one torch thread each, which on a shared machine are faster than torch's own; torch's
+    thread setting is put back when the sweep is over. The counts do not depend on the number of workers. Memory beside
+    the features: 32 MB and a tile's buffers (20 MB) for each worker, 32 MB for each cell that the caller keeps, 16
+    bytes for each genuine pair.
+    """
+    n_classes = len(rows.starts) - 1
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        counters = [_Counter(rows) for _ in range(workers)]
+        with ThreadPoolExecutor(workers) as pool:
+            for first in range(n_classes):
+                for second in range(first, n_classes):
+                    todo = _row_blocks(rows, first, second)
+                    if not todo.empty():
+                        list(pool.map(_Counter.drain, counters, [todo] * workers))
+                        yield first, second, _collect(counters, rows.n_clusters)
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+Block = tuple[slice, slice]
+
+
+def _row_blocks(rows: Rows, first: int, second: int) -> SimpleQueue[Block]:
+    """Cut a cell into blocks of rows, each with all its columns; of a class with itself only the upper triangle."""
+    height = _TILE[rows.unit.device.type][0]
+    blocks: SimpleQueue[Block] = SimpleQueue()
+    columns = slice(int(rows.starts[second]), int(rows.starts[second + 1]))
+    for start in range(int(rows.starts[first]), int(rows.starts[first + 1]), height):
+        stop = min(start + height, int(rows.starts[first + 1]))
+        left = start if first == second else columns.start
+        if left < columns.stop:
+            blocks.put((slice(start, stop), slice(left, columns.stop)))
+    return blocks
+
+
+def _collect(counters: list["_Counter"], n_clusters: int) -> CellCounts:
+    pairs = sum(counter.pairs + counter.flushed_pairs for counter in counters)
+    width: type[np.integer[Any]] = np.int32 if pairs <= _FLUSH_AT else np.int64
+    impostor: NDArray[np.integer[Any]] = np.zeros(GRID_POINTS, dtype=width)
+    for counter in counters:
+        counter.move_impostors_to(impostor)
+    ends = np.sum([counter.take_ends() for counter in counters], axis=0)
+    genuine = np.concatenate([counter.take_genuine() for counter in counters], axis=1)
+    keys = genuine[1] * COARSE_BINS + (genuine[0] >> COARSE_SHIFT)
+    by_cluster = np.bincount(keys, minlength=n_clusters * COARSE_BINS).reshape(n_clusters, COARSE_BINS)
+    return CellCounts(impostor, np.sort(genuine[0]), by_cluster, ends)
+
+
+@dataclass(eq=False)
+class _Counter:
+    """The counters and buffers of one worker."""
+
+    rows: Rows
+    genuine: list[torch.Tensor] = field(default_factory=list)
+    pairs: int = 0  # since the 32-bit counters were last emptied
+    flushed_pairs: int = 0
+    flushed: NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        device = self.rows.unit.device
+        height, width = _TILE[device.type]
+        self.scores = torch.empty(height * width, device=device)
+        self.codes = torch.empty(height * width, dtype=torch.int32, device=device)
+        self.wide_codes = torch.empty(height * width, dtype=torch.int64, device=device)
+        self.ones = torch.ones(height * width, dtype=torch.int32, device=device)
+        self.impostor = torch.zeros(GRID_POINTS + _MARGIN, dtype=torch.int32, device=device)
+        self.ends = torch.zeros(self.rows.n_clusters, _COARSE_CODES, dtype=torch.int64, device=device)
+        self.subject = torch.as_tensor(self.rows.subject, device=device)
+        self.cluster = torch.as_tensor(self.rows.cluster, device=device)
+        self.duplicate = torch.as_tensor(self.rows.duplicate, device=device)
+        codes, inverse, counts = np.unique(self.rows.duplicate, return_inverse=True, return_counts=True)
+        self.repeated = np.flatnonzero(counts[inverse] > 1) if len(codes) else np.empty(0, dtype=np.int64)
+
+    def drain(self, todo: SimpleQueue[Block]) -> None:
+        """Work on blocks until none is left."""
+        width = _TILE[self.rows.unit.device.type][1]
+        while True:
+            try:
+                block, columns = todo.get_nowait()
+            except Empty:
+                return
+            for start in range(columns.start, columns.stop, width):
+                self.count(block, slice(start, min(start + width, columns.stop)))
+
+    def count(self, rows: slice, columns: slice) -> None:
+        """Count the pairs of one tile; columns begin at or after the first row."""
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        size = height * width
+        if self.pairs + size > _FLUSH_AT:
+            self.flush()
+        self.pairs += size
+        scores = self.scores[:size].view(height, width)
+        torch.mm(self.rows.unit[rows], self.rows.unit[columns].T, out=scores)
+        codes = self.codes[:size].view(height, width)
+        torch.sub(shift_to_grid(scores).view(torch.int32), _BITS_OF_TWO - _MARGIN, out=codes)
+        self.drop_duplicates(codes, rows, columns)
+        self.drop_lower_triangle(codes, rows, columns)
+        self.take_out_genuine(codes, rows, columns)
+        wide = self.wide_codes[:size].copy_(codes.view(-1))
+        self.impostor.scatter_add_(0, wide, self.ones[:size])
+        bins = codes.bitwise_right_shift_(COARSE_SHIFT)
+        keys = self.scores[:size].view(torch.int32).view(height, width)
+        self.count_ends(torch.add(bins, self.first_keys(rows)[:, None], out=keys), rows)
+        self.count_ends(torch.add(bins, self.first_keys(columns), out=keys), columns)
+
+    def drop_duplicates(self, codes: torch.Tensor, rows: slice, columns: slice) -> None:
+        these, those = self._repeated_in(rows), self._repeated_in(columns)
+        if len(these) and len(those):
+            same = self.duplicate[these][:, None] == self.duplicate[those]
+            one, other = same.nonzero(as_tuple=True)
+            codes[these[one] - rows.start, those[other] - columns.start] = 0
+
+    def drop_lower_triangle(self, codes: torch.Tensor, rows: slice, columns: slice) -> None:
+        if columns.start < rows.stop:
+            # Column j of the tile is row j + shift of the block; a pair counts where the column lies after the row.
+            codes.triu_(diagonal=1 + rows.start - columns.start)
+
+    def take_out_genuine(self, codes: torch.Tensor, rows: slice, columns: slice) -> None:
+        """Set the genuine scores of a tile aside; subjects are sorted, so they lie in one small rectangle."""
+        subject = self.rows.subject
+        low = max(subject[rows.start], subject[columns.start])
+        high = min(subject[rows.stop - 1], subject[columns.stop - 1])
+        if low > high:
+            return
+        top, bottom = np.searchsorted(subject[rows], [low, high + 1])
+        left, right = np.searchsorted(subject[columns], [low, high + 1])
+        inside = codes[top:bottom, left:right]
+        block_subjects = self.subject[rows][top:bottom, None]
+        same = (block_subjects == self.subject[columns][left:right]) & (inside > 0)
+        clusters = self.cluster[rows][top:bottom, None].expand_as(inside)
+        self.genuine.append(torch.stack([inside[same].long() - _MARGIN, clusters[same]]))
+        inside.masked_fill_(same, 0)
+
+    def first_keys(self, part: slice) -> torch.Tensor:
+        """Return the number of the first coarse counter of each row's cluster, counted from the first row's."""
+        cluster = self.cluster[part]
+        return ((cluster - cluster[0]) * _COARSE_CODES).to(torch.int32)
+
+    def count_ends(self, keys: torch.Tensor, part: slice) -> None:
+        first, last = int(self.rows.cluster[part.start]), int(self.rows.cluster[part.stop - 1])
+        n_clusters = last + 1 - first
+        counts = torch.bincount(keys.view(-1), minlength=n_clusters * _COARSE_CODES)
+        self.ends[first : last + 1] += counts.view(n_clusters, _COARSE_CODES)
+
+    def flush(self) -> None:
+        """Move the 32-bit counts into 64-bit ones."""
+        if self.flushed is None:
+            self.flushed = np.zeros(GRID_POINTS, dtype=np.int64)
+        self.flushed += self.impostor[_MARGIN:].cpu().numpy()
+        self.impostor.zero_()
+        self.flushed_pairs += self.pairs
+        self.pairs = 0
+
+    def move_impostors_to(self, total: NDArray[np.integer[Any]]) -> None:
+        """Add all counts to the total and start again from zero."""
+        total += self.impostor[_MARGIN:].cpu().numpy()
+        if self.flushed is not None:
+            total += self.flushed
+        self.impostor.zero_()
+        self.pairs, self.flushed_pairs, self.flushed = 0, 0, None
+
+    def take_ends(self) -> NDArray[np.int64]:
+        ends = self.ends[:, 1:].cpu().numpy().copy()
+        self.ends.zero_()
+        return ends
+
+    def take_genuine(self) -> NDArray[np.int64]:
+        """Return grid numbers and clusters, `[2, n]`."""
+        taken = torch.cat(self.genuine, dim=1).cpu().numpy() if self.genuine else np.empty((2, 0), dtype=np.int64)
+        self.genuine.clear()
+        return np.asarray(taken)
+
+    def _repeated_in(self, part: slice) -> NDArray[np.int64]:
+        first, last = np.searchsorted(self.repeated, [part.start, part.stop])
+        return self.repeated[first:last]
