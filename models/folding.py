@@ -155,10 +155,13 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
 
     On the CPU it is the oneDNN operator that torch.compile emits for the same expression: `functional.linear` goes to
     MKL, which does not use AVX-512 on AMD. Where this build of torch lacks it, and on a GPU, plain torch does the same.
+    A single row would take another path in oneDNN and end in other last bits than the same row in company; as one of
+    two it does not, so that a query finds exactly the feature that was stored.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN:
-        fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
-        return fused
+        rows = x.repeat(2, 1) if len(x) == 1 else x
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, activation, [], "")
+        return fused[: len(x)]
     y = functional.linear(x, weight, bias)
     if activation == "relu":
         return y.relu_()

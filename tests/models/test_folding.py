@@ -55,6 +55,22 @@ def test_row_does_not_depend_on_other_rows_or_its_place(trained, use_batch_stat)
             torch.testing.assert_close(folded(x[row : row + 1])[0], together[row], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="equal bits were measured on AVX-512")
+def test_bits_of_a_row_do_not_depend_on_company_place_or_threads(trained):
+    x = torch.randn(_BLOCK_ROWS + 50, 512)
+    folded = fold(trained(512, False))
+    with torch.inference_mode():
+        together = folded(x)
+        for start, stop in ((0, 1), (3, 5), (3, 20), (7, _BLOCK_ROWS + 8), (40, len(x))):
+            assert torch.equal(folded(x[start:stop]), together[start:stop]), (start, stop)
+        assert torch.equal(folded(x.flip(0)).flip(0), together)
+        torch.set_num_threads(2)
+        try:
+            assert torch.equal(folded(x), together)
+        finally:
+            torch.set_num_threads(1)
+
+
 def test_untrained_network_still_gives_back_its_input_exactly():
     x = torch.randn(70, 128) * 40
     with torch.inference_mode():
