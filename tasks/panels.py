@@ -41,7 +41,7 @@ def canvas(
 ) -> tuple[Figure, Axes]:
     """Return a figure of so many CSS pixels with one pair of axes at fixed margins, so that neighbours line up."""
     figure = Figure(figsize=(width / 72, height / 72), facecolor="none")
-    figure.text(2 / width, 1 - 13 / height, short(title, 46), fontsize=11, fontweight="bold", color=colour)
+    figure.text(2 / width, 1 - 13 / height, short(title, 40), fontsize=11, fontweight="bold", color=colour)
     axes = figure.add_axes((left / width, bottom / height, 1 - (left + 10) / width, 1 - (bottom + 28) / height))
     dress(axes)
     axes.grid(color=light("grid"), lw=0.8)

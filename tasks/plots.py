@@ -153,7 +153,7 @@ def score_histograms(modes: Modes, cells: Sequence[str], fmr: str) -> list[Panel
                 Line2D([], [], color=light("muted"), lw=1.2, label="impostor"),
                 Patch(facecolor=light("rule"), label="genuine"),
             ],
-            **LEGEND, loc="upper right", bbox_to_anchor=(1.02, 1.015),
+            **LEGEND, loc="upper right", bbox_to_anchor=(1, 1.015),
         )  # fmt: skip
         box = base.get_position()
         said = []
@@ -184,7 +184,7 @@ def pose_heat_maps(modes: Modes, fmr: str) -> list[Panel]:
     found = {pose for mode in modes.values() for cell in mode.cells for pose in pose_pair(cell) or ()}
     poses = [pose for pose in _POSE_ORDER if pose in found] + sorted(found.difference(_POSE_ORDER))
     panels = []
-    for mode in modes.values() if poses else ():
+    for mode in (one for one in modes.values() if any(map(pose_pair, one.cells))):
         figure, axes = canvas(mode.mode, 360, 268, left=62, bottom=62, colour=mode_colour(mode.mode, modes))
         said = []
         for row, first in enumerate(poses):

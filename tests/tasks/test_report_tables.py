@@ -1,0 +1,97 @@
+import pytest
+
+from schemas.reports import Estimate, Population, ReportInput
+from tasks.report_tables import Shown, Table, accuracy_rows, detail_table, pose_table, present, search_table
+
+
+@pytest.fixture
+def population(report_input: ReportInput) -> Population:
+    return report_input.evaluation.populations["held_out"]
+
+
+def test_an_estimate_is_shown_with_interval_difference_and_judgement() -> None:
+    shown = Table("t", []).show(
+        Estimate(value=0.1257, low=0.12, high=0.13), Estimate(value=-0.02, low=-0.03, high=-0.01)
+    )
+    assert shown == Shown(
+        "12.57", "12.00 to 13.00", difference="−2.00", difference_between="−3.00 to −1.00", judgement="better"
+    )
+    assert shown.sign == "↓"
+
+
+@pytest.mark.parametrize(("low", "high", "sign"), [(0.1, 0.2, "↑"), (-0.1, 0.2, "="), (None, None, "?")])
+def test_each_judgement_has_a_sign_of_its_own(low: float | None, high: float | None, sign: str) -> None:
+    difference = Estimate(value=0.1, low=low, high=high)
+    assert Table("t", []).show(Estimate(value=0.2), difference).sign == sign
+
+
+def test_reasons_are_numbered_once_each() -> None:
+    table = Table("t", [])
+    few, ties = (Estimate(value=None, reason=f"not estimable: {why}") for why in ("too few", "ties"))
+    assert [table.show(one).note for one in (few, ties, few)] == [1, 2, 1]
+    assert table.notes == ["not estimable: too few", "not estimable: ties"]
+    assert table.show(Estimate(value=None)).reason == "not estimable"
+    assert table.show(None) == Shown("–")
+
+
+def test_a_missing_value_is_never_given_a_difference() -> None:
+    shown = Table("t", []).show(Estimate(value=None, reason="ties"), Estimate(value=0.1, low=0.05, high=0.2))
+    assert (shown.value, shown.judgement) == ("n/e", None)
+
+
+def test_pose_table_holds_every_mode_of_every_cell_with_raw_as_its_baseline(population: Population) -> None:
+    table = pose_table(population, ["all", "frontal-profile"], ["eer", "fnmr@1e-3"])
+    assert table.heads == ["EER", "FNMR at FMR 0.1%"]
+    assert [title for title, _, _ in table.groups] == ["all pairs", "frontal–profile"]
+    _, sizes, rows = table.groups[1]
+    assert sizes == "1,500 genuine, 12,000 impostor pairs"
+    assert [name.name for name, _ in rows] == ["raw", "per_sample", "batch_stat"]
+    assert len({name.mark for name, _ in rows}) == 3
+    assert rows[0][1][0].judgement is None
+    value = population.modes["per_sample"].cells["frontal-profile"].eer.value
+    assert rows[1][1][0].value == f"{100 * value:.2f}"
+    assert rows[1][1][0].judgement == "better"
+
+
+def test_detail_table_holds_every_cell_and_operating_point(population: Population) -> None:
+    table = detail_table(population, ["1e-1", "1e-5"])
+    assert [title for title, _, _ in table.groups] == [
+        "frontal–frontal", "frontal–profile", "profile–profile", "frontal–half", "half–half", "half–profile",
+        "all pairs",
+    ]  # fmt: skip
+    cells = table.groups[0][2][0][1]
+    assert [cell.value for cell in cells[:2]] == ["97.00", "3.10"]
+    assert cells[-1].value == "n/e"
+    assert table.notes == [
+        "not estimable: 12000 impostor pairs are too few",
+        "not estimable: 72000 impostor pairs are too few",
+    ]
+
+
+def test_search_table_sets_the_served_index_beside_the_exact_search(population: Population) -> None:
+    found = search_table(population)
+    assert found is not None
+    sentence, table = found
+    assert sentence.startswith("1,120 profile probes with a mate and 276 without, searched for in a frontal gallery of")
+    assert table.heads[:4] == ["rank 1", "rank 5", "rank 10", "FNIR at FPIR 10%"]
+    raw = table.groups[0][2][0][1]
+    assert [cell.value for cell in raw] == ["81.00", "88.00", "91.00", "31.00", "49.00", "n/e", "99.80", "99.50"]
+    assert [cell.also for cell in raw[:4]] == ["81.00", "88.00", "90.00", None]
+
+
+def test_search_table_is_absent_where_nothing_was_searched(population: Population) -> None:
+    modes = {name: mode.model_copy(update={"identification": None}) for name, mode in population.modes.items()}
+    assert search_table(population.model_copy(update={"modes": modes})) is None
+
+
+def test_accuracy_is_printed_or_its_absence_explained(population: Population) -> None:
+    rows = accuracy_rows(population)
+    assert (rows[0]["accuracy"], rows[0]["eer"], rows[0]["missing"]) == ("89.66 ± 1.82", "11.47", "3")
+    raw = population.modes["raw"]
+    lost = raw.pairs[0].model_copy(update={"accuracy_mean": None, "eer": None, "reason": "one fold only"})
+    only = population.model_copy(update={"modes": {"raw": raw.model_copy(update={"pairs": [lost]})}})
+    assert (accuracy_rows(only)[0]["accuracy"], accuracy_rows(only)[0]["reason"]) == (None, "one fold only")
+
+
+def test_present_keeps_the_order_asked_for(population: Population) -> None:
+    assert present(population, ["profile-profile", "nowhere", "all"]) == ["profile-profile", "all"]
