@@ -1,0 +1,211 @@
+"""Identification (1:N) figures from search results, after ISO/IEC 19795-1:2021, and the exact search as their truth.
+
+The gallery holds one or more samples of each enrolled subject (frontal ones, as a rule); a subject's score is its best
+sample's. A probe is *mated* when its subject is enrolled. Which rows are gallery and which are probes, and the search
+through an index, are left to the caller.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metrics.cosine import SCORES_PER_UNIT, Features, shift_to_grid, unit_rows
+from metrics.tally import ScoreTally
+from metrics.verification import operating_point
+
+RANKS = (1, 5, 10)
+FPIR_POINTS = (1e-1, 1e-2, 1e-3)
+
+_BLOCK = (256, 32_768)  # probes, gallery rows: 64 MB of search keys
+_ROW_BITS = 39  # with the 24 bits of a score just within an int64
+
+
+@dataclass(frozen=True)
+class RankRate:
+    """Share of mated probes whose subject is among the best `rank` subjects; None, with a `reason`, if unknown."""
+
+    rank: int
+    rate: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class SearchPoint:
+    """FNIR at a false positive identification rate of *at most* `target_fpir`; None, with a `reason`, if unknown."""
+
+    target_fpir: float
+    threshold: float | None
+    fpir: float | None
+    fnir: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Identification:
+    """The figures of one search experiment."""
+
+    n_mated: int
+    n_non_mated: int
+    ranks: tuple[RankRate, ...]
+    points: tuple[SearchPoint, ...]
+
+
+def identify(
+    candidate_subjects: NDArray[np.integer[Any]],
+    candidate_scores: NDArray[np.floating[Any]],
+    probe_subjects: NDArray[np.integer[Any]],
+    mated: NDArray[np.bool_],
+    *,
+    ranks: Sequence[int] = RANKS,
+    fpir_points: Sequence[float] = FPIR_POINTS,
+) -> Identification:
+    """Compute the cumulative match characteristic, and FNIR at fixed FPIR, from top-k candidate lists.
+
+    Args:
+        candidate_subjects: subject codes of the k best gallery samples of each probe, best first, integer
+            `[probes, k]`; -1 where the gallery had no more. A subject may come more than once: its best score counts,
+            its other samples take no place.
+        candidate_scores: their scores, not rising within a row, `[probes, k]`; ignored where the code is -1.
+        probe_subjects: integer `[probes]`, not negative.
+        mated: bool `[probes]`: the probe's subject is in the gallery.
+        ranks: a subject's rank is 1 + the number of other subjects whose score is >= its own: ties count against it.
+        fpir_points: FPIR(t) is the share of *non-mated* probes with any candidate of score >= t, FNIR(t) the share of
+            mated probes whose own subject is not in the list or scores < t. The threshold follows the rule of
+            `verification.operating_point`: the smallest observed score with FPIR at most the target.
+
+    A list that is cut off before it shows enough subjects makes a rank not estimable: search deeper.
+
+    Raises ValueError for shapes that do not fit, scores that rise or are not finite, and a non-mated probe whose
+    subject is found in the gallery.
+    """
+    n_probes, k = _check(candidate_subjects, candidate_scores, probe_subjects, mated)
+    present = candidate_subjects >= 0
+    scores = np.where(present, candidate_scores, -np.inf)
+    own = present & (candidate_subjects == probe_subjects[:, None])
+    if (own[~mated]).any():
+        probe = int(np.flatnonzero(own.any(axis=1) & ~mated)[0])
+        raise ValueError(
+            f"probe {probe} is called non-mated, but its subject {probe_subjects[probe]} is in the gallery"
+        )
+    best = present & _first_of_subject(candidate_subjects)
+    own_score = np.where(own, scores, -np.inf).max(axis=1, initial=-np.inf)
+    found = own.any(axis=1)
+    rank = np.where(found, (best & (scores >= own_score[:, None])).sum(axis=1), k + 1)
+    cut_off = mated & ~found & present.all(axis=1)
+    subjects_shown = best.sum(axis=1)
+
+    non_mated_scores, counts = np.unique(scores[~mated].max(axis=1, initial=-np.inf), return_counts=True)
+    tally = ScoreTally.from_counts(np.sort(own_score[mated]), non_mated_scores, counts)
+    return Identification(
+        n_mated=int(mated.sum()),
+        n_non_mated=int(n_probes - mated.sum()),
+        ranks=tuple(
+            _rank_rate(wanted, rank[mated], int((cut_off & (subjects_shown < wanted)).sum())) for wanted in ranks
+        ),
+        points=tuple(_search_point(tally, target) for target in fpir_points),
+    )
+
+
+def exact_search(
+    gallery: Features, probes: Features, k: int, *, device: str = "cpu"
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return scores float32 `[probes, k]` and gallery row numbers int64 `[probes, k]` of the k best rows, best first.
+
+    Brute force in blocks, the truth for `recall_at_k`. Scores are those of `cosine` (rows are normalised here); of
+    equal scores the lower row comes first. Beyond the end of a small gallery: score -inf, row -1.
+
+    Raises ValueError for k < 1, dimensions that differ, and rows that are zero or not finite.
+    """
+    if k < 1 or gallery.shape[1:] != probes.shape[1:]:
+        raise ValueError(f"k = {k}, gallery {tuple(gallery.shape)}, probes {tuple(probes.shape)}; k must be positive")
+    enrolled, asked = unit_rows(gallery, device), unit_rows(probes, device)
+    keys = torch.full((len(asked), k), -1, dtype=torch.int64, device=device)
+    for start in range(0, len(asked), _BLOCK[0]):
+        these = slice(start, start + _BLOCK[0])
+        for first in range(0, len(enrolled), _BLOCK[1]):
+            found = torch.cat(
+                [keys[these], _search_keys(asked[these], enrolled[first : first + _BLOCK[1]], first)], dim=1
+            )
+            keys[these] = found.topk(k, dim=1).values
+    keys_found = keys.cpu().numpy()
+    rows = (1 << _ROW_BITS) - 1 - (keys_found & ((1 << _ROW_BITS) - 1))
+    scores = ((keys_found >> _ROW_BITS) / SCORES_PER_UNIT - 1).astype(np.float32)
+    nothing = keys_found < 0
+    return np.where(nothing, np.float32(-np.inf), scores), np.where(nothing, -1, rows)
+
+
+def recall_at_k(served: NDArray[np.integer[Any]], exact: NDArray[np.integer[Any]], k: int) -> float:
+    """Return the share of the exact k best that the served k best contain, over all probes; ids `[probes, >= k]`.
+
+    -1 ("none") in `exact` is not asked for. Raises ValueError when nothing is asked, or a list is shorter than k.
+    """
+    if len(served) != len(exact) or min(served.shape[1], exact.shape[1]) < k or k < 1:
+        raise ValueError(f"served {served.shape} and exact {exact.shape} do not both hold {k} ids for every probe")
+    wanted = exact[:, :k]
+    asked = int((wanted >= 0).sum())
+    if not asked:
+        raise ValueError("the exact search found nothing to compare with")
+    hits = sum(int(((wanted[:, [i]] == served[:, :k]).any(axis=1) & (wanted[:, i] >= 0)).sum()) for i in range(k))
+    return hits / asked
+
+
+def _check(
+    candidate_subjects: NDArray[np.integer[Any]],
+    candidate_scores: NDArray[np.floating[Any]],
+    probe_subjects: NDArray[np.integer[Any]],
+    mated: NDArray[np.bool_],
+) -> tuple[int, int]:
+    shapes = candidate_subjects.shape, candidate_scores.shape, probe_subjects.shape, mated.shape
+    if candidate_subjects.ndim != 2 or shapes[0] != shapes[1] or not shapes[2] == shapes[3] == shapes[0][:1]:
+        raise ValueError(f"candidates, scores, probes, mated have shapes {shapes}; pass [P, k], [P, k], [P], [P]")
+    present = candidate_subjects >= 0
+    if not np.isfinite(candidate_scores[present]).all():
+        raise ValueError("candidate scores hold NaN or infinity")
+    rising = present[:, 1:] & (~present[:, :-1] | (candidate_scores[:, 1:] > candidate_scores[:, :-1]))
+    if rising.any():
+        raise ValueError(
+            f"the candidates of probe {int(np.flatnonzero(rising.any(axis=1))[0])} are not sorted, best first"
+        )
+    return shapes[0][0], shapes[0][1]
+
+
+def _first_of_subject(candidate_subjects: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Mark the first, so the best, candidate of every subject in each row."""
+    first = np.ones(candidate_subjects.shape, dtype=bool)
+    for place in range(1, candidate_subjects.shape[1]):
+        first[:, place] = (candidate_subjects[:, :place] != candidate_subjects[:, [place]]).all(axis=1)
+    return first
+
+
+def _rank_rate(wanted: int, rank: NDArray[np.int64], cut_off: int) -> RankRate:
+    if not len(rank):
+        return RankRate(wanted, None, "no mated probe")
+    if cut_off:
+        reason = f"the lists of {cut_off} probes end before they show {wanted} subjects; search deeper (larger k)"
+        return RankRate(wanted, None, reason)
+    return RankRate(wanted, float(np.mean(rank <= wanted)))
+
+
+def _search_point(tally: ScoreTally, target: float) -> SearchPoint:
+    point = operating_point(tally, target)
+    if point.threshold is not None:
+        return SearchPoint(target, point.threshold, point.fmr, point.fnmr)
+    if not tally.n_genuine:
+        reason = "no mated probe"
+    elif tally.n_impostor * target < 1:
+        reason = f"FPIR {target:g} needs {math.ceil(1 / target)} non-mated probes or more; found {tally.n_impostor}"
+    else:
+        reason = f"too many non-mated probes tie at the largest score for FPIR {target:g}"
+    return SearchPoint(target, None, None, None, reason)
+
+
+def _search_keys(asked: torch.Tensor, enrolled: torch.Tensor, first_row: int) -> torch.Tensor:
+    """One integer for score and row: the larger key is the better score or, on a tie, the lower row."""
+    bits = shift_to_grid(asked @ enrolled.T).view(torch.int32).to(torch.int64) - 0x40000000
+    rows = torch.arange(first_row, first_row + len(enrolled), device=asked.device)
+    return (bits << _ROW_BITS) + ((1 << _ROW_BITS) - 1 - rows)

@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metrics import identification
+from metrics.identification import exact_search, identify, recall_at_k
+
+
+def test_ranks_by_hand() -> None:
+    subjects = np.array([[1, 2, 3], [1, 1, 2], [3, 2, 1], [2, 3, -1]])
+    scores = np.array([[0.9, 0.8, 0.7], [0.9, 0.8, 0.7], [0.9, 0.9, 0.1], [0.5, 0.4, 0.0]])
+    probes = np.array([1, 2, 2, 9])
+    result = identify(subjects, scores, probes, np.ones(4, dtype=bool), ranks=(1, 2, 3), fpir_points=())
+    # Probe 0: rank 1. Probe 1: subject 1 takes one place with its two samples, so rank 2. Probe 2: a tie counts
+    # against it, rank 2. Probe 3: not found although the whole gallery was shown.
+    assert [rank.rate for rank in result.ranks] == [0.25, 0.75, 0.75]
+    assert (result.n_mated, result.n_non_mated) == (4, 0)
+
+
+def test_a_list_that_is_cut_off_cannot_tell_a_deep_rank() -> None:
+    subjects, scores = np.array([[1, 1, 2]]), np.array([[0.9, 0.8, 0.7]])
+    result = identify(subjects, scores, np.array([5]), np.array([True]), ranks=(1, 2, 3), fpir_points=())
+    assert [rank.rate for rank in result.ranks] == [0.0, 0.0, None]
+    assert result.ranks[2].reason == "the lists of 1 probes end before they show 3 subjects; search deeper (larger k)"
+
+
+def test_fnir_at_fpir_by_hand() -> None:
+    # Ten strangers whose best candidates score 0.0 … 0.9, five mated probes, one of them not found.
+    strangers = np.arange(10) / 10
+    own = np.array([0.95, 0.85, 0.75, 0.3])
+    subjects = np.concatenate([np.full(10, 1), np.array([11, 12, 13, 14]), [1]])[:, None]
+    scores = np.concatenate([strangers, own, [0.99]])[:, None]
+    probes = np.concatenate([np.full(10, 99), [11, 12, 13, 14], [15]])
+    mated = probes != 99
+    result = identify(subjects, scores, probes, mated, ranks=(1,), fpir_points=(0.2, 0.1, 0.01))
+    two, one, none = result.points
+    # At most two of ten strangers: the first observed score above 0.7 is the mated 0.75; 0.3 and the lost one miss.
+    assert (two.threshold, two.fpir, two.fnir) == (0.75, 0.2, 0.4)
+    assert (one.threshold, one.fpir, one.fnir) == (0.85, 0.1, 0.6)
+    assert none.fnir is None
+    assert none.reason == "FPIR 0.01 needs 100 non-mated probes or more; found 10"
+
+
+def test_without_probes_of_a_kind_nothing_is_claimed() -> None:
+    lists = np.array([[1], [1]]), np.array([[0.5], [0.5]])
+    only_strangers = identify(*lists, np.array([7, 8]), np.zeros(2, dtype=bool), fpir_points=(0.5,))
+    assert {rank.reason for rank in only_strangers.ranks} == {"no mated probe"}
+    assert only_strangers.points[0].reason == "no mated probe"
+    only_mated = identify(*lists, np.array([1, 1]), np.ones(2, dtype=bool), fpir_points=(0.5,))
+    assert only_mated.points[0].fnir is None
+    assert only_mated.ranks[0].rate == 1.0
+    tied = identify(*lists, np.array([1, 8]), np.array([True, False]), fpir_points=(0.5,))
+    assert tied.points[0].reason == "FPIR 0.5 needs 2 non-mated probes or more; found 1"
+
+
+def test_a_tie_of_strangers_above_all_mated_scores_is_not_estimable() -> None:
+    subjects, scores = np.full((4, 1), 1), np.array([[0.9], [0.9], [0.9], [0.5]])
+    result = identify(
+        subjects, scores, np.array([7, 8, 9, 1]), np.array([False, False, False, True]), fpir_points=(0.5,)
+    )
+    assert result.points[0].reason == "too many non-mated probes tie at the largest score for FPIR 0.5"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_figures_equal_looking_at_every_subject(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    gallery_subjects = random.integers(0, 6, 12)
+    gallery, probes = random.integers(-2, 3, (12, 3)) + 0.5, random.integers(-2, 3, (20, 3)) + 0.5
+    probe_subjects = random.integers(0, 9, 20)
+    mated = np.isin(probe_subjects, gallery_subjects)
+    scores, rows = exact_search(gallery, probes, 12)
+    result = identify(gallery_subjects[rows], scores, probe_subjects, mated, ranks=(1, 2, 4), fpir_points=(0.4,))
+
+    best: dict[tuple[int, int], float] = {}
+    for probe in range(20):
+        for row, score in zip(rows[probe], scores[probe], strict=True):
+            key = probe, int(gallery_subjects[row])
+            best[key] = max(best.get(key, -1.0), float(score))
+    enrolled = set(gallery_subjects.tolist())
+    for rank in result.ranks:
+        hits = [
+            sum(best[p, other] >= best[p, probe_subjects[p]] for other in enrolled) <= rank.rank
+            for p in np.flatnonzero(mated)
+        ]
+        assert rank.rate == (np.mean(hits) if hits else None)
+    if (threshold := result.points[0].threshold) is not None:
+        alarms = [any(best[p, s] >= threshold for s in enrolled) for p in np.flatnonzero(~mated)]
+        misses = [best[p, probe_subjects[p]] < threshold for p in np.flatnonzero(mated)]
+        assert (result.points[0].fpir, result.points[0].fnir) == (np.mean(alarms), np.mean(misses))
+        assert np.mean(alarms) <= 0.4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidate_scores": np.array([[0.1, 0.2]])}, "not sorted"),
+        ({"candidate_subjects": np.array([[-1, 2]])}, "not sorted"),
+        ({"candidate_scores": np.array([[np.nan, 0.2]])}, "NaN"),
+        ({"probe_subjects": np.array([1, 2])}, "shapes"),
+        ({"mated": np.array([False])}, "called non-mated"),
+    ],
+)
+def test_contradictions_are_refused(change: dict[str, np.ndarray], message: str) -> None:
+    arguments = {
+        "candidate_subjects": np.array([[1, 2]]),
+        "candidate_scores": np.array([[0.2, 0.1]]),
+        "probe_subjects": np.array([1]),
+        "mated": np.array([True]),
+    }
+    with pytest.raises(ValueError, match=message):
+        identify(**{**arguments, **change})
+
+
+def test_exact_search_equals_sorting_all_scores_and_breaks_ties_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identification, "_BLOCK", (64, 700))  # several blocks both ways
+    random = np.random.default_rng(0)
+    # Signs in 64 dimensions: cosines are exact multiples of 1/32, so most scores tie.
+    gallery, probes = random.choice([-1.0, 1.0], (3000, 64)), random.choice([-1.0, 1.0], (150, 64))
+    scores, rows = exact_search(gallery * 3, probes * 5, 10)
+    cosines = probes @ gallery.T / 64
+    expected = np.argsort(-cosines, axis=1, kind="stable")[:, :10]
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(scores, np.take_along_axis(cosines, expected, axis=1))
+
+
+def test_a_small_gallery_is_shown_whole() -> None:
+    scores, rows = exact_search(np.eye(3)[:2], np.eye(3), 4)
+    assert rows.tolist() == [[0, 1, -1, -1], [1, 0, -1, -1], [0, 1, -1, -1]]
+    assert scores[0].tolist() == [1.0, 0.0, -np.inf, -np.inf]
+    with pytest.raises(ValueError, match="k must be positive"):
+        exact_search(np.eye(3), np.eye(3), 0)
+    with pytest.raises(ValueError, match="gallery"):
+        exact_search(np.eye(3), np.eye(4), 1)
+
+
+def test_recall_by_hand() -> None:
+    exact = np.array([[1, 2, 3], [4, 5, -1]])
+    assert recall_at_k(exact, exact, 3) == 1.0
+    assert recall_at_k(np.array([[2, 1, 9], [7, 8, -1]]), exact, 3) == 2 / 5
+    assert recall_at_k(np.array([[1, 9], [4, 9]]), exact, 1) == 1.0
+    with pytest.raises(ValueError, match="do not both hold 3"):
+        recall_at_k(exact[:, :2], exact, 3)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        recall_at_k(exact, np.full((2, 3), -1), 2)
