@@ -21,7 +21,16 @@ from markupsafe import Markup
 from schemas.reports import ALL, Evaluation, ModeResult, Population, ReportInput
 from tasks import plots
 from tasks.panels import Panel
-from tasks.report_tables import Shown, Table, accuracy_rows, detail_table, pose_table, present, search_table
+from tasks.report_tables import (
+    Shown,
+    Table,
+    accuracy_rows,
+    detail_table,
+    pose_table,
+    present,
+    search_table,
+    verdict_tiles,
+)
 from tasks.theme import inline_svg, mode_rules, plot_rules, png_file, svg_file, variables, visible
 from tasks.wording import (
     cell_name,
@@ -72,7 +81,9 @@ def render_report(report: ReportInput) -> str:
         policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
         created=_moment(report.created),
         population=population,
-        verdict=_verdict_table(report, population),
+        tiles=verdict_tiles(population, report.gated)
+        if population and population.name == report.gated.population
+        else [],
         gated_name=f"{metric_name(report.gated.metric)}, {cell_name(report.gated.cell)}",
         tables=[_main_table(one, report) for one in report.evaluation.populations.values() if one.modes],
         detail=detail_table(population, report.evaluation.fmrs) if population else None,
@@ -134,12 +145,6 @@ def _metrics(evaluation: Evaluation) -> list[str]:
 def _shown_cells(report: ReportInput, population: Population) -> list[str]:
     cells = _MAIN_CELLS if report.gated.cell in _MAIN_CELLS else (*_MAIN_CELLS, report.gated.cell)
     return present(population, cells)
-
-
-def _verdict_table(report: ReportInput, population: Population | None) -> Table | None:
-    if population is None or population.name != report.gated.population:
-        return None
-    return pose_table(population, [report.gated.cell], [report.gated.metric])
 
 
 def _main_table(population: Population, report: ReportInput) -> tuple[Population, Table]:

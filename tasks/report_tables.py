@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from schemas.reports import RAW, Estimate, Population
+from schemas.reports import RAW, Estimate, GatedMetric, Population
 from tasks.theme import mode_role
 from tasks.wording import (
     NOT_ESTIMABLE,
@@ -105,6 +105,22 @@ def pose_table(population: Population, cells: Sequence[str], metrics: Sequence[s
             rows.append((_mode_name(mode.mode, population), shown))
         table.groups.append((cell_name(cell), sizes, rows))
     return table
+
+
+def verdict_tiles(population: Population, gated: GatedMetric) -> list[tuple[ModeName, Shown, Shown | None]]:
+    """Return the gated metric of each mode, with its difference to raw, and again with that to the served release."""
+    table = Table("", [])
+    tiles = []
+    for mode in population.modes.values():
+        result = mode.cells.get(gated.cell)
+        figure = figure_of(result, gated.metric) if result else None
+        if figure is None:
+            continue
+        served = mode.versus_served.get(gated.cell, {}).get(gated.metric)
+        shown = table.show(figure, difference_of(mode, gated.cell, gated.metric))
+        versus = table.show(figure, served) if served and served.value is not None else None
+        tiles.append((_mode_name(mode.mode, population), shown, versus))
+    return tiles
 
 
 def detail_table(population: Population, fmrs: Sequence[str]) -> Table:

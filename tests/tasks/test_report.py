@@ -89,6 +89,7 @@ def hostile_input(report_input: ReportInput) -> ReportInput:
     content["evaluation"]["populations"][HOSTILE] = content["evaluation"]["populations"].pop("held_out")
     content["gated"] = {"population": HOSTILE, "cell": HOSTILE, "metric": "eer"}
     content["gate"] = {"promoted": False, "reason": HOSTILE, "compared_with": HOSTILE}
+    content["evaluation"]["notes"] = [HOSTILE]
     content["quality"] |= {
         "quarantined": {HOSTILE: 1},
         "bad_shards": [{"shard": HOSTILE, "reason": HOSTILE + "x" * 400, "kept": False}],
@@ -124,7 +125,11 @@ def test_the_verdict_comes_first(page_text: str, report_input: ReportInput) -> N
 
 @pytest.mark.parametrize(
     ("compared_with", "sentence"),
-    [("r7", "queries go on being served from"), (RAW, "none is served yet"), (None, "none is served yet")],
+    [
+        ("r7", 'served from <bdi class="code">r7</bdi>'),
+        (RAW, "the release promoted last, if there is one"),
+        (None, "the release promoted last, if there is one"),
+    ],
 )
 def test_a_kept_release_says_what_is_served_instead(
     brief_input: ReportInput, compared_with: str | None, sentence: str
@@ -175,6 +180,11 @@ def test_a_figure_that_is_not_estimable_gives_its_reason(page_text: str) -> None
 def test_differences_are_told_by_sign_and_word(page_text: str) -> None:
     for sign, word in (("↓", "better"), ("↑", "worse"), ("=", "no difference")):
         assert f'<span aria-hidden="true">{sign}</span> {word}</span>' in page_text
+
+
+def test_what_a_reader_should_know_stands_before_the_figures(page_text: str, report_input: ReportInput) -> None:
+    note = page_text.index(report_input.evaluation.notes[0])
+    assert page_text.index('id="figures"') < note < page_text.index("<table")
 
 
 def test_data_quality_names_reasons_and_shards(page_text: str) -> None:

@@ -1,7 +1,16 @@
 import pytest
 
-from schemas.reports import Estimate, Population, ReportInput
-from tasks.report_tables import Shown, Table, accuracy_rows, detail_table, pose_table, present, search_table
+from schemas.reports import Estimate, GatedMetric, Population, ReportInput
+from tasks.report_tables import (
+    Shown,
+    Table,
+    accuracy_rows,
+    detail_table,
+    pose_table,
+    present,
+    search_table,
+    verdict_tiles,
+)
 
 
 @pytest.fixture
@@ -51,6 +60,21 @@ def test_pose_table_holds_every_mode_of_every_cell_with_raw_as_its_baseline(popu
     value = population.modes["per_sample"].cells["frontal-profile"].eer.value
     assert rows[1][1][0].value == f"{100 * value:.2f}"
     assert rows[1][1][0].judgement == "better"
+
+
+def test_verdict_tiles_tell_the_difference_to_raw_and_to_the_served_release(population: Population) -> None:
+    gated = GatedMetric(population="held_out", cell="frontal-profile", metric="eer")
+    tiles = verdict_tiles(population, gated)
+    assert [(name.name, served is None) for name, _, served in tiles] == [
+        ("raw", True), ("per_sample", False), ("batch_stat", True),
+    ]  # fmt: skip
+    _, shown, served = tiles[1]
+    assert served is not None
+    assert (
+        shown.difference == f"−{-100 * population.modes['per_sample'].difference['frontal-profile']['eer'].value:.2f}"
+    )
+    assert (served.difference, served.judgement) == ("+0.12", "no difference")
+    assert verdict_tiles(population, GatedMetric(population="held_out", cell="nowhere", metric="eer")) == []
 
 
 def test_detail_table_holds_every_cell_and_operating_point(population: Population) -> None:
