@@ -1,1 +1,1 @@
-
+"""What things look like: contracts, settings, records."""

@@ -66,7 +66,7 @@ def shard_key(name: str) -> str:
 
 
 def digest_of(*parts: bytes) -> str:
-    """Return the BLAKE2b digest (128 bit, hex) of parts, each prefixed by its length so that none runs into the next."""
+    """Return the BLAKE2b digest (128 bit, hex) of parts, each prefixed by its length to keep them apart."""
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in parts:
         state.update(len(part).to_bytes(8, "little"))

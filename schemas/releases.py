@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
+from schemas.models import Statistic
 from schemas.reports import DataQuality, Estimate, GateDecision, Record
 
 
@@ -15,7 +16,7 @@ class ModelRef(Record):
     path: str = Field(description="relative to the store")
     file_digest: str
     digest: str = Field(description="of the file and the inference options")
-    statistic: str
+    statistic: Statistic
 
 
 class IndexRef(Record):
@@ -23,11 +24,13 @@ class IndexRef(Record):
 
     path: str
     digest: str
+    size: int = Field(description="bytes of the index; no more is ever read")
     ids_path: str
     ids_digest: str
     rows: int
     dim: int
     factory: str
+    changed: int = Field(default=0, description="rows removed or added since the index was trained")
 
 
 class Release(Record):

@@ -108,6 +108,9 @@ class ModeResult(Record):
     difference: dict[str, dict[str, Estimate]] = Field(
         default_factory=dict, description="cell → metric ('eer', 'fnmr@1e-3', …) → mode − raw with its paired interval"
     )
+    versus_served: dict[str, dict[str, Estimate]] = Field(
+        default_factory=dict, description="the same, this mode − the same mode of the release served until now"
+    )
     pairs: list[PairsResult] = Field(default_factory=list)
     identification: IdentificationResult | None = None
 
@@ -136,6 +139,7 @@ class Evaluation(Record):
     seed: int
     fmrs: list[str]
     unlabelled_rows: int
+    notes: list[str] = Field(default_factory=list, description="what a reader should know of this evaluation")
     duplicate_rows: int = Field(description="rows whose raw embedding is byte-identical to another's: never paired")
     populations: dict[str, Population]
 

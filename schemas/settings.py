@@ -6,15 +6,18 @@ measuring say where in `docs/decisions.md`.
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from schemas.errors import SettingsError
 from schemas.index import IndexSettings
+from schemas.models import Mode
 
-Mode = Literal["per_sample", "batch_stat"]
-RAW = "raw"
+Device = Literal["auto", "cpu", "cuda"]
+
+
+Checked = TypeVar("Checked", bound="Settings")
 
 
 class Settings(BaseModel):
@@ -63,7 +66,7 @@ class ReweightSettings(Settings):
     statistic: Literal["frozen", "batch"] = Field(default="frozen", description="squeeze statistic of batch_stat")
     branches: bool = Field(default=False, description="also write the identity and pose branches")
     on_bad_rows: Literal["quarantine", "fail"] = "quarantine"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     group_rows: int = Field(default=200_000, ge=1, description="about how many rows one task works on")
 
 
@@ -75,7 +78,7 @@ class EvaluationSettings(Settings):
     seed: int = 0
     max_rows: int = Field(default=50_000, ge=10, description="labelled rows beyond this are sampled by subject")
     frontal_yaw: float = Field(default=15.0, gt=0, le=180, description="|yaw| up to here is frontal (no pose label)")
-    profile_yaw: float = Field(default=45.0, gt=0, le=180, description="|yaw| from here is profile (no pose label)")
+    profile_yaw: float = Field(default=35.0, gt=0, le=180, description="|yaw| from here is profile (no pose label)")
     pairs: str | None = Field(default=None, description="Parquet of pairs with folds: protocol, fold, id_a, id_b, same")
 
     @field_validator("fmrs")
@@ -149,7 +152,27 @@ class PipelineSettings(Settings):
         return self
 
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+class TrainingSettings(Settings):
+    """All that `train` needs."""
+
+    sources: tuple[str, ...] = Field(min_length=1, description="folders of labelled shards")
+    out: str = Field(description="checkpoint file to write; its card goes beside it as .md")
+    mode: Mode = "per_sample"
+    augment: tuple[str, ...] = Field(default=(), description="further views of the same subjects, for training only")
+    architecture: Literal["dual_branch", "se"] = "dual_branch"
+    columns: ColumnNames = ColumnNames()
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    salt: str = Field(default="frontalis", min_length=1, max_length=64, description="of the subject split")
+    validation: float = Field(default=0.15, gt=0, lt=1, description="share of subjects that choose the model")
+    test: float = Field(default=0.15, ge=0, lt=1, description="share of subjects that only measure it")
+    steps: int = Field(default=300, ge=1, le=1_000_000, description="at most so many; validation stops earlier")
+    resamples: int = Field(default=1000, ge=0, le=100_000)
+
+    @model_validator(mode="after")
+    def _someone_trains(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation {self.validation} + test {self.test} leave nobody to train on")
+        return self
 
 
 def load_pipeline(path: str, **overrides: object) -> PipelineSettings:
@@ -183,8 +206,13 @@ def pipeline(**values: object) -> PipelineSettings:
     Raises:
         SettingsError: a setting is missing, unknown or out of range; the message names each.
     """
+    return checked(PipelineSettings, values)
+
+
+def checked(kind: type[Checked], values: object) -> Checked:
+    """Validate values as settings of a kind; a failure is a `SettingsError` that names each setting."""
     try:
-        return PipelineSettings.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise SettingsError(explain(error)) from error
 

@@ -40,7 +40,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class ShardSchema:
-    """What a shard promises: `dim` is None where lists carry their length row by row; `present` are optional columns."""
+    """What a shard promises: `dim` is None where each list has its own length; `present` are the optional columns."""
 
     dim: int | None
     id_type: pa.DataType
@@ -208,4 +208,4 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
