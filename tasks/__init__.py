@@ -1,1 +1,1 @@
-
+"""One stage of the work a file."""

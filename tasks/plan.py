@@ -76,7 +76,7 @@ def prepare_models(settings: PipelineSettings) -> dict[str, ModelRef]:
         SettingsError: the file does not exist.
     """
     store = Location(settings.store)
-    models = {}
+    models: dict[str, ModelRef] = {}
     for mode, uri in settings.models.items():
         place = Location(uri)
         try:
@@ -86,7 +86,7 @@ def prepare_models(settings: PipelineSettings) -> dict[str, ModelRef]:
         checkpoint = load(content)
         if checkpoint.card.mode != mode:
             raise BadModelError(
-                f"model {mode}={uri}: was trained for {checkpoint.card.mode}; pass --model {checkpoint.card.mode}={uri}."
+                f"model {mode}={uri}: was trained for {checkpoint.card.mode}; pass it as {checkpoint.card.mode}={uri}."
             )
         reweight = settings.reweight
         options = {

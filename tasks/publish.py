@@ -103,8 +103,8 @@ def data_quality(
         count = by_mode[RAW] + held[shard] + plan.entries[shard].forgotten_rows
         if shard not in faulty and count != plan.entries[shard].rows:
             raise StoreError(
-                f"shard {shard}: {plan.entries[shard].rows} rows were read, {by_mode[RAW]} became features, {held[shard]} "
-                f"are in quarantine, {plan.entries[shard].forgotten_rows} are forgotten; run `frontalis verify --store …`."
+                f"shard {shard}: of {plan.entries[shard].rows} rows {by_mode[RAW]} became features, {held[shard]} are "
+                f"in quarantine, {plan.entries[shard].forgotten_rows} are forgotten; run `frontalis verify --store …`."
             )
         read += count
         forgotten += plan.entries[shard].forgotten_rows

@@ -22,9 +22,10 @@ from models.checkpoint import load
 from models.inference import Reweighter
 from schemas.errors import BadModelError, BadShardError
 from schemas.features import QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, file_schema, quarantine_path
+from schemas.models import Statistic
 from schemas.releases import ModelRef
 from schemas.reports import RAW, ShardFault
-from schemas.settings import ColumnNames, PipelineSettings
+from schemas.settings import ColumnNames, Device, PipelineSettings
 from schemas.shards import (
     Reason,
     ShardSchema,
@@ -60,7 +61,7 @@ class ReweightSpec:
     schema: pa.Schema
     batch_size: int
     branches: bool
-    device: str
+    device: Device
     fail_on_bad_rows: bool
 
     @classmethod
@@ -204,8 +205,8 @@ class _Reader:
                     array = block.column(item.name).cast(item.type)
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                     raise BadShardError(
-                        f"shard {self.work.shard.key}: column {item.name!r} has type {block.column(item.name).type}, the "
-                        f"store holds {item.type} ({error})."
+                        f"shard {self.work.shard.key}: column {item.name!r} is {block.column(item.name).type}, "
+                        f"the store holds {item.type} ({error})."
                     ) from error
             else:
                 array = pa.nulls(block.num_rows, item.type)
@@ -230,8 +231,8 @@ class _Reader:
                 reason = str(reasons[at])
                 if self.spec.fail_on_bad_rows:
                     raise BadShardError(
-                        f"shard {self.work.shard.key}, row {first + at} (id {ids[int(at)].as_py()!r}): {reason}; mend it, "
-                        'or set on_bad_rows = "quarantine".'
+                        f"shard {self.work.shard.key}, row {first + at} (id {ids[int(at)].as_py()!r}): {reason}; "
+                        'mend it, or set on_bad_rows = "quarantine".'
                     )
                 self.result.quarantined[reason] += 1
                 self.bad.append(
@@ -253,7 +254,7 @@ class _Reader:
     def _warn(self) -> None:
         if self.out_of_range:
             self.result.warnings.append(
-                f"shard {self.work.shard.key}: {self.out_of_range} angles outside ±180° or not finite were taken as unknown"
+                f"shard {self.work.shard.key}: {self.out_of_range} angles outside ±180° or not finite are unknown now"
             )
         if self.yaws >= RADIANS_ROWS and 0 < self.largest_yaw < RADIANS_BELOW:
             self.result.warnings.append(
@@ -325,7 +326,7 @@ def _network(spec: ReweightSpec, mode: str) -> Reweighter:
 
 
 @functools.lru_cache(maxsize=8)
-def _load_network(store: str, path: str, statistic: str, device: str) -> Reweighter:
+def _load_network(store: str, path: str, statistic: Statistic, device: Device) -> Reweighter:
     checkpoint = load((Location(store) / path).read_bytes())
     return Reweighter(checkpoint, statistic=statistic, device=device)
 

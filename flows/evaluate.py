@@ -1,0 +1,47 @@
+"""Evaluate: measure a release again, on the features it was published with."""
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.utilities.annotations import opaque
+
+from schemas.reports import Evaluation
+from schemas.settings import EvaluationSettings, PipelineSettings
+from storage.features import features_table
+from storage.location import Location
+from storage.releases import Releases
+from tasks.report import markdown_table
+from tasks.stages import evaluate_task
+
+
+@flow(name="evaluate")
+def evaluate(
+    store: str, release: str | None = None, pairs: str | None = None, resamples: int | None = None
+) -> Evaluation:
+    """Measure `release` (the one served by default) with the settings it was made with.
+
+    Args:
+        store: local path or s3://…
+        release: a release by name.
+        pairs: a pairs file; overrides that of the settings.
+        resamples: bootstrap resamples; overrides the settings.
+
+    Raises:
+        SettingsError: no such release or pairs file.
+        StoreError: nothing is served yet, or its features are damaged or vacuumed.
+    """
+    place = Location(store)
+    history = Releases(place)
+    record = history.get(release) if release else history.serving()
+    settings = PipelineSettings.model_validate({**record.settings, "store": store})
+    changed = {key: value for key, value in {"pairs": pairs, "resamples": resamples}.items() if value is not None}
+    evaluation: EvaluationSettings = settings.evaluation.model_copy(update=changed)
+    features = features_table(place).snapshot(record.features_version)
+    result: Evaluation = evaluate_task(
+        store, record.release, opaque(features), record.models, evaluation, settings.index
+    )
+    create_markdown_artifact(
+        markdown=f"# {record.release}\n\n{markdown_table(result)}",
+        key="frontalis-evaluation",
+        description=f"verification per mode of {record.release}",
+    )
+    return result

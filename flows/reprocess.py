@@ -1,0 +1,300 @@
+"""Reprocess: bring the store up to date with the source and the models, measure, and serve the result if it is good.
+
+The recipe: prepare the models, plan, reweight, publish, index, evaluate, judge, record. A run that is interrupted at
+any point leaves the served release untouched; the next one finds what is done by name and finishes the rest.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.futures import as_completed
+from prefect.states import Completed, Failed
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.utilities.annotations import opaque
+from pydantic import BaseModel, Field
+
+from schemas.errors import SettingsError, StoreError
+from schemas.features import digest_of
+from schemas.releases import ModelRef, Release, release_name
+from schemas.reports import DataQuality, Estimate, Evaluation, GateDecision
+from schemas.settings import PipelineSettings, RunnerSettings, load_pipeline
+from storage.features import features_table
+from storage.location import Location
+from storage.lock import store_lock
+from storage.releases import Releases
+from storage.tables import Snapshot
+from tasks.gate import decide, gated
+from tasks.index import Previous
+from tasks.plan import Plan
+from tasks.publish import Published
+from tasks.release_report import write_report
+from tasks.report import markdown_table
+from tasks.reweight import ReweightSpec, ShardResult, one_thread_each
+from tasks.stages import evaluate_task, index_task, models_task, plan_task, publish_task, reweight_task
+
+log = logging.getLogger("frontalis.reprocess")
+
+
+class Outcome(BaseModel):
+    """What a run came to, for the person or program that started it."""
+
+    status: Literal["promoted", "kept back", "unchanged"]
+    release: str
+    store: str
+    reason: str
+    shards_computed: int = 0
+    shards_reused: int = 0
+    rows_computed: int = 0
+    seconds: float = 0.0
+    data: DataQuality
+    gated_name: str = ""
+    gated: dict[str, Estimate] = Field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    report: str | None = None
+    warnings: list[str] = Field(default_factory=list)
+
+
+@flow(name="reprocess", validate_parameters=True)
+def reprocess(config: str | None = None, settings: PipelineSettings | None = None) -> State[Outcome] | Outcome:
+    """Run the whole job as `pipeline.toml` (`config`) or `settings` say; the state tells what became of it.
+
+    Raises:
+        SettingsError: neither or both are given, or something in them cannot be used.
+    """
+    if (config is None) == (settings is None):
+        raise SettingsError("reprocess: pass either config (a pipeline.toml) or settings.")
+    outcome = run(load_pipeline(config) if config is not None else settings)  # type: ignore[arg-type]
+    if outcome.data.bad_shards:
+        names = ", ".join(fault.shard for fault in outcome.data.bad_shards[:5])
+        return Failed(message=f"completed with bad shards: {names}", data=outcome, name="CompletedWithBadShards")
+    if outcome.status == "kept back":
+        return Completed(message=outcome.reason, data=outcome, name="KeptBack")
+    return outcome
+
+
+def run(settings: PipelineSettings) -> Outcome:
+    """Do the work of `reprocess`, inside its flow run."""
+    started = time.monotonic()
+    _check_runner(settings.runner)
+    store = Location(settings.store)
+    with store_lock(store, "reprocess", settings.wait):
+        models = models_task(settings)
+        plan = plan_task(settings, models)
+        history = Releases(store)
+        releases = history.all()
+        content = release_content(settings, plan)
+        if not plan.groups and releases and releases[-1].content == content:
+            return _unchanged(settings, releases[-1], plan, time.monotonic() - started)
+        work = plan.work
+        log.info("plan: %d shards to compute, %d files to reuse, %d shards bad", len(work), len(plan.reused),
+                 len(plan.faults))  # fmt: skip
+        results = reweight_all(settings, plan, models) if work else []
+        published = publish_task(settings, opaque(plan), opaque(results))
+        release = _release(settings, plan, published, releases, content, models)
+        outcome = _measure_and_record(settings, release, published, history, releases)
+        warnings = [warning for result in results for warning in result.warnings]
+        for warning in warnings:
+            log.warning("%s", warning)
+        return outcome.model_copy(
+            update={
+                "shards_computed": len(work),
+                "shards_reused": len({file.partitions["shard"] for file in plan.reused}),
+                "rows_computed": sum(item.rows for item in work),
+                "seconds": time.monotonic() - started,
+                "warnings": warnings,
+            }
+        )
+
+
+def reweight_all(settings: PipelineSettings, plan: Plan, models: Mapping[str, ModelRef]) -> list[ShardResult]:
+    """Reweight every group of the plan on the runner of the settings, telling how far it has come."""
+    spec = ReweightSpec.of(settings, models, plan.schema)
+    total = sum(work.rows for work in plan.work)
+    workers = settings.runner.workers or os.cpu_count() or 1
+
+    @flow(name="reweight", task_runner=_runner(settings.runner, workers), validate_parameters=False)
+    def reweight() -> list[ShardResult]:
+        started = time.monotonic()
+        futures = {}
+        for number, group in enumerate(plan.groups):
+            named = reweight_task.with_options(task_run_name=f"reweight-{number + 1:04d}-of-{len(plan.groups):04d}")
+            futures[named.submit(opaque(group), opaque(spec))] = sum(work.rows for work in group)
+        results: list[ShardResult] = []
+        done = 0
+        last = started
+        for future in as_completed(list(futures)):
+            results += future.result()
+            done += futures[future]
+            now = time.monotonic()
+            if now - last > 1 or done == total:
+                rate = done / max(now - started, 1e-9)
+                log.info("reweight: %s of %s rows, %s rows/s, %.0f s left", f"{done:,}", f"{total:,}", f"{rate:,.0f}",
+                         (total - done) / rate)  # fmt: skip
+                last = now
+        return results
+
+    threads = workers if settings.runner.kind == "threads" else 1
+    with one_thread_each(threads):
+        return reweight()
+
+
+def release_content(settings: PipelineSettings, plan: Plan) -> str:
+    """Return the digest of all that a release depends on: the same content needs no new release."""
+    chosen = settings.model_dump(mode="json", include={"index", "evaluation", "gate"})
+    faults = [fault.shard for fault in plan.faults]
+    return digest_of(
+        *(path.encode() for path in sorted(plan.wanted)), repr(sorted(chosen.items())).encode(), repr(faults).encode()
+    )
+
+
+def _measure_and_record(
+    settings: PipelineSettings, release: Release, published: Published, history: Releases, releases: Sequence[Release]
+) -> Outcome:
+    served = next((old for old in releases if old.serving), None)
+    previous = _previous(history, releases, release)
+    indexes = {}
+    for mode in ["raw", *sorted(release.models, reverse=True)]:
+        indexes[mode] = index_task.with_options(task_run_name=f"index-{mode}")(
+            settings.store,
+            release.release,
+            mode,
+            opaque(published.features),
+            settings.index,
+            opaque(previous.get(mode)),
+        )
+    before = _snapshot(history, served)
+    evaluation = evaluate_task(
+        settings.store, release.release, opaque(published.features), release.models, settings.evaluation,
+        settings.index, opaque(before),
+    )  # fmt: skip
+    decision = decide(evaluation, settings.gate, served.release if served and before is not None else None)
+    measured = gated(evaluation, settings.gate)
+    release = release.model_copy(
+        update={"indexes": indexes, "gate": decision, "gated": measured.figures, "gated_name": measured.name}
+    )
+    release = release.model_copy(update={"report": write_report(settings, release, evaluation, releases)})
+    history.record(release)
+    log.info("%s: %s", release.release, decision.reason)
+    _artifacts(settings, release, evaluation)
+    return Outcome(
+        status="promoted" if decision.promoted else "kept back",
+        release=release.release,
+        store=settings.store,
+        reason=decision.reason,
+        data=release.data,
+        gated_name=measured.name,
+        gated=measured.figures,
+        evaluation=evaluation,
+        report=f"{Location(settings.store).uri}/{release.report}" if release.report else None,
+    )
+
+
+def _release(
+    settings: PipelineSettings,
+    plan: Plan,
+    published: Published,
+    releases: Sequence[Release],
+    content: str,
+    models: Mapping[str, ModelRef],
+) -> Release:
+    number = releases[-1].number + 1 if releases else 1
+    return Release(
+        release=release_name(number, content),
+        number=number,
+        created=datetime.now(UTC),
+        content=content,
+        source=settings.source,
+        features_version=published.features.version,
+        quarantine_version=published.quarantine.version if published.quarantine.version >= 0 else None,
+        models=dict(models),
+        indexes={},
+        data=published.data,
+        gate=GateDecision(promoted=False, reason="not judged yet"),
+        gated={},
+        gated_name="",
+        report=None,
+        settings=settings.model_dump(mode="json"),
+    )
+
+
+def _previous(history: Releases, releases: Sequence[Release], release: Release) -> dict[str, Previous]:
+    """Return, by mode, the latest release whose index the new one can be carried on from."""
+    found: dict[str, Previous] = {}
+    for old in reversed(releases[-10:]):
+        if old.erased or set(old.indexes) <= set(found):
+            continue
+        snapshot = _snapshot(history, old)
+        if snapshot is not None:
+            for mode in old.indexes:
+                same_model = mode not in release.models or old.models[mode].digest == release.models[mode].digest
+                if same_model:
+                    found.setdefault(mode, Previous(old, snapshot))
+    return found
+
+
+def _snapshot(history: Releases, release: Release | None) -> Snapshot | None:
+    if release is None:
+        return None
+    try:
+        return features_table(history.store).snapshot(release.features_version)
+    except StoreError:
+        return None
+
+
+def _unchanged(settings: PipelineSettings, release: Release, plan: Plan, seconds: float) -> Outcome:
+    log.info("nothing changed since %s: no shard was computed", release.release)
+    return Outcome(
+        status="unchanged",
+        release=release.release,
+        store=settings.store,
+        reason=f"nothing changed since {release.release} of {release.created:%Y-%m-%d %H:%M} UTC",
+        seconds=seconds,
+        data=release.data.model_copy(update={"bad_shards": list(plan.faults)}),
+        gated_name=release.gated_name,
+        gated=release.gated,
+        report=f"{Location(settings.store).uri}/{release.report}" if release.report else None,
+    )
+
+
+def _check_runner(runner: RunnerSettings) -> None:
+    if runner.kind == "dask" and not os.environ.get("PREFECT_API_URL"):
+        raise SettingsError(
+            "runner dask: PREFECT_API_URL is not set, so every worker would start a Prefect server of its own; start "
+            "`prefect server start` and set PREFECT_API_URL here and on the workers."
+        )
+
+
+def _runner(runner: RunnerSettings, workers: int) -> TaskRunner[Any]:
+    if runner.kind == "threads":
+        return ThreadPoolTaskRunner(max_workers=workers)
+    from prefect_dask.task_runners import DaskTaskRunner
+
+    if runner.address:
+        dask: TaskRunner[Any] = DaskTaskRunner(address=runner.address)
+    else:
+        dask = DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1})
+    return dask
+
+
+def _artifacts(settings: PipelineSettings, release: Release, evaluation: Evaluation) -> None:
+    key = "frontalis-modes"
+    create_markdown_artifact(
+        markdown=f"# {release.release}\n\n{release.gate.reason}\n\n{markdown_table(evaluation)}",
+        key=key,
+        description=f"verification per mode of {release.release}",
+    )
+    if release.report:
+        place = Location(settings.store) / release.report
+        create_link_artifact(
+            link=Path(place.uri).as_uri() if place.is_local else place.uri,
+            link_text=f"report of {release.release}",
+            key="frontalis-report",
+        )

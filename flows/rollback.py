@@ -1,0 +1,46 @@
+"""Roll back: serve an older release at once."""
+
+from prefect import flow
+
+from models.checkpoint import load
+from schemas.releases import Release
+from storage.features import features_table
+from storage.location import Location
+from storage.lock import store_lock
+from storage.releases import Releases
+from tasks.index import open_ids, open_index
+
+
+def roll_back(store: str, release: str) -> Release:
+    """Serve `release` from now on; features, indexes and models of a release always go together.
+
+    Raises:
+        SettingsError: there is no such release, or a person in it was forgotten since.
+        StoreBusyError: a run holds the store.
+        StoreError: what the release needs is gone or damaged; what is served stays.
+    """
+    place = Location(store)
+    with store_lock(place, "rollback"):
+        history = Releases(place)
+        check_servable(place, history.get(release))
+        return history.serve(release)
+
+
+@flow(name="rollback")
+def rollback(store: str, release: str) -> Release:
+    """Serve an older release as a Prefect flow; see `roll_back`."""
+    return roll_back(store, release)
+
+
+def check_servable(store: Location, release: Release) -> None:
+    """Open all that a release needs to answer queries.
+
+    Raises:
+        StoreError: a part is missing or damaged.
+    """
+    features_table(store).snapshot(release.features_version)
+    for index in release.indexes.values():
+        open_index(store, index)
+        open_ids(store, index)
+    for model in release.models.values():
+        load((store / model.path).read_bytes())

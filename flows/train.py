@@ -1,0 +1,43 @@
+"""Train: one checkpoint for one mode, as a Prefect flow."""
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from schemas.settings import TrainingSettings, checked
+from tasks.model_card import card_markdown
+from tasks.train import Trained, train_model
+
+train_task = task(name="train", tags=["frontalis"], cache_policy=NO_CACHE, persist_result=False)(train_model)
+
+
+@flow(name="train")
+def train(
+    sources: list[str],
+    out: str,
+    mode: str = "per_sample",
+    augment: list[str] | None = None,
+    architecture: str = "dual_branch",
+    seed: int = 0,
+    steps: int | None = None,
+) -> Trained:
+    """Train a model on labelled shards and write its checkpoint; see `tasks.train`.
+
+    Raises:
+        SettingsError: an option cannot be used.
+        TrainingError: the rows cannot support a model.
+    """
+    values = {
+        "sources": tuple(sources),
+        "out": out,
+        "mode": mode,
+        "augment": tuple(augment or ()),
+        "architecture": architecture,
+        "seed": seed,
+        **({} if steps is None else {"steps": steps}),
+    }
+    trained = train_task(checked(TrainingSettings, values))
+    create_markdown_artifact(
+        markdown=card_markdown(trained.card), key=f"frontalis-model-{mode.replace('_', '-')}", description=out
+    )
+    return trained

@@ -1,0 +1,230 @@
+"""The command line: every flow from a shell, results on stdout, progress on stderr.
+
+Options are read here and handed to `flows`; what is printed is laid out in `frontalis.printing`. Heavy libraries are
+imported by the command that needs them, so that `--help` and a mistyped option answer at once.
+"""
+
+import logging
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from schemas.errors import FrontalisError, SettingsError
+
+BAD_SHARDS = 4
+KEPT_BACK = 5
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="frontalis",
+    help="Re-weight face embeddings, measure whether it helped, serve the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Store = Annotated[str, typer.Option("--store", help="The store: a folder or s3://bucket/prefix.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+def main() -> None:
+    """Run the command line; refusals print one line and exit with their code."""
+    try:
+        status = app(standalone_mode=False)
+    except FrontalisError as error:
+        status = _refuse(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        status = _refuse("interrupted; what is complete is kept, run the same command again to go on", INTERRUPTED)
+    except typer.Exit as stop:
+        status = stop.exit_code
+    except Exception as error:
+        import click
+
+        if not isinstance(error, click.ClickException):
+            raise
+        error.show()
+        status = error.exit_code
+    sys.exit(int(status or 0))
+
+
+@app.callback()
+def _start(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr, only warnings.")] = False,
+) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.getLogger("frontalis").setLevel(logging.WARNING if quiet else logging.INFO)
+    # Prefect's own log would repeat ours and hide it; the server keeps its record of the run all the same.
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+
+
+@app.command()
+def synth(
+    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    subjects: Annotated[int, typer.Option(min=1)] = 500,
+    per_subject: Annotated[int, typer.Option(min=1)] = 14,
+    dim: Annotated[int, typer.Option(min=2)] = 512,
+    shards: Annotated[int, typer.Option(min=1)] = 8,
+    seed: int = 0,
+    bad_rows: Annotated[int, typer.Option(min=0, help="Plant about so many bad rows of several kinds.")] = 0,
+) -> None:
+    """Make synthetic shards that behave like measured embeddings."""
+    from tasks.synth import synthesize
+
+    made = synthesize(
+        out, subjects=subjects, per_subject=per_subject, dim=dim, shards=shards, seed=seed, bad_rows=bad_rows
+    )
+    print(f"{made.rows:,} rows of {subjects} subjects in {len(made.files)} shards under {out}")  # noqa: T201
+
+
+@app.command()
+def train(
+    sources: Annotated[list[str], typer.Argument(help="Folders of labelled shards.")],
+    out: Annotated[str, typer.Option(help="Checkpoint to write (.safetensors); its card goes beside it.")],
+    mode: Annotated[str, typer.Option(help="per_sample or batch_stat.")] = "per_sample",
+    augment: Annotated[list[str] | None, typer.Option(help="Further views of the same subjects; repeat.")] = None,
+    architecture: Annotated[str, typer.Option(help="dual_branch or se.")] = "dual_branch",
+    seed: int = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="At most so many; validation stops earlier.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one checkpoint and measure it on subjects it has not seen."""
+    from flows.train import train as flow
+    from frontalis.printing import print_trained
+
+    trained = _run_flow(
+        flow, sources=sources, out=out, mode=mode, augment=augment, architecture=architecture, seed=seed, steps=steps
+    )
+    print_trained(trained, as_json)
+    if trained.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def reprocess(
+    source: Annotated[str | None, typer.Option(help="Folder of shards, or s3://…")] = None,
+    store: Annotated[str | None, typer.Option(help="The store.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="mode=FILE; repeat for each mode.")] = None,
+    config: Annotated[str | None, typer.Option(help="pipeline.toml; the other options win over it.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="Parquet of pairs with folds, to measure accuracy on.")] = None,
+    keep_columns: Annotated[list[str] | None, typer.Option(help="Further column to pass through; repeat.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker threads; one a core by default.")] = None,
+    wait: Annotated[float | None, typer.Option(min=0, help="Seconds to wait for another run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring the store up to date, measure, and serve the result if it is good."""
+    from schemas.settings import load_pipeline, pipeline
+
+    given: dict[str, Any] = {"source": source, "store": store, "wait": wait, "models": _models(model) or None}
+    if config is not None:
+        settings = load_pipeline(config, **given)
+    else:
+        missing = [name for name in ("source", "store", "models") if not given[name]]
+        if missing:
+            option = "--model mode=FILE" if missing[0] == "models" else f"--{missing[0]}"
+            raise SettingsError(f"reprocess: {option} is missing; or pass --config pipeline.toml.")
+        settings = pipeline(**{name: value for name, value in given.items() if value is not None})
+    changes: dict[str, Any] = settings.model_dump()
+    if pairs is not None:
+        changes["evaluation"]["pairs"] = pairs
+    if keep_columns:
+        changes["columns"]["keep"] = tuple(keep_columns)
+    if workers is not None:
+        changes["runner"]["workers"] = workers
+    settings = pipeline(**changes)
+
+    from flows.reprocess import Outcome
+    from flows.reprocess import reprocess as flow
+    from frontalis.printing import print_outcome
+
+    outcome = _run_flow(flow, settings=settings)
+    assert isinstance(outcome, Outcome)
+    print_outcome(outcome, as_json)
+    if outcome.data.bad_shards:
+        raise typer.Exit(BAD_SHARDS)
+    if outcome.status == "kept back":
+        raise typer.Exit(KEPT_BACK)
+
+
+@app.command()
+def evaluate(
+    store: Store,
+    release: Annotated[str | None, typer.Option(help="A release by name; the one served by default.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="Parquet of pairs: protocol, fold, id_a, id_b, same.")] = None,
+    resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples; 0 gives no intervals.")] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a release again, on its own features."""
+    from flows.evaluate import evaluate as flow
+    from frontalis.printing import print_evaluation
+    from schemas.reports import Evaluation
+
+    result = _run_flow(flow, store=store, release=release, pairs=pairs, resamples=resamples)
+    assert isinstance(result, Evaluation)
+    print_evaluation(result, as_json)
+
+
+@app.command()
+def query(
+    store: Store,
+    mode: Annotated[str, typer.Option(help="per_sample, batch_stat or raw.")] = "per_sample",
+    id_: Annotated[list[str] | None, typer.Option("--id", help="A stored id; repeat for several.")] = None,
+    vectors: Annotated[str | None, typer.Option(help="New embeddings: .npy or .parquet.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Neighbours a query.")] = 10,
+    release: Annotated[str | None, typer.Option(help="A release by name; the one served by default.")] = None,
+    include_self: Annotated[bool, typer.Option(help="With --id: let a row find itself.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the nearest stored rows of an id or of new embeddings."""
+    from flows.query import answer
+    from frontalis.printing import print_answer
+
+    found = answer(store, mode, ids=id_ or [], vectors=vectors, k=k, release=release, include_self=include_self)
+    print_answer(found, as_json)
+
+
+@app.command()
+def releases(store: Store, as_json: AsJson = False) -> None:
+    """List the releases of a store, with the gated metric per mode."""
+    from frontalis.printing import print_releases
+    from storage.location import Location
+    from storage.releases import Releases
+
+    print_releases(Releases(Location(store)).all(), as_json)
+
+
+@app.command()
+def rollback(store: Store, release: Annotated[str, typer.Argument(help="The release to serve.")]) -> None:
+    """Serve an older release from now on: its features, indexes and models together."""
+    from flows.rollback import roll_back
+
+    print(f"{roll_back(store, release).release} is served now")  # noqa: T201
+
+
+def _models(pairs: list[str] | None) -> dict[str, str]:
+    models: dict[str, str] = {}
+    for pair in pairs or []:
+        mode, sign, file = pair.partition("=")
+        if not sign or not file:
+            raise SettingsError(f"--model {pair}: write mode=FILE, such as per_sample=per_sample.safetensors.")
+        if mode in models:
+            raise SettingsError(f"--model {pair}: mode {mode} is given twice.")
+        models[mode] = file
+    return models
+
+
+def _run_flow(flow: Any, **parameters: Any) -> Any:
+    """Run a Prefect flow in this process and return its result, or raise what it raised."""
+    state = flow(**parameters, return_state=True)
+    if state.data is not None and not state.is_crashed() and not isinstance(state.data, BaseException):
+        return state.result(raise_on_failure=False)
+    return state.result()
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"frontalis: {message}", file=sys.stderr)  # noqa: T201
+    return code

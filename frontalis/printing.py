@@ -1,0 +1,225 @@
+"""What the commands print: tables for people, or one JSON document.
+
+Everything from the data (ids, subjects, shard names) is printed with its control characters written out, so that it
+cannot move the cursor or pass for something else.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from schemas.releases import Release
+from schemas.reports import ALL, RAW, Estimate, Evaluation, Population
+from tasks.theme import visible
+from tasks.wording import cell_name, difference_of, interval, judge, percent, points, points_interval
+
+if TYPE_CHECKING:
+    from flows.query import QueryAnswer
+    from flows.reprocess import Outcome
+    from tasks.train import Trained
+
+CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")
+POPULATIONS = {"all": "all labelled subjects", "held_out": "subjects that no model has seen"}
+
+
+def print_trained(trained: "Trained", as_json: bool) -> None:
+    """Print the figures of a new model beside raw, on subjects it has not seen."""
+    if as_json:
+        card = trained.card.model_dump(mode="json")
+        sys.stdout.write(json.dumps({"out": trained.out, "improved": trained.improved, "card": card}, indent=1) + "\n")
+        return
+    console = _console()
+    table = _table(f"{trained.card.mode} on {trained.parts['test']} test subjects, in percent")
+    for name in ("cell", "mode", "EER", "FNMR @ FMR 1e-2", "FNMR @ FMR 1e-3"):
+        table.add_column(name, justify="left" if name in ("cell", "mode") else "right")
+    for cell in CELLS:
+        for mode, cells in trained.table.items():
+            if cell in cells:
+                values = [cells[cell][name] for name in ("eer", "fnmr@1e-2", "fnmr@1e-3")]
+                table.add_row(cell_name(cell), mode, *("n/e" if one is None else percent(one) for one in values))
+    console.print(table)
+    if not trained.improved:
+        _say(console, "WARNING    no step was better than raw on validation: this model gives raw embeddings back")
+    _say(console, f"model      {trained.out}, step {trained.best_step}, card {trained.out}.md")
+
+
+def print_outcome(outcome: "Outcome", as_json: bool) -> None:
+    """Print what a run came to."""
+    if as_json:
+        _json(outcome)
+        return
+    console = _console()
+    if outcome.evaluation is not None:
+        _evaluation(console, outcome.evaluation)
+    data = outcome.data
+    held = ", ".join(f"{count:,} {reason}" for reason, count in data.quarantined.items()) or "none"
+    _say(console, f"release    {outcome.release}: {outcome.reason}")
+    _say(
+        console,
+        f"shards     {outcome.shards_computed} computed, {outcome.shards_reused} reused, {data.shards} in the release",
+    )
+    _say(
+        console,
+        f"rows       {data.rows_read:,} read, {data.rows_features:,} with features, quarantined: {held}"
+        + (f", {data.forgotten:,} forgotten" if data.forgotten else ""),
+    )
+    for fault in data.bad_shards:
+        _say(console, f"bad shard  {fault.reason} Its last good features {'stay' if fault.kept else 'do not exist'}.")
+    for warning in outcome.warnings:
+        _say(console, f"warning    {warning}")
+    _say(console, f"time       {outcome.seconds:.1f} s")
+    if outcome.report:
+        _say(console, f"report     {outcome.report}")
+
+
+def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
+    """Print the table of modes of every population."""
+    if as_json:
+        _json(evaluation)
+        return
+    _evaluation(_console(), evaluation)
+
+
+def print_answer(answer: "QueryAnswer", as_json: bool) -> None:
+    """Print the neighbours of every query."""
+    if as_json:
+        _json(answer)
+        return
+    console = _console()
+    for result in answer.results:
+        of = f" (subject {result.subject})" if result.subject is not None else ""
+        table = _table(f"{result.query}{of}: {answer.mode}, {answer.release}")
+        for name in ("rank", "score", "id", "subject", "shard"):
+            table.add_column(name, justify="right" if name in ("rank", "score") else "left")
+        for found in result.neighbours:
+            table.add_row(
+                str(found.rank), f"{found.score:.4f}", _text(found.id), _text(found.subject), _text(found.shard)
+            )
+        console.print(table)
+
+
+def print_releases(releases: Sequence[Release], as_json: bool) -> None:
+    """Print the history, newest last."""
+    if as_json:
+        sys.stdout.write(json.dumps([json.loads(release.model_dump_json()) for release in releases]) + "\n")
+        return
+    console = _console()
+    table = _table("releases, newest last")
+    modes = list(dict.fromkeys(mode for release in releases for mode in release.gated))
+    for name in ("release", "created (UTC)", "served", "rows", *modes, "decision"):
+        table.add_column(name, justify="right" if name in ("rows", *modes) else "left")
+    for release in releases:
+        served = "served" if release.serving else "erased" if release.erased else ""
+        table.add_row(
+            release.release,
+            f"{release.created:%Y-%m-%d %H:%M}",
+            served,
+            f"{release.data.rows_features:,}",
+            *(_rate(release.gated.get(mode)) for mode in modes),
+            _text(release.gate.reason),
+        )
+    console.print(table)
+    if releases:
+        _say(console, f"figures: {releases[-1].gated_name}, in percent, over subjects that no model has seen")
+
+
+def _evaluation(console: Console, evaluation: Evaluation) -> None:
+    for population in evaluation.populations.values():
+        _population(console, population, evaluation)
+    for note in evaluation.notes:
+        _say(console, f"note       {note}")
+
+
+def _population(console: Console, population: Population, evaluation: Evaluation) -> None:
+    left_out = f", {population.left_out_subjects:,} left out" if population.left_out_subjects else ""
+    if population.sampled_from_subjects:
+        left_out += f", sampled from {population.sampled_from_subjects:,}"
+    title = f"{POPULATIONS.get(population.name, population.name)}: {population.n_subjects:,} subjects{left_out}, "
+    table = _table(title + f"{population.n_rows:,} rows, {evaluation.release}")
+    points_shown = [fmr for fmr in ("1e-2", "1e-3") if fmr in evaluation.fmrs]
+    headings = ["cell", "mode", "EER %", *(f"FNMR % @ FMR {fmr}" for fmr in points_shown)]
+    compared = len(population.modes) > 1
+    for name in [*headings, *(["EER − raw, points"] if compared else []), "genuine", "impostor"]:
+        table.add_column(name, justify="left" if name in ("cell", "mode") else "right")
+    for cell in CELLS:
+        rows = [(mode, result) for mode, result in population.modes.items() if cell in result.cells]
+        for mode, result in rows:
+            figures = result.cells[cell]
+            difference = difference_of(result, cell, "eer") if mode != RAW else None
+            table.add_row(
+                cell_name(cell) if mode == rows[0][0] else "",
+                mode,
+                _with_interval(figures.eer),
+                *(_with_interval(figures.fnmr[fmr]) for fmr in points_shown),
+                *([_difference(difference)] if compared else []),
+                f"{figures.n_genuine:,}",
+                f"{figures.n_impostor:,}",
+            )
+        if rows:
+            table.add_section()
+    console.print(table)
+    for mode, result in population.modes.items():
+        for one in result.pairs:
+            accuracy = (
+                one.reason or "not estimable"
+                if one.accuracy_mean is None or one.accuracy_sd is None
+                else f"{one.n_folds}-fold accuracy {100 * one.accuracy_mean:.2f} ± {100 * one.accuracy_sd:.2f}%"
+            )
+            missing = f", {one.missing:,} pairs name an id that is not here" if one.missing else ""
+            _say(console, f"pairs      {mode}, {one.protocol}: {accuracy} over {one.n_pairs:,} pairs{missing}")
+        found = result.identification
+        if found is not None:
+            ranks = ", ".join(f"rank-{rank} {_rate(rate)}%" for rank, rate in found.rank.items())
+            _say(
+                console,
+                f"1:N        {mode}, {found.gallery} gallery ({found.n_gallery_subjects:,} subjects), {found.probes} "
+                f"probes ({found.n_mated:,} mated): {ranks}",
+            )
+    console.print()
+
+
+def _with_interval(estimate: Estimate) -> str:
+    if estimate.value is None:
+        return "n/e"
+    between = interval(estimate)
+    return percent(estimate.value) + (f" [{between.replace(' to ', ', ')}]" if between else "")
+
+
+def _difference(difference: Estimate | None) -> str:
+    if difference is None or difference.value is None:
+        return ""
+    between = points_interval(difference)
+    if not between:
+        return points(difference.value)
+    return f"{points(difference.value)} [{between.replace(' to ', ', ')}] {judge(difference)}"
+
+
+def _rate(estimate: Estimate | None) -> str:
+    return "n/e" if estimate is None or estimate.value is None else percent(estimate.value)
+
+
+def _table(title: str) -> Table:
+    return Table(title=Text(visible(title)), title_justify="left", box=None, pad_edge=False, header_style="bold")
+
+
+def _text(value: str | int | None) -> Text:
+    return Text("" if value is None else visible(str(value)).replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def _console() -> Console:
+    # A pipe has no width: let rows be as long as they are.
+    return Console(width=None if sys.stdout.isatty() else 220, highlight=False, soft_wrap=False)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(_text(line), soft_wrap=True)
+
+
+def _json(record: BaseModel) -> None:
+    sys.stdout.write(record.model_dump_json(indent=1) + "\n")

@@ -1,0 +1,226 @@
+"""Index: a FAISS index a mode over the published features, updated where little changed and rebuilt where much did.
+
+Beside `index.faiss` lies `ids.parquet`, which maps FAISS's 64-bit keys back to id, subject and shard. What the index is
+and how it searches is `storage.indexes`; which release is served, `tasks.gate`.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from schemas.errors import StoreError
+from schemas.features import DIGEST_BYTES
+from schemas.ids import id_keys
+from schemas.index import IndexSettings
+from schemas.releases import IndexRef, Release
+from storage.features import features_table, matrix_of, read_rows
+from storage.indexes import Batch, VectorIndex, build, choose_factory, read_index, rebuild_reason
+from storage.location import Location
+from storage.parquet import from_parquet, to_parquet
+from storage.tables import LiveFile, Snapshot, Table
+
+log = logging.getLogger("frontalis.index")
+
+INDEXES = "indexes"
+IDS_LIMIT = 1 << 36
+REFERENCE = b"frontalis.index"
+
+
+@dataclass(frozen=True)
+class Previous:
+    """An earlier release and the files of its features table, from which an index can be carried on."""
+
+    release: Release
+    features: Snapshot
+
+
+def index_mode(
+    store_uri: str, release: str, mode: str, features: Snapshot, settings: IndexSettings, previous: Previous | None
+) -> IndexRef:
+    """Make the index of one mode of a release, with the least work that gives it.
+
+    In this order: the index lies there already (a run was interrupted after it); nothing changed since the previous
+    release, so its files are shared; a part changed, so the rows of changed shards are removed and added; else it is
+    built.
+
+    Raises:
+        StoreError: a feature file is damaged or vectors differ in length.
+        SettingsError: the factory string is none, or nothing fits the memory budget.
+    """
+    store = Location(store_uri)
+    folder = f"{INDEXES}/{release}/{mode}"
+    done = _finished(store, folder)
+    if done is not None:
+        return done
+    table = features_table(store)
+    files = _files(features, mode)
+    old = previous.release.indexes.get(mode) if previous else None
+    if previous is not None and old is not None:
+        before = _files(previous.features, mode)
+        if list(before) == list(files) and choose_factory(old.rows, old.dim, settings) == old.factory:
+            shared = _share(store, old, folder)
+            if shared is not None:
+                return shared
+        updated = _update(store, folder, table, old, before, files, settings)
+        if updated is not None:
+            return updated
+    ids = _ids_of(table, files.values())
+    rows = ids.num_rows
+    if not rows:
+        raise StoreError(f"{store_uri}: mode {mode} has no row to index; every row of the source is bad or forgotten.")
+    dim = _dim(table, files.values())
+    index = build(lambda: _batches(table, files.values()), rows, dim, settings)
+    return _write(store, folder, index, ids, choose_factory(rows, dim, settings), 0)
+
+
+def open_index(store: Location, reference: IndexRef) -> VectorIndex:
+    """Open the index of a release, after checking the digest of its bytes.
+
+    Raises:
+        StoreError: it is missing, damaged, or larger than recorded.
+    """
+    try:
+        with (store / reference.path).open_input() as file:
+            return read_index(file, reference.digest, reference.size, f"{store.uri}/{reference.path}")
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{store.uri}/{reference.path}: is missing; run `frontalis verify --store {store.uri}`."
+        ) from error
+
+
+def open_ids(store: Location, reference: IndexRef) -> pa.Table:
+    """Open `ids.parquet` of a release (key, id, subject, shard; ordered by key), after checking its digest.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    place = store / reference.ids_path
+    try:
+        content = place.read_bytes(IDS_LIMIT)
+    except FileNotFoundError as error:
+        raise StoreError(f"{place.uri}: is missing; run `frontalis verify --store {store.uri}`.") from error
+    if hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest() != reference.ids_digest:
+        raise StoreError(f"{place.uri}: is damaged (its digest differs); run `frontalis verify --store {store.uri}`.")
+    return from_parquet(content)
+
+
+def _files(snapshot: Snapshot, mode: str) -> dict[str, LiveFile]:
+    return {path: file for path, file in sorted(snapshot.files.items()) if file.partitions["mode"] == mode}
+
+
+def _finished(store: Location, folder: str) -> IndexRef | None:
+    place = store / f"{folder}/ids.parquet"
+    try:
+        content = place.read_bytes(IDS_LIMIT)
+        metadata = pq.read_schema(pa.BufferReader(content)).metadata or {}
+        reference = IndexRef(
+            ids_digest=hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest(),
+            **json.loads(metadata[REFERENCE]),
+        )
+        open_index(store, reference)
+    except (FileNotFoundError, StoreError, pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        return None
+    return reference
+
+
+def _share(store: Location, old: IndexRef, folder: str) -> IndexRef | None:
+    """Use the previous release's files under the new release's name, or None where they are damaged."""
+    try:
+        ids = open_ids(store, old)
+        open_index(store, old)
+    except StoreError:
+        return None
+    (store / old.path).copy_to(store / f"{folder}/index.faiss")
+    return _write_ids(store, folder, ids, old)
+
+
+def _update(
+    store: Location,
+    folder: str,
+    table: Table,
+    old: IndexRef,
+    before: Mapping[str, LiveFile],
+    files: Mapping[str, LiveFile],
+    settings: IndexSettings,
+) -> IndexRef | None:
+    gone = {file.partitions["shard"] for path, file in before.items() if path not in files}
+    came = [file for path, file in files.items() if path not in before]
+    moved = sum(file.rows for path, file in before.items() if path not in files) + sum(file.rows for file in came)
+    rows = sum(file.rows for file in files.values())
+    if moved > settings.rebuild_share * rows:
+        return None
+    try:
+        index = open_index(store, old)
+        ids = open_ids(store, old)
+    except StoreError as error:
+        log.warning("the previous index cannot be carried on (%s); building it anew", error)
+        return None
+    reason = rebuild_reason(index, old.factory, rows, old.changed + moved, settings)
+    if reason is not None:
+        log.info("index is built anew: %s", reason)
+        return None
+    leaving = pc.is_in(ids["shard"], pa.array(sorted(gone), pa.string()))
+    index.update(ids.filter(leaving)["key"].to_numpy(), _batches(table, came))
+    kept = ids.filter(pc.invert(leaving))
+    new = pa.concat_tables([kept, _ids_of(table, came)]) if came else kept
+    return _write(store, folder, index, new, old.factory, old.changed + moved)
+
+
+def _write(store: Location, folder: str, index: VectorIndex, ids: pa.Table, factory: str, changed: int) -> IndexRef:
+    path = f"{folder}/index.faiss"
+    with (store / path).writing() as file:
+        written = index.write(file)
+    reference = IndexRef(
+        path=path,
+        digest=written.digest,
+        size=written.size,
+        ids_path="",
+        ids_digest="",
+        rows=len(index),
+        dim=index.dim,
+        factory=factory,
+        changed=changed,
+    )
+    return _write_ids(store, folder, ids.sort_by("key"), reference)
+
+
+def _write_ids(store: Location, folder: str, ids: pa.Table, reference: IndexRef) -> IndexRef:
+    """Write `ids.parquet` last: it says that the index beside it is whole, and what its digest is."""
+    paths = {"path": f"{folder}/index.faiss", "ids_path": f"{folder}/ids.parquet"}
+    reference = reference.model_copy(update=paths)
+    metadata = {REFERENCE: reference.model_dump_json(exclude={"ids_digest"})}
+    content = to_parquet(ids.replace_schema_metadata(metadata))
+    (store / reference.ids_path).write_bytes(content)
+    digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
+    return reference.model_copy(update={"ids_digest": digest})
+
+
+def _ids_of(table: Table, files: Iterable[LiveFile]) -> pa.Table:
+    parts = []
+    for file in files:
+        for batch in read_rows(table, file, ["id", "subject"]):
+            keys = id_keys(batch.column("id"))
+            shard = pa.repeat(pa.scalar(file.partitions["shard"]), batch.num_rows)
+            parts.append(
+                pa.table({"key": keys, "id": batch.column("id"), "subject": batch.column("subject"), "shard": shard})
+            )
+    return pa.concat_tables(parts) if parts else pa.table({"key": pa.array([], pa.int64())})
+
+
+def _batches(table: Table, files: Iterable[LiveFile]) -> Iterator[Batch]:
+    for file in files:
+        for batch in read_rows(table, file, ["id", "front"]):
+            if batch.num_rows:
+                yield id_keys(batch.column("id")), matrix_of(batch.column("front"), file.path)
+
+
+def _dim(table: Table, files: Iterable[LiveFile]) -> int:
+    for _, vectors in _batches(table, files):
+        return int(vectors.shape[1])
+    raise StoreError(f"{table.place.uri}: holds no vector.")

@@ -1,0 +1,55 @@
+"""The stages as Prefect tasks: names, retries and tags. What a stage does is the plain function it wraps.
+
+Arguments and results are settings, paths, digests and counts, never arrays. Only trouble that may pass (a store that
+does not answer) is tried again; bad input is not.
+"""
+
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+
+from schemas.errors import FrontalisError, StoreBusyError, StoreError
+from tasks.evaluate import evaluate
+from tasks.index import index_mode
+from tasks.plan import make_plan, prepare_models
+from tasks.publish import publish
+from tasks.reweight import reweight_group
+
+
+async def may_pass(task: Task[..., Any], run: object, state: State[Any]) -> bool:
+    """Return whether trying again can help: not for refusals, but for a store that failed to answer."""
+    try:
+        await state.aresult()
+    except StoreBusyError:
+        return False
+    except StoreError:
+        return True
+    except FrontalisError:
+        return False
+    except OSError:
+        return True
+    except BaseException:  # a defect: the same again would fail again
+        return False
+    return False
+
+
+def _stage(name: str, retries: int = 0) -> Any:
+    return task(
+        name=name,
+        tags=["frontalis"],
+        retries=retries,
+        retry_delay_seconds=2,
+        retry_condition_fn=may_pass,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+
+
+models_task = _stage("models")(prepare_models)
+plan_task = _stage("plan")(make_plan)
+reweight_task = _stage("reweight", retries=2)(reweight_group)
+publish_task = _stage("publish")(publish)
+index_task = _stage("index", retries=1)(index_mode)
+evaluate_task = _stage("evaluate")(evaluate)
