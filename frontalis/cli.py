@@ -60,6 +60,9 @@ def _start(
     logging.getLogger("frontalis").setLevel(logging.WARNING if quiet else logging.INFO)
     # Prefect's own log would repeat ours and hide it; the server keeps its record of the run all the same.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    # Nothing leaves the machine, usage statistics included.
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
 @app.command()

@@ -95,8 +95,8 @@ class EvaluationSettings(Settings):
 
     @model_validator(mode="after")
     def _bins(self) -> Self:
-        if self.frontal_yaw > self.profile_yaw:
-            raise ValueError(f"evaluation.frontal_yaw {self.frontal_yaw} is beyond profile_yaw {self.profile_yaw}")
+        if self.frontal_yaw >= self.profile_yaw:
+            raise ValueError(f"evaluation.frontal_yaw {self.frontal_yaw} must be below profile_yaw {self.profile_yaw}")
         return self
 
 

@@ -4,20 +4,19 @@ It is a cache beside the tables, never a second truth: a lost or damaged census 
 changes no result. It also answers the one question that spans shards: which rows carry an id that an earlier row owns.
 """
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from schemas.errors import BadShardError, FrontalisError
 from schemas.ids import id_checks, id_keys
 from schemas.settings import ColumnNames
 from schemas.shards import check_shard, id_column, text_column
 from storage.location import Location
+from storage.parquet import from_parquet, to_parquet
 from storage.shards import Shard, content_digest, open_shard
 
 NO_KEY = -1
@@ -95,7 +94,7 @@ class Census:
     def load(self) -> "Census":
         """Read the entries; a missing or damaged census is an empty one."""
         try:
-            table = pq.read_table(io.BytesIO((self.place / ENTRIES).read_bytes()), schema=ENTRY_SCHEMA)
+            table = from_parquet((self.place / ENTRIES).read_bytes())
             self.entries = {row["key"]: Entry(**row) for row in table.to_pylist()}
         except (FileNotFoundError, FrontalisError, pa.ArrowException, OSError, TypeError):
             self.entries = {}
@@ -104,9 +103,7 @@ class Census:
     def save(self, entries: Mapping[str, Entry]) -> None:
         """Replace all entries, and drop the row keys that none of them needs."""
         rows = [asdict(entries[key]) for key in sorted(entries)]
-        sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA), sink, compression="zstd")
-        (self.place / ENTRIES).write_bytes(sink.getvalue())
+        (self.place / ENTRIES).write_bytes(to_parquet(pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA)))
         self.entries = dict(entries)
         needed = {_keys_name(entry) for entry in entries.values()}
         for file in (self.place / "keys").files():
@@ -116,7 +113,7 @@ class Census:
     def row_keys(self, entry: Entry) -> RowKeys | None:
         """Return the row keys of a shard, or None where they are lost."""
         try:
-            table = pq.read_table(io.BytesIO((self.place / "keys" / _keys_name(entry)).read_bytes(1 << 34)))
+            table = from_parquet((self.place / "keys" / _keys_name(entry)).read_bytes(1 << 34))
         except (FileNotFoundError, pa.ArrowException, OSError):
             return None
         return RowKeys(table["key"].to_numpy(), table["check"].to_numpy())
@@ -166,15 +163,8 @@ class Census:
         return entry
 
     def _write_keys(self, entry: Entry, keys: np.ndarray, checks: np.ndarray) -> None:
-        sink = io.BytesIO()
-        pq.write_table(
-            pa.table({"key": keys, "check": checks}),
-            sink,
-            compression="none",
-            use_dictionary=False,
-            write_statistics=False,
-        )
-        (self.place / "keys" / _keys_name(entry)).write_bytes(sink.getvalue())
+        content = to_parquet(pa.table({"key": keys, "check": checks}))
+        (self.place / "keys" / _keys_name(entry)).write_bytes(content)
 
 
 def mark_repeats(entries: Mapping[str, Entry], keys: Mapping[str, RowKeys]) -> dict[str, Entry]:

@@ -40,7 +40,7 @@ def store_lock(store: Location, what: str, wait: float = 0.0) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        raise StoreError(f"{store.uri}: cannot be written ({error.strerror}); mend the permissions or the disk.") from error
+        raise StoreError(f"{store.uri}: cannot be written ({error.strerror}); mend permissions or disk.") from error
     with file:
         deadline = time.monotonic() + wait
         while True:

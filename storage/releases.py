@@ -5,17 +5,16 @@ one, and of two writers one is refused. Judging a release is left to `tasks.gate
 `flows.query`.
 """
 
-import io
 from collections.abc import Iterable
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from schemas.errors import SettingsError, StoreError
 from schemas.features import digest_of
 from schemas.releases import RELEASES_SCHEMA, Release
 from storage.location import Location
+from storage.parquet import from_parquet, to_parquet
 from storage.tables import LiveFile, Snapshot, Table
 
 RELEASES = "releases"
@@ -95,7 +94,7 @@ class Releases:
         for file in snapshot.files.values():
             place = self.table.place / file.path
             try:
-                rows = pq.read_table(io.BytesIO(place.read_bytes()))
+                rows = from_parquet(place.read_bytes())
                 releases += [Release.model_validate_json(record) for record in rows["record"].to_pylist()]
             except (FileNotFoundError, pa.ArrowException, OSError, ValidationError, KeyError) as error:
                 raise StoreError(
@@ -118,9 +117,7 @@ class Releases:
             }
             for release in releases
         ]
-        sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=RELEASES_SCHEMA), sink, compression="zstd")
-        content = sink.getvalue()
+        content = to_parquet(pa.Table.from_pylist(rows, schema=RELEASES_SCHEMA))
         name = f"{digest_of(content, str(base.version).encode())}.parquet"
         (self.table.place / name).write_bytes(content)
         file = LiveFile(name, len(content), len(rows), {})

@@ -1,4 +1,4 @@
-"""Who was forgotten: salted hashes of ids and subjects whose rows never come back, although the source still holds them.
+"""Who was forgotten: salted hashes of ids and subjects whose rows never come back while the source still has them.
 
 The list names nobody: a tombstone is a keyed BLAKE2b hash under a random salt that never leaves the store. Taking the
 rows out of the tables and indexes is left to `flows.forget`.
@@ -33,7 +33,7 @@ class Tombstones:
             return
         except (ValueError, KeyError, TypeError) as error:
             # Going on without the list would bring forgotten people back.
-            raise StoreError(f"{self.place.uri}: is damaged ({error}); restore it from a backup before any run.") from error
+            raise StoreError(f"{self.place.uri}: is damaged ({error}); restore it from a backup first.") from error
 
     def __bool__(self) -> bool:
         return bool(self.marks)
