@@ -146,15 +146,17 @@ def all_pairs(
     counted = list(sweep(rows, 1 if on_gpu else workers or torch.get_num_threads()))
 
     total = _total([counts for _, _, counts in counted], rows.n_clusters)
-    points = summarise(_tally(total), fmr_points).points
+    tally = _tally(total)
+    verification = summarise(tally, fmr_points)
     cells = {}
     if class_names:
         for first, second, counts in counted:
             name = f"{class_names[first]}-{class_names[second]}"
-            cells[name] = _cell(name, counts, points, fmr_points)
+            of_cell = _tally(counts)
+            cells[name] = _cell(name, counts, of_cell, summarise(of_cell, fmr_points), verification.points)
     _, copies = np.unique(duplicates, return_counts=True)
     return AllPairs(
-        overall=_cell(OVERALL, total, points, fmr_points),
+        overall=_cell(OVERALL, total, tally, verification, verification.points),
         cells=cells,
         clusters=clusters,
         n_subjects=len(known),
@@ -179,6 +181,8 @@ def _clusters(n_subjects: int, max_clusters: int) -> NDArray[np.int64]:
 
 
 def _total(counted: Sequence[CellCounts], n_clusters: int) -> CellCounts:
+    if len(counted) == 1:
+        return counted[0]
     impostor = np.zeros(GRID_POINTS, dtype=np.int64)
     genuine_by_cluster = np.zeros((n_clusters, COARSE_BINS), dtype=np.int64)
     ends_by_cluster = np.zeros((n_clusters, COARSE_BINS), dtype=np.int64)
@@ -200,12 +204,17 @@ def _score(grid_numbers: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
     return (grid_numbers / SCORES_PER_UNIT - 1).astype(np.float32)
 
 
-def _cell(name: str, counts: CellCounts, points: Sequence[OperatingPoint], fmr_points: Sequence[float]) -> Cell:
-    tally = _tally(counts)
+def _cell(
+    name: str,
+    counts: CellCounts,
+    tally: ScoreTally,
+    verification: Verification,
+    global_points: Sequence[OperatingPoint],
+) -> Cell:
     return Cell(
         name=name,
-        verification=summarise(tally, fmr_points),
-        at_global=tuple(_at_global(tally, point) for point in points),
+        verification=verification,
+        at_global=tuple(_at_global(tally, point) for point in global_points),
         det=det_curve(tally),
         histogram=score_histogram(tally),
         counts=ClusterCounts(counts.genuine_by_cluster, counts.ends_by_cluster),

@@ -1,0 +1,264 @@
+"""Confidence intervals by the bootstrap over subjects, for one mode and for the difference of two.
+
+Pairs are not independent: all pairs of a subject share its face. So subjects are drawn, with replacement, and every
+pair counts as often as its subjects were drawn (the subsets bootstrap: Bolle, Ratha, Pankanti, "Error analysis of
+pattern recognition systems: the subsets bootstrap", CVIU 93, 2004). Two modes on the same rows are compared with the
+*same* draws, which takes the difficulty of the subjects out of the difference. Counts by subject come from `allpairs`;
+what to conclude is left to the caller.
+
+The weights. A genuine pair of subject s counts m_s times, m_s being how often s was drawn. An impostor pair (s, t)
+counts m_s·m_t times; the mean (m_s + m_t)/2, though tempting, halves the spread of FMR, as each subject would then
+carry only half of its pairs' error (docs/metrics.md has the simulation). The product needs a table of all pairs of
+subjects. It is replaced by
+
+    FMR*(t) = FMR(t) · (Σ m_s H_s(t) / Σ H_s(t))² / (Σ m_s H_s(-∞) / Σ H_s(-∞))²,
+
+H_s(t) = ends of impostor pairs with score >= t in subject s. To first order this is the product (both have the Hájek
+projection Σ (m_s - 1) H_s(t); van der Vaart, "Asymptotic Statistics", chapter 12), it *is* the product when the
+subjects' effects multiply, and unlike the projection it is never negative. Where hardly a subject has more than one
+false match, all of these are too wide, not too narrow (Owen, "The pigeonhole bootstrap", Ann. Appl. Stat. 1, 2007).
+
+Thresholds are estimated anew in each draw, on the coarse score grid of width 2^-10, FMR being interpolated in its
+logarithm. More subjects than clusters: clusters are drawn, with the same argument.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metrics.allpairs import AllPairs, Cell, ClusterCounts
+
+_ENOUGH = 0.95  # share of the draws in which a figure must exist; else there is no interval
+
+Samples = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure, exact on the data, with its percentile interval; None for what is not estimable."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class CellIntervals:
+    """Intervals of one cell, or of a difference in one cell; the dictionaries are keyed by target FMR.
+
+    `fnmr_own` at the cell's own thresholds; `fnmr_global` and `fmr_global` in the cell at the thresholds of all pairs.
+    """
+
+    eer: Interval
+    auc: Interval
+    fnmr_own: dict[float, Interval]
+    fnmr_global: dict[float, Interval]
+    fmr_global: dict[float, Interval]
+
+
+def bootstrap(
+    result: AllPairs, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> dict[str, CellIntervals]:
+    """Percentile intervals of every figure of every cell, keyed by cell name, the total under "all".
+
+    Deterministic for a seed. An interval is None where the figure is, or where more than 5% of the draws lack it.
+
+    Raises ValueError for fewer than two subjects, or arguments out of range.
+    """
+    drawn = _draw(result, _multiplicities(result, resamples, seed, level))
+    return {
+        cell.name: _by_kind(
+            {figure: _interval(value, drawn[cell.name][figure], level) for figure, value in _figures(cell).items()}
+        )
+        for cell in result
+    }
+
+
+def paired_bootstrap(
+    base: AllPairs, other: AllPairs, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> dict[str, CellIntervals]:
+    """Percentile intervals of `other` - `base`, both drawn with the same subjects; negative error rates = improvement.
+
+    The two are results on the same rows: same subjects in the same order, same classes, same duplicates.
+
+    Raises ValueError when they are not, and as `bootstrap` does.
+    """
+    _check_same_rows(base, other)
+    multiplicities = _multiplicities(base, resamples, seed, level)
+    before, after = _draw(base, multiplicities), _draw(other, multiplicities)
+    differences = {}
+    for cell, changed in zip(base, other, strict=True):
+        old, new = _figures(cell), _figures(changed)
+        differences[cell.name] = _by_kind(
+            {
+                figure: _interval(
+                    _difference(old[figure], new[figure]), after[cell.name][figure] - before[cell.name][figure], level
+                )
+                for figure in old
+            }
+        )
+    return differences
+
+
+@dataclass(frozen=True)
+class _Figure:
+    kind: str  # a field of CellIntervals
+    target_fmr: float | None = None
+
+
+def _figures(cell: Cell) -> dict[_Figure, float | None]:
+    """Return the exact figures of a cell."""
+    own = {_Figure("fnmr_own", point.target_fmr): point.fnmr for point in cell.verification.points}
+    fnmr = {_Figure("fnmr_global", point.target_fmr): point.fnmr for point in cell.at_global}
+    fmr = {_Figure("fmr_global", point.target_fmr): point.fmr for point in cell.at_global}
+    return {_Figure("eer"): cell.verification.eer.rate, _Figure("auc"): cell.verification.auc} | own | fnmr | fmr
+
+
+def _by_kind(intervals: dict[_Figure, Interval]) -> CellIntervals:
+    by_target: dict[str, dict[float, Interval]] = {"fnmr_own": {}, "fnmr_global": {}, "fmr_global": {}}
+    for figure, interval in intervals.items():
+        if figure.target_fmr is not None:
+            by_target[figure.kind][figure.target_fmr] = interval
+    return CellIntervals(intervals[_Figure("eer")], intervals[_Figure("auc")], **by_target)
+
+
+def _multiplicities(result: AllPairs, resamples: int, seed: int, level: float) -> Samples:
+    """How often each cluster is drawn, `[resamples, clusters]`."""
+    n_clusters = len(result.overall.counts.genuine)
+    if n_clusters < 2:
+        raise ValueError(f"{n_clusters} subject(s); the bootstrap over subjects needs two or more")
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"resamples = {resamples}, level = {level}; pass a positive number and a level inside (0, 1)")
+    random = np.random.default_rng(seed)
+    return random.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples).astype(np.float64)
+
+
+def _draw(result: AllPairs, multiplicities: Samples) -> dict[str, dict[_Figure, Samples]]:
+    """Return every figure of every cell in every draw, `[resamples]`, NaN where a draw does not have it."""
+    targets = [point.target_fmr for point in result.overall.verification.points]
+    span = _span(result.overall.counts)
+    total = _Curves.of(result.overall.counts, span, multiplicities)
+    at_global = {target: total.position_of_fmr(target) for target in targets}
+    drawn = {}
+    for cell in result:
+        curves = total if cell is result.overall else _Curves.of(cell.counts, span, multiplicities)
+        drawn[cell.name] = {_Figure("eer"): curves.equal_error_rate(), _Figure("auc"): curves.auc()}
+        for target in targets:
+            drawn[cell.name] |= {
+                _Figure("fnmr_own", target): curves.fnmr_at(curves.position_of_fmr(target)),
+                _Figure("fnmr_global", target): curves.fnmr_at(at_global[target]),
+                _Figure("fmr_global", target): curves.fmr_at(at_global[target]),
+            }
+    return drawn
+
+
+def _span(counts: ClusterCounts) -> slice:
+    """Return the coarse bins that hold any score; beyond them the curves are level."""
+    used = np.flatnonzero(counts.genuine.any(axis=0) | counts.impostor_ends.any(axis=0))
+    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Curves:
+    """FMR and FNMR of each draw at the edges of the coarse bins, ascending, `[resamples, edges]`.
+
+    A *position* on the threshold axis is an edge number with a fraction.
+    """
+
+    fmr: Samples
+    fnmr: Samples
+
+    @classmethod
+    def of(cls, counts: ClusterCounts, span: slice, multiplicities: Samples) -> "_Curves":
+        genuine_below = np.cumsum(np.pad(counts.genuine[:, span], ((0, 0), (1, 0))), axis=1)
+        ends = np.pad(counts.impostor_ends[:, span], ((0, 0), (0, 1)))
+        ends_at_least = np.cumsum(ends[:, ::-1], axis=1)[:, ::-1]
+        observed = ends_at_least.sum(axis=0)
+        rejected = _product(multiplicities, genuine_below)
+        drawn_ends = _product(multiplicities, ends_at_least)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            accepted = np.where(observed > 0, drawn_ends * drawn_ends / observed, 0.0)
+            fmr = accepted / accepted[:, :1]
+            fnmr = rejected / rejected[:, -1:]
+        # The square at a threshold knows nothing of its neighbours; make FMR fall along the thresholds, as it must.
+        return cls(np.asarray(np.maximum.accumulate(fmr[:, ::-1], axis=1)[:, ::-1]), fnmr)
+
+    def position_of_fmr(self, target: float) -> Samples:
+        """Where each draw's FMR passes the target: interpolated in log FMR, linearly in the bin where it reaches 0."""
+        after = np.clip(np.count_nonzero(self.fmr > target, axis=1), 1, self.fmr.shape[1] - 1)
+        high, low = _either_side(self.fmr, after)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(low > 0, np.log(high / target) / np.log(high / low), (high - target) / high)
+        return np.asarray(after - 1 + share)
+
+    def fnmr_at(self, positions: Samples) -> Samples:
+        left, right, share = _around(self.fnmr, positions)
+        return left + share * (right - left)
+
+    def fmr_at(self, positions: Samples) -> Samples:
+        left, right, share = _around(self.fmr, positions)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            between = np.where(right > 0, left * (right / left) ** share, left + share * (right - left))
+        return np.asarray(between)
+
+    def equal_error_rate(self) -> Samples:
+        """Where the two curves cross, both taken as straight between two edges."""
+        gap = self.fmr - self.fnmr
+        after = np.clip(np.count_nonzero(gap > 0, axis=1), 1, gap.shape[1] - 1)
+        before_gap, after_gap = _either_side(gap, after)
+        before, behind = _either_side(self.fmr, after)
+        return before + (behind - before) * before_gap / (before_gap - after_gap)
+
+    def auc(self) -> Samples:
+        """Area by trapezoids; within a bin genuine and impostor scores are as if evenly mixed."""
+        fmr_steps = self.fmr[:, :-1] - self.fmr[:, 1:]
+        return np.asarray(1 - (fmr_steps * (self.fnmr[:, :-1] + self.fnmr[:, 1:]) / 2).sum(axis=1))
+
+
+def _product(multiplicities: Samples, counts: NDArray[np.int64]) -> Samples:
+    """Multiply matrices in torch, whose speed does not hang on the BLAS that NumPy was built with."""
+    return np.asarray((torch.from_numpy(multiplicities) @ torch.from_numpy(counts.astype(np.float64))).numpy())
+
+
+def _either_side(curve: Samples, after: NDArray[np.int64]) -> tuple[Samples, Samples]:
+    draws = np.arange(len(curve))
+    return curve[draws, after - 1], curve[draws, after]
+
+
+def _around(curve: Samples, positions: Samples) -> tuple[Samples, Samples, Samples]:
+    known = np.nan_to_num(positions)
+    before = np.clip(known.astype(np.int64), 0, curve.shape[1] - 2)
+    left, right = _either_side(curve, before + 1)
+    return left, right, positions - before
+
+
+def _interval(estimate: float | None, samples: Samples, level: float) -> Interval:
+    known = samples[np.isfinite(samples)]
+    if estimate is None or len(known) < _ENOUGH * len(samples):
+        return Interval(estimate, None, None)
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(estimate, float(low), float(high))
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+def _check_same_rows(base: AllPairs, other: AllPairs) -> None:
+    def outline(result: AllPairs) -> list[tuple[str, int, int, tuple[float, ...]]]:
+        return [
+            (
+                cell.name,
+                cell.verification.n_genuine,
+                cell.verification.n_impostor,
+                tuple(point.target_fmr for point in cell.verification.points),
+            )
+            for cell in result
+        ]
+
+    if not np.array_equal(base.clusters, other.clusters) or outline(base) != outline(other):
+        raise ValueError(
+            "the two results are not of the same rows; sweep both modes over the same rows in the same order"
+        )
