@@ -191,6 +191,21 @@ def query(
 
 
 @app.command()
+def explain(
+    model: Annotated[str, typer.Option(help="Checkpoint file.")],
+    out: Annotated[str, typer.Option(help="Folder for plots and tables.")],
+    source: Annotated[str | None, typer.Option(help="Shards to weigh; needed for per_sample models.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Top channels to list.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Plot and list the channels that a model weighs most."""
+    from frontalis.printing import print_explanation
+    from tasks.explain import explain_model
+
+    print_explanation(explain_model(model, source, out, k), as_json)
+
+
+@app.command()
 def releases(store: Store, as_json: AsJson = False) -> None:
     """List the releases of a store, with the gated metric per mode."""
     from frontalis.printing import print_releases

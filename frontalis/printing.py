@@ -22,6 +22,7 @@ from tasks.wording import cell_name, difference_of, interval, judge, percent, po
 if TYPE_CHECKING:
     from flows.query import QueryAnswer
     from flows.reprocess import Outcome
+    from tasks.explain import Explanation
     from tasks.train import Trained
 
 CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")
@@ -35,7 +36,7 @@ def print_trained(trained: "Trained", as_json: bool) -> None:
         sys.stdout.write(json.dumps({"out": trained.out, "improved": trained.improved, "card": card}, indent=1) + "\n")
         return
     console = _console()
-    table = _table(f"{trained.card.mode} on {trained.parts['test']} test subjects, in percent")
+    table = _table(console, f"{trained.card.mode} on {trained.parts['test']} test subjects, in percent")
     for name in ("cell", "mode", "EER", "FNMR @ FMR 1e-2", "FNMR @ FMR 1e-3"):
         table.add_column(name, justify="left" if name in ("cell", "mode") else "right")
     for cell in CELLS:
@@ -94,7 +95,7 @@ def print_answer(answer: "QueryAnswer", as_json: bool) -> None:
     console = _console()
     for result in answer.results:
         of = f" (subject {result.subject})" if result.subject is not None else ""
-        table = _table(f"{result.query}{of}: {answer.mode}, {answer.release}")
+        table = _table(console, f"{result.query}{of}: {answer.mode}, {answer.release}")
         for name in ("rank", "score", "id", "subject", "shard"):
             table.add_column(name, justify="right" if name in ("rank", "score") else "left")
         for found in result.neighbours:
@@ -104,16 +105,43 @@ def print_answer(answer: "QueryAnswer", as_json: bool) -> None:
         console.print(table)
 
 
+def print_explanation(explanation: "Explanation", as_json: bool) -> None:
+    """Print the top channels of every branch."""
+    if as_json:
+        weights = [json.loads(one.model_dump_json()) for one in explanation.weights]
+        document = {"weights": weights, "identity_related": explanation.related, "files": explanation.files}
+        sys.stdout.write(json.dumps({**document, "rank_correlation": explanation.correlation}) + "\n")
+        return
+    console = _console()
+    for one in explanation.weights:
+        table = _table(console, f"{one.mode}, {one.branch} branch: channels of largest mean weight")
+        for name in ("channel", "weight", "spread"):
+            table.add_column(name, justify="right")
+        for channel, weight in one.top:
+            table.add_row(str(channel), f"{weight:.4f}", f"{one.spread[channel]:.4f}")
+        console.print(table)
+        correlation = explanation.correlation[one.branch]
+        if correlation is not None:
+            _say(console, f"rank correlation of weight and identity-relatedness: {correlation:+.3f}")
+        console.print()
+    if explanation.related:
+        channels = ", ".join(f"{channel} ({ratio:.2f})" for channel, ratio in explanation.related)
+        _say(console, f"channels most related to identity (variance between / within subjects): {channels}")
+    for file in explanation.files:
+        _say(console, f"wrote      {file}")
+
+
 def print_releases(releases: Sequence[Release], as_json: bool) -> None:
     """Print the history, newest last."""
     if as_json:
         sys.stdout.write(json.dumps([json.loads(release.model_dump_json()) for release in releases]) + "\n")
         return
     console = _console()
-    table = _table("releases, newest last")
+    table = _table(console, "releases, newest last")
     modes = list(dict.fromkeys(mode for release in releases for mode in release.gated))
-    for name in ("release", "created (UTC)", "served", "rows", *modes, "decision"):
+    for name in ("release", "created (UTC)", "served", "rows", *modes):
         table.add_column(name, justify="right" if name in ("rows", *modes) else "left")
+    table.add_column("decision", no_wrap=True, overflow="ignore")
     for release in releases:
         served = "served" if release.serving else "erased" if release.erased else ""
         table.add_row(
@@ -141,7 +169,7 @@ def _population(console: Console, population: Population, evaluation: Evaluation
     if population.sampled_from_subjects:
         left_out += f", sampled from {population.sampled_from_subjects:,}"
     title = f"{POPULATIONS.get(population.name, population.name)}: {population.n_subjects:,} subjects{left_out}, "
-    table = _table(title + f"{population.n_rows:,} rows, {evaluation.release}")
+    table = _table(console, title + f"{population.n_rows:,} rows, {evaluation.release}")
     points_shown = [fmr for fmr in ("1e-2", "1e-3") if fmr in evaluation.fmrs]
     headings = ["cell", "mode", "EER %", *(f"FNMR % @ FMR {fmr}" for fmr in points_shown)]
     compared = len(population.modes) > 1
@@ -204,8 +232,10 @@ def _rate(estimate: Estimate | None) -> str:
     return "n/e" if estimate is None or estimate.value is None else percent(estimate.value)
 
 
-def _table(title: str) -> Table:
-    return Table(title=Text(visible(title)), title_justify="left", box=None, pad_edge=False, header_style="bold")
+def _table(console: Console, title: str) -> Table:
+    """Print a title, which is not cut to the width of the table, and return the table to fill."""
+    _say(console, title)
+    return Table(box=None, pad_edge=False, header_style="bold")
 
 
 def _text(value: str | int | None) -> Text:
@@ -214,7 +244,7 @@ def _text(value: str | int | None) -> Text:
 
 def _console() -> Console:
     # A pipe has no width: let rows be as long as they are.
-    return Console(width=None if sys.stdout.isatty() else 220, highlight=False, soft_wrap=False)
+    return Console(width=None if sys.stdout.isatty() else 500, highlight=False, soft_wrap=False)
 
 
 def _say(console: Console, line: str) -> None:

@@ -273,10 +273,16 @@ def _cell(cell: Cell, intervals: CellIntervals | None, fmrs: Sequence[str]) -> C
         det=Curve(fmr=cell.det.fmr[::-1].tolist(), fnmr=cell.det.fnmr[::-1].tolist()),
         histogram=Histogram(
             edges=cell.histogram.edges.tolist(),
-            genuine=cell.histogram.genuine.tolist(),
-            impostor=cell.histogram.impostor.tolist(),
+            genuine=_density(cell.histogram.genuine, cell.histogram.edges),
+            impostor=_density(cell.histogram.impostor, cell.histogram.edges),
         ),
     )
+
+
+def _density(counts: np.ndarray, edges: np.ndarray) -> list[float]:
+    """Return counts as a density, so that few genuine and many impostor scores can be compared."""
+    total = int(counts.sum())
+    return (counts / (total * np.diff(edges)) if total else np.zeros(len(counts))).tolist()
 
 
 def _with_reason(value: float | None, reason: str | None, interval: Interval | None) -> Estimate:
@@ -376,7 +382,7 @@ def read_pairs(path: str) -> pa.Table:
 def _seen_by_models(
     store: Location, names: Sequence[str], models: Mapping[str, ModelRef]
 ) -> tuple[np.ndarray, list[str]]:
-    """Return which subjects any model was trained or chosen on, bool `[names]`, and notes on models that do not tell."""
+    """Return whom any model was trained or chosen on, bool `[names]`, and notes on models that do not tell."""
     seen = np.zeros(len(names), bool)
     notes = []
     for mode, model in models.items():

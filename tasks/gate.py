@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from schemas.reports import ALL, RAW, Estimate, Evaluation, GateDecision, GatedMetric, ModeResult
 from schemas.settings import GateSettings
 from tasks.evaluate import HELD_OUT
+from tasks.wording import cell_name, metric_name, points
 
 Differences = Mapping[str, Mapping[str, Estimate]]
 
@@ -24,8 +25,8 @@ class Gated:
 
     @property
     def name(self) -> str:
-        """The metric in words, such as 'frontal-profile eer'."""
-        return f"{self.metric.cell} {self.metric.metric}"
+        """The metric in words, such as 'frontal–profile EER'."""
+        return f"{cell_name(self.metric.cell)} {metric_name(self.metric.metric)}"
 
 
 def gated(evaluation: Evaluation, settings: GateSettings) -> Gated:
@@ -65,9 +66,9 @@ def decide(evaluation: Evaluation, settings: GateSettings, served: str | None) -
         if difference.value is None or now.value is None:
             sentences.append(f"{mode}: {measured.name} is not estimable")
             continue
-        sentence = f"{mode}: {measured.name} {now.value:.2%}, {100 * difference.value:+.2f} points to {reference}"
+        sentence = f"{mode}: {measured.name} {now.value:.2%}, {points(difference.value)} points to {reference}"
         if difference.low is not None and difference.high is not None:
-            sentence += f" (95% interval {100 * difference.low:+.2f} to {100 * difference.high:+.2f})"
+            sentence += f" (95% interval {points(difference.low)} to {points(difference.high)})"
         surely = difference.value if difference.low is None else difference.low
         if surely > settings.tolerance:
             return GateDecision(

@@ -54,7 +54,7 @@ class TrainingRows:
         return len(self.x)
 
     def take(self, keep: np.ndarray) -> "TrainingRows":
-        """Return the rows where `keep` is True."""
+        """Return the rows where `keep` is True, or those at its indices."""
         return TrainingRows(self.x[keep], self.subjects[keep], self.classes[keep], self.digest, 0)
 
 
@@ -164,8 +164,8 @@ def read_training_rows(sources: Sequence[str], columns: ColumnNames) -> Training
                     schema = check_shard(shard.key, parquet.schema_arrow, columns)
                 if "subject" not in schema.present:
                     raise TrainingError(
-                        f"shard {shard.key}: has no column {columns.subject!r}, so nobody knows who is who; name it under "
-                        "[columns], or train on labelled shards."
+                        f"shard {shard.key}: has no column {columns.subject!r}, so nobody knows who is who; name it "
+                        "under [columns], or train on labelled shards."
                     )
                 names = [columns.embedding, *(getattr(columns, role) for role in schema.present)]
                 for _, block in stream_blocks(shard, names, BLOCK_ROWS):
@@ -173,8 +173,8 @@ def read_training_rows(sources: Sequence[str], columns: ColumnNames) -> Training
                     dim = dim or width
                     if width != dim:
                         raise TrainingError(
-                            f"shard {shard.key}: embeddings have {width} numbers, those before {dim}; one model takes one "
-                            "length. Train on them apart."
+                            f"shard {shard.key}: embeddings have {width} numbers, those before {dim}; a model "
+                            "takes one length. Train on them apart."
                         )
                     matrix, reasons = embedding_matrix(block.column(columns.embedding), dim)
                     names_here = text_column(block.column(columns.subject))
@@ -282,8 +282,8 @@ def _check(rows: TrainingRows, parts: Mapping[str, TrainingRows]) -> None:
     names, counts = np.unique(rows.subjects, return_counts=True)
     if len(names) < FEWEST_SUBJECTS:
         raise TrainingError(
-            f"{len(names)} subjects are too few to train on, choose on and measure on; {FEWEST_SUBJECTS} are the least, "
-            "some hundred are wanted."
+            f"{len(names)} subjects are too few to train, choose and measure on; {FEWEST_SUBJECTS} are the least, some "
+            "hundred are wanted."
         )
     if not (counts > 1).any():
         raise TrainingError(
@@ -301,7 +301,8 @@ def _check(rows: TrainingRows, parts: Mapping[str, TrainingRows]) -> None:
 def _joined(first: TrainingRows, second: TrainingRows) -> TrainingRows:
     if len(second) and first.x.shape[1] != second.x.shape[1]:
         raise TrainingError(
-            f"--augment: embeddings have {second.x.shape[1]} numbers, the sources {first.x.shape[1]}; use the same network."
+            f"--augment: embeddings have {second.x.shape[1]} numbers, the sources {first.x.shape[1]}; "
+            "use those of the same network."
         )
     return TrainingRows(
         np.concatenate([first.x, second.x]) if len(second) else first.x,
