@@ -72,7 +72,7 @@ def test_lengths_and_angles_are_near_the_measured_ones(at_512):
     assert lengths.min() > 1
     assert np.abs(yaw[FRONTAL]).max() <= 15
     assert np.abs(yaw[~FRONTAL]).min() >= 25
-    assert 45 < np.median(np.abs(yaw[~FRONTAL])) < 51
+    assert 53 < np.median(np.abs(yaw[~FRONTAL])) < 57
     assert 0.45 < (yaw[~FRONTAL] < 0).mean() < 0.55
 
 
