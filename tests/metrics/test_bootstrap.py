@@ -81,8 +81,8 @@ def truth(mean: float) -> dict[str, float]:
 def test_95_percent_intervals_cover_the_truth_in_95_of_100_experiments() -> None:
     known, other = truth(0.1), truth(0.11)
     covered: dict[str, list[bool]] = {}
-    for seed in range(300):
-        simulation = Simulation(150, seed)
+    for seed in range(400):
+        simulation = Simulation(200, seed)
         base, better = simulation.result(0.1), simulation.result(0.11, mode=1)
         single = bootstrap(base, resamples=200, seed=seed)["all"]
         difference = paired_bootstrap(base, better, resamples=200, seed=seed)["all"]
@@ -99,9 +99,10 @@ def test_95_percent_intervals_cover_the_truth_in_95_of_100_experiments() -> None
             assert interval.high is not None
             covered.setdefault(name, []).append(interval.low <= value <= interval.high)
     share = {name: float(np.mean(hits)) for name, hits in covered.items()}
-    assert 0.93 <= np.mean(list(share.values())) <= 0.97, share
-    # A single share of 300 experiments has a standard error of 1.3 points.
-    assert all(0.91 <= value <= 0.99 for value in share.values()), share
+    for name, value in share.items():
+        # A share of 400 experiments has a standard error of 1.1 points. Differences may be covered more often: the few
+        # scores between two nearby thresholds change with the draw as well as with the subjects.
+        assert 0.93 <= value <= (0.985 if name.startswith("difference") else 0.97), share
 
 
 def test_intervals_equal_those_of_weighing_every_pair() -> None:
