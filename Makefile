@@ -6,7 +6,7 @@ EXTRA ?= cpu
 BIN := .venv/bin
 READY := .venv/.ready-$(EXTRA)
 DEMO ?= demo
-DEMO_ID ?= s0000-profile-00
+DEMO_ID ?= 000000-010
 # Only in an installation with EXTRA=gpu, so never seen by the resolution below.
 GPU_PINS := faiss-gpu==1.15.1 nvidia-cuda-runtime-cu12==12.9.79 nvidia-cublas-cu12==12.9.3.13 \
   nvidia-curand-cu12==10.3.10.19
