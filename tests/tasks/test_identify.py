@@ -1,0 +1,71 @@
+"""Identification of one mode: gallery, probes and strangers as they are meant, the index beside the exact search."""
+
+import numpy as np
+import pytest
+
+from metrics.poses import POSE_CLASSES
+from schemas.index import IndexSettings
+from schemas.settings import EvaluationSettings
+from tasks.identify import identify_mode
+
+FRONTAL, PROFILE, UNKNOWN = (POSE_CLASSES.index(name) for name in ("frontal", "profile", "unknown"))
+SETTINGS = EvaluationSettings()
+
+
+def people(subjects: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return features, subjects and classes: three frontal and two profile rows of each subject."""
+    random = np.random.default_rng(seed)
+    centres = random.standard_normal((subjects, 16))
+    codes = np.repeat(np.arange(subjects), 5)
+    features = (centres[codes] + noise * random.standard_normal((len(codes), 16))).astype(np.float32)
+    return features, codes, np.tile([FRONTAL] * 3 + [PROFILE] * 2, subjects)
+
+
+def test_gallery_and_probes_are_counted() -> None:
+    result = identify_mode(*people(20, 0.0), IndexSettings(), SETTINGS)
+    assert (result.gallery, result.probes) == ("frontal", "profile")
+    assert result.n_gallery_subjects == 16  # one subject in five is left out
+    assert result.n_gallery == 48
+    assert result.n_mated == 32
+    assert result.n_non_mated == 8
+    assert result.rank["1"].value == 1.0
+    assert result.fnir["1e-1"].value is None
+    assert result.fnir["1e-1"].reason
+
+
+def test_rank_one_agrees_with_a_search_written_out() -> None:
+    features, subjects, classes = people(40, 2.0)
+    result = identify_mode(features, subjects, classes, IndexSettings(), SETTINGS)
+    left_out = np.random.default_rng(SETTINGS.seed).permutation(40)[:8]
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    gallery = np.flatnonzero((classes == FRONTAL) & ~np.isin(subjects, left_out))
+    mated = np.flatnonzero((classes == PROFILE) & ~np.isin(subjects, left_out))
+    nearest = gallery[(unit[mated] @ unit[gallery].T).argmax(axis=1)]
+    expected = np.mean(subjects[nearest] == subjects[mated])
+    assert 0.3 < expected < 1
+    assert result.rank["1"].value == pytest.approx(expected)
+    assert result.served_rank["1"] == pytest.approx(expected)
+    assert result.recall == {"1": 1.0, "10": 1.0}
+
+
+def test_lossy_index_shows_its_loss() -> None:
+    features, subjects, classes = people(200, 2.0)
+    lossy = IndexSettings(factory="IVF16,PQ2x4", nprobe=1)
+    result = identify_mode(features, subjects, classes, lossy, SETTINGS)
+    assert result.recall["10"] < 0.9
+    assert result.served_rank["1"] < result.rank["1"].value
+
+
+def test_without_poses_the_first_row_is_enrolled() -> None:
+    features, subjects, classes = people(20, 0.0)
+    result = identify_mode(features, subjects, np.full_like(classes, UNKNOWN), IndexSettings(), SETTINGS)
+    assert (result.gallery, result.probes) == ("first row", "other rows")
+    assert result.n_gallery == 16
+    assert result.n_mated == 64
+
+
+def test_nothing_to_find_is_none() -> None:
+    features, subjects, classes = people(1, 0.0)
+    assert identify_mode(features, subjects, classes, IndexSettings(), SETTINGS) is None
+    alone = np.arange(5)
+    assert identify_mode(features, alone, classes, IndexSettings(), SETTINGS) is None
