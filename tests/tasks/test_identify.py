@@ -34,7 +34,7 @@ def test_gallery_and_probes_are_counted() -> None:
 
 
 def test_rank_one_agrees_with_a_search_written_out() -> None:
-    features, subjects, classes = people(40, 2.0)
+    features, subjects, classes = people(40, 0.9)
     result = identify_mode(features, subjects, classes, IndexSettings(), SETTINGS)
     left_out = np.random.default_rng(SETTINGS.seed).permutation(40)[:8]
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -49,7 +49,7 @@ def test_rank_one_agrees_with_a_search_written_out() -> None:
 
 
 def test_lossy_index_shows_its_loss() -> None:
-    features, subjects, classes = people(200, 2.0)
+    features, subjects, classes = people(200, 0.9)
     lossy = IndexSettings(factory="IVF16,PQ2x4", nprobe=1)
     result = identify_mode(features, subjects, classes, lossy, SETTINGS)
     assert result.recall["10"] < 0.9
