@@ -115,10 +115,21 @@ def answer(
 
 @flow(name="query")
 def query(
-    store: str, mode: str = "per_sample", ids: list[str] | None = None, vectors: str | None = None, k: int = 10
+    store: str,
+    out: str,
+    mode: str = "per_sample",
+    ids: list[str] | None = None,
+    vectors: str | None = None,
+    k: int = 10,
+    release: str | None = None,
 ) -> QueryAnswer:
-    """Answer many queries at once as a Prefect flow; see `answer`."""
-    return answer(store, mode, ids=ids or [], vectors=vectors, k=k)
+    """Answer many queries at once as a Prefect flow and write the answer to `out`, a JSON file; see `answer`.
+
+    Whom a query found is biometric data: it goes to that file and not into Prefect's database.
+    """
+    found = answer(store, mode, ids=ids or [], vectors=vectors, k=k, release=release)
+    Location(out).write_bytes(found.model_dump_json(indent=1).encode())
+    return found
 
 
 def read_vectors(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
