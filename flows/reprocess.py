@@ -7,7 +7,7 @@ any point leaves the served release untouched; the next one finds what is done b
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -90,7 +90,7 @@ def run(settings: PipelineSettings) -> Outcome:
         plan = plan_task(settings, models)
         history = Releases(store)
         releases = history.all()
-        content = release_content(settings, plan)
+        content = release_content(settings, plan.wanted, [fault.shard for fault in plan.faults])
         if not plan.groups and releases and releases[-1].content == content:
             return _unchanged(settings, releases[-1], plan, time.monotonic() - started)
         work = plan.work
@@ -146,12 +146,19 @@ def reweight_all(settings: PipelineSettings, plan: Plan, models: Mapping[str, Mo
         return reweight()
 
 
-def release_content(settings: PipelineSettings, plan: Plan) -> str:
-    """Return the digest of all that a release depends on: the same content needs no new release."""
+def release_content(settings: PipelineSettings, paths: Iterable[str], bad_shards: Sequence[str]) -> str:
+    """Return the digest of all that a release depends on: the same content needs no new release.
+
+    Args:
+        settings: of them, those that shape index, evaluation and gate.
+        paths: names of the feature files.
+        bad_shards: shards that could not be used.
+    """
     chosen = settings.model_dump(mode="json", include={"index", "evaluation", "gate"})
-    faults = [fault.shard for fault in plan.faults]
     return digest_of(
-        *(path.encode() for path in sorted(plan.wanted)), repr(sorted(chosen.items())).encode(), repr(faults).encode()
+        *(path.encode() for path in sorted(paths)),
+        repr(sorted(chosen.items())).encode(),
+        repr(list(bad_shards)).encode(),
     )
 
 
@@ -181,7 +188,7 @@ def _measure_and_record(
         update={"indexes": indexes, "gate": decision, "gated": measured.figures, "gated_name": measured.name}
     )
     release = release.model_copy(update={"report": write_report(settings, release, evaluation, releases)})
-    history.record(release)
+    history.record(release, releases)
     log.info("%s: %s", release.release, decision.reason)
     _artifacts(settings, release, evaluation)
     return Outcome(

@@ -3,6 +3,7 @@
 from prefect import flow
 
 from models.checkpoint import load
+from schemas.errors import StoreError
 from schemas.releases import Release
 from storage.features import features_table
 from storage.location import Location
@@ -15,14 +16,15 @@ def roll_back(store: str, release: str) -> Release:
     """Serve `release` from now on; features, indexes and models of a release always go together.
 
     Raises:
-        SettingsError: there is no such release, or a person in it was forgotten since.
+        SettingsError: there is no such release, its files were vacuumed, or a person in it was forgotten since.
         StoreBusyError: a run holds the store.
         StoreError: what the release needs is gone or damaged; what is served stays.
     """
     place = Location(store)
     with store_lock(place, "rollback"):
         history = Releases(place)
-        check_servable(place, history.get(release))
+        wanted = history.servable(release)
+        check_complete(place, wanted)
         return history.serve(release)
 
 
@@ -32,15 +34,23 @@ def rollback(store: str, release: str) -> Release:
     return roll_back(store, release)
 
 
-def check_servable(store: Location, release: Release) -> None:
+def check_complete(store: Location, release: Release) -> None:
     """Open all that a release needs to answer queries.
 
     Raises:
         StoreError: a part is missing or damaged.
     """
-    features_table(store).snapshot(release.features_version)
+    table = features_table(store)
+    files = table.snapshot(release.features_version).files
+    on_disk = {entry.name: entry.size for entry in table.place.files(".parquet")}
+    for path, file in files.items():
+        if on_disk.get(path) != file.size:
+            raise StoreError(f"{table.place.uri}/{path}: is missing or truncated, so {release.release} is not served.")
     for index in release.indexes.values():
         open_index(store, index)
         open_ids(store, index)
     for model in release.models.values():
-        load((store / model.path).read_bytes())
+        try:
+            load((store / model.path).read_bytes())
+        except FileNotFoundError as error:
+            raise StoreError(f"{store.uri}/{model.path}: is missing, so {release.release} is not served.") from error

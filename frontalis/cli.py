@@ -15,6 +15,7 @@ from schemas.errors import FrontalisError, SettingsError
 
 BAD_SHARDS = 4
 KEPT_BACK = 5
+DAMAGED = 1
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -221,6 +222,52 @@ def rollback(store: Store, release: Annotated[str, typer.Argument(help="The rele
     from flows.rollback import roll_back
 
     print(f"{roll_back(store, release).release} is served now")  # noqa: T201
+
+
+@app.command()
+def forget(
+    store: Store,
+    subject: Annotated[str | None, typer.Option(help="Forget all rows of this subject.")] = None,
+    id_: Annotated[str | None, typer.Option("--id", help="Forget the row of this id.")] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for another run.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a person or a row everywhere, and keep them out while the source still has them."""
+    from flows.forget import forget as delete
+    from frontalis.printing import print_forgotten
+
+    print_forgotten(delete(store, subject=subject, id_=id_, wait=wait), store, as_json)
+
+
+@app.command()
+def vacuum(
+    store: Store,
+    keep: Annotated[int, typer.Option(help="How many releases stay ready to be served.")] = 10,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be removed, and remove nothing.")] = False,
+    grace_hours: Annotated[
+        float | None,
+        typer.Option(min=0, help="Leave files younger than this; 0 locally, 24 on object storage, which has no lock."),
+    ] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for another run.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Remove the files that no kept release needs."""
+    from flows.vacuum import clean
+    from frontalis.printing import print_vacuumed
+
+    print_vacuumed(clean(store, keep=keep, dry_run=dry_run, grace_hours=grace_hours, wait=wait), as_json)
+
+
+@app.command()
+def verify(store: Store, as_json: AsJson = False) -> None:
+    """Check every file of the store against what its releases say."""
+    from flows.verify import check
+    from frontalis.printing import print_checked
+
+    checked = check(store)
+    print_checked(checked, as_json)
+    if checked.problems:
+        raise typer.Exit(DAMAGED)
 
 
 def _models(pairs: list[str] | None) -> dict[str, str]:

@@ -20,8 +20,11 @@ from tasks.theme import visible
 from tasks.wording import cell_name, difference_of, interval, judge, percent, points, points_interval
 
 if TYPE_CHECKING:
+    from flows.forget import Forgotten
     from flows.query import QueryAnswer
     from flows.reprocess import Outcome
+    from flows.vacuum import Vacuumed
+    from flows.verify import Checked
     from tasks.explain import Explanation
     from tasks.train import Trained
 
@@ -155,6 +158,61 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
     console.print(table)
     if releases:
         _say(console, f"figures: {releases[-1].gated_name}, in percent, over subjects that no model has seen")
+
+
+def print_forgotten(forgotten: "Forgotten", store: str, as_json: bool) -> None:
+    """Print what forgetting came to, and what is left to do."""
+    if as_json:
+        _json(forgotten)
+        return
+    console = _console()
+    if forgotten.rows or forgotten.quarantined:
+        held = f" and {forgotten.quarantined:,} in quarantine" if forgotten.quarantined else ""
+        _say(console, f"forgotten  {forgotten.rows:,} rows with features{held}, in {forgotten.shards:,} shards")
+    else:
+        _say(console, f"forgotten  no row of this {forgotten.kind} was found; rows to come are kept out")
+    if forgotten.release:
+        _say(console, f"release    {forgotten.release} is served now")
+    if forgotten.erased_releases:
+        _say(console, f"erased     {', '.join(forgotten.erased_releases)}: no longer to be served")
+        _say(console, f"to do      frontalis vacuum --store {store}   (removes their files from the disk)")
+
+
+def print_vacuumed(vacuumed: "Vacuumed", as_json: bool) -> None:
+    """Print what was removed, or would be."""
+    if as_json:
+        _json(vacuumed)
+        return
+    console = _console()
+    if vacuumed.dry_run:
+        for name in vacuumed.files:
+            _say(console, name)
+    _say(console, f"kept       {', '.join(vacuumed.kept_releases) or 'no release'}")
+    if vacuumed.removed_releases:
+        _say(console, f"releases   {', '.join(vacuumed.removed_releases)}")
+    what = "to remove" if vacuumed.dry_run else "removed  "
+    waiting = f"; {vacuumed.waiting:,} more are too young to be sure of" if vacuumed.waiting else ""
+    _say(console, f"{what}  {len(vacuumed.files):,} files, {vacuumed.bytes / 1e6:,.1f} MB{waiting}")
+
+
+def print_checked(checked: "Checked", as_json: bool) -> None:
+    """Print what is wrong with a store and how to mend it."""
+    if as_json:
+        _json(checked)
+        return
+    console = _console()
+    for problem in checked.problems:
+        _say(console, f"problem    {problem.thing}: {problem.what}")
+        _say(console, f"  mend     {problem.remedy}")
+    _say(
+        console,
+        f"checked    {len(checked.releases):,} releases, {checked.files:,} files, {checked.bytes / 1e6:,.1f} MB, "
+        f"{checked.rows:,} rows",
+    )
+    if checked.leftovers:
+        size = sum(one.size for one in checked.leftovers) / 1e6
+        _say(console, f"leftovers  {len(checked.leftovers):,} files, {size:,.1f} MB: `frontalis vacuum` removes them")
+    _say(console, f"result     {len(checked.problems)} problems" if checked.problems else "result     all is well")
 
 
 def _evaluation(console: Console, evaluation: Evaluation) -> None:

@@ -52,6 +52,7 @@ class Release(Record):
     report: str | None = Field(description="relative to the store")
     serving: bool = False
     erased: bool = Field(default=False, description="a person was forgotten since: it can no longer be served")
+    vacuumed: bool = Field(default=False, description="its files were removed: it can no longer be served")
     settings: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -20,6 +20,7 @@ from storage.parquet import from_parquet, to_parquet
 from storage.shards import Shard, content_digest, open_shard
 
 NO_KEY = -1
+CENSUS = "census"
 ENTRIES = "shards.parquet"
 
 
@@ -110,6 +111,10 @@ class Census:
             if file.name not in needed:
                 (self.place / "keys" / file.name).delete()
 
+    def names(self) -> list[str]:
+        """Return the files that the entries need, relative to the census."""
+        return [ENTRIES, *(f"keys/{_keys_name(entry)}" for entry in self.entries.values())]
+
     def row_keys(self, entry: Entry) -> RowKeys | None:
         """Return the row keys of a shard, or None where they are lost."""
         try:
@@ -159,10 +164,11 @@ class Census:
                 forgotten=sorted(hits),
                 forgotten_rows=gone,
             )
-        self._write_keys(entry, _concatenated(keys), _concatenated(checks))
+        self.write_keys(entry, _concatenated(keys), _concatenated(checks))
         return entry
 
-    def _write_keys(self, entry: Entry, keys: np.ndarray, checks: np.ndarray) -> None:
+    def write_keys(self, entry: Entry, keys: np.ndarray, checks: np.ndarray) -> None:
+        """Write the row keys of a shard, under a name that follows from its content and basis."""
         content = to_parquet(pa.table({"key": keys, "check": checks}))
         (self.place / "keys" / _keys_name(entry)).write_bytes(content)
 

@@ -5,12 +5,12 @@ one, and of two writers one is refused. Judging a release is left to `tasks.gate
 `flows.query`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 from pydantic import ValidationError
 
-from schemas.errors import SettingsError, StoreError
+from schemas.errors import SettingsError, StoreBusyError, StoreError
 from schemas.features import digest_of
 from schemas.releases import RELEASES_SCHEMA, Release
 from storage.location import Location
@@ -59,35 +59,63 @@ class Releases:
         known = ", ".join(release.release for release in releases[-5:]) or "none yet"
         raise SettingsError(f"release {name!r} is not in {self.store.uri}; the latest are: {known}.")
 
-    def record(self, release: Release) -> None:
+    def record(self, release: Release, planned_on: Sequence[Release]) -> None:
         """Add a release; where it was promoted, it is served from this commit on.
 
+        Args:
+            release: the new one.
+            planned_on: the history as it was when the run began.
+
         Raises:
-            StoreBusyError: another run recorded one in between; nothing changed.
+            StoreBusyError: the history has changed since; nothing changed.
         """
-        base = self.table.snapshot()
-        releases = [old for old in self._read(base) if old.release != release.release]
+        releases = [old for old in planned_on if old.release != release.release]
         if release.gate.promoted:
             releases = [old.model_copy(update={"serving": False}) for old in releases]
-        self._write(base, [*releases, release.model_copy(update={"serving": release.gate.promoted})])
+        self.rewrite([*releases, release.model_copy(update={"serving": release.gate.promoted})], planned_on)
 
     def serve(self, name: str) -> Release:
         """Serve an older (or newer) release from now on, and return it.
 
         Raises:
-            SettingsError: there is none of that name, or a person was forgotten since and it can no longer be served.
+            SettingsError: see `servable`.
         """
-        wanted = self.get(name)
-        if wanted.erased:
-            raise SettingsError(f"release {name} holds a person who was forgotten since; choose a later one.")
+        wanted = self.servable(name)
         base = self.table.snapshot()
         releases = [old.model_copy(update={"serving": old.release == name}) for old in self._read(base)]
         self._write(base, releases)
         return wanted
 
-    def rewrite(self, releases: Iterable[Release]) -> None:
-        """Replace the whole history (used when releases are erased). Raises StoreBusyError."""
-        self._write(self.table.snapshot(), list(releases))
+    def servable(self, name: str) -> Release:
+        """Return a release that may be served.
+
+        Raises:
+            SettingsError: there is none of that name, its files were removed, or a person was forgotten since.
+        """
+        wanted = self.get(name)
+        if wanted.erased:
+            raise SettingsError(f"release {name} holds a person who was forgotten since; choose a later one.")
+        if wanted.vacuumed:
+            raise SettingsError(f"release {name}: its files were removed by `frontalis vacuum`; choose a later one.")
+        return wanted
+
+    def rewrite(self, releases: Iterable[Release], planned_on: Sequence[Release]) -> None:
+        """Replace the whole history in one commit.
+
+        Args:
+            releases: the new history.
+            planned_on: the history that it was made from.
+
+        Raises:
+            StoreBusyError: the history is not `planned_on` any more; nothing changed.
+        """
+        base = self.table.snapshot()
+        if self._read(base) != list(planned_on):
+            raise StoreBusyError(
+                f"{self.store.uri}: another run changed the releases meanwhile; nothing was published. Run again: it "
+                "reuses what is computed."
+            )
+        self._write(base, list(releases))
 
     def _read(self, snapshot: Snapshot) -> list[Release]:
         releases: list[Release] = []

@@ -20,6 +20,8 @@ from schemas.errors import StoreBusyError, StoreError
 from storage.location import Location
 
 APPLICATION = "frontalis"
+# By default Delta drops log entries after 30 days, and with them the way back to the version that a release names.
+KEEP_LOG = {"delta.enableExpiredLogCleanup": "false", "delta.logRetentionDuration": "interval 36500 days"}
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Table:
                 schema,
                 mode="ignore",
                 partition_by=list(self.partition_by),
+                configuration=KEEP_LOG,
                 storage_options=self.place.delta_options,
             )
         except CommitFailedError as error:

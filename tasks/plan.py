@@ -19,7 +19,7 @@ from schemas.releases import ModelRef
 from schemas.reports import RAW, ShardFault
 from schemas.settings import ColumnNames, PipelineSettings
 from schemas.shards import check_shard
-from storage.census import Census, Entry, mark_repeats, one_id_type
+from storage.census import CENSUS, Census, Entry, mark_repeats, one_id_type
 from storage.features import complete_rows, features_table
 from storage.location import Location
 from storage.shards import Shard, find_shards, read_schema
@@ -27,7 +27,6 @@ from storage.tables import LiveFile, Snapshot, Table
 from storage.tombstones import Tombstones
 
 MODELS = "models"
-CENSUS = "census"
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ def take_census(
     A shard that has not changed since the last run is not opened. A bad shard keeps its last good entry, so that its
     features stay as they are.
     """
-    basis = digest_of(columns.model_dump_json().encode(), tombstones.digest.encode())[:12]
+    basis = census_basis(columns, tombstones)
     forget = tombstones.match if tombstones else None
     known = {
         shard.key: census.entries[shard.key]
@@ -228,6 +227,11 @@ def take_census(
             assert row_keys is not None
         keys[key] = row_keys
     return mark_repeats(entries, keys), errors
+
+
+def census_basis(columns: ColumnNames, tombstones: Tombstones) -> str:
+    """Return the digest of what a census entry depends on beside the file."""
+    return digest_of(columns.model_dump_json().encode(), tombstones.digest.encode())[:12]
 
 
 def group_work(work: Sequence[ShardWork], group_rows: int, workers: int) -> list[list[ShardWork]]:
