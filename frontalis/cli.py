@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from frontalis.interrupt import KEPT, Interrupt, stops_within
 from schemas.errors import FrontalisError, SettingsError
 
-BAD_SHARDS = 4
 KEPT_BACK = 5
 DAMAGED = 1
 INTERRUPTED = 130
@@ -37,8 +37,10 @@ def main() -> None:
         status = app(standalone_mode=False)
     except FrontalisError as error:
         status = _refuse(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        status = _refuse("interrupted; what is complete is kept, run the same command again to go on", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        status = _refuse(
+            f"interrupted; {KEPT}", interrupt.exit_code if isinstance(interrupt, Interrupt) else INTERRUPTED
+        )
     except typer.Exit as stop:
         status = stop.exit_code
     except Exception as error:
@@ -141,15 +143,18 @@ def reprocess(
         changes["runner"]["workers"] = workers
     settings = pipeline(**changes)
 
-    from flows.reprocess import Outcome
+    from flows.reprocess import CompletedWithBadShardsError, Outcome
     from flows.reprocess import reprocess as flow
     from frontalis.printing import print_outcome
 
-    outcome = _run_flow(flow, settings=settings)
+    try:
+        with stops_within():
+            outcome = _run_flow(flow, settings=settings)
+    except CompletedWithBadShardsError as error:
+        print_outcome(error.outcome, as_json)
+        raise
     assert isinstance(outcome, Outcome)
     print_outcome(outcome, as_json)
-    if outcome.data.bad_shards:
-        raise typer.Exit(BAD_SHARDS)
     if outcome.status == "kept back":
         raise typer.Exit(KEPT_BACK)
 
@@ -184,8 +189,8 @@ def query(
     as_json: AsJson = False,
 ) -> None:
     """Find the nearest stored rows of an id or of new embeddings."""
-    from flows.query import answer
     from frontalis.printing import print_answer
+    from tasks.query import answer
 
     found = answer(store, mode, ids=id_ or [], vectors=vectors, k=k, release=release, include_self=include_self)
     print_answer(found, as_json)
@@ -284,10 +289,10 @@ def _models(pairs: list[str] | None) -> dict[str, str]:
 
 def _run_flow(flow: Any, **parameters: Any) -> Any:
     """Run a Prefect flow in this process and return its result, or raise what it raised."""
-    state = flow(**parameters, return_state=True)
-    if state.data is not None and not state.is_crashed() and not isinstance(state.data, BaseException):
-        return state.result(raise_on_failure=False)
-    return state.result()
+    result = flow(**parameters, return_state=True).result(raise_on_failure=False)
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def _refuse(message: str, code: int) -> int:

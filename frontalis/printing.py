@@ -16,16 +16,15 @@ from rich.text import Text
 
 from schemas.releases import Release
 from schemas.reports import ALL, RAW, Estimate, Evaluation, Population
-from tasks.theme import visible
-from tasks.wording import cell_name, difference_of, interval, judge, percent, points, points_interval
+from tasks.wording import cell_name, difference_of, interval, judge, percent, points, points_interval, visible
 
 if TYPE_CHECKING:
     from flows.forget import Forgotten
-    from flows.query import QueryAnswer
     from flows.reprocess import Outcome
     from flows.vacuum import Vacuumed
     from flows.verify import Checked
     from tasks.explain import Explanation
+    from tasks.query import QueryAnswer
     from tasks.train import Trained
 
 CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from schemas.reports import Estimate
-from tasks.theme import light, mode_role, visible
+from tasks.theme import light, mode_role
+from tasks.wording import visible
 
 _DASHES = {"raw": (0, (5, 2)), "per_sample": "-", "batch_stat": (0, (6, 1.5, 1.5, 1.5))}
 _MARKERS = {"raw": "o", "per_sample": "s", "batch_stat": "^"}

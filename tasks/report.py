@@ -31,12 +31,13 @@ from tasks.report_tables import (
     search_table,
     verdict_tiles,
 )
-from tasks.theme import inline_svg, mode_rules, plot_rules, png_file, svg_file, variables, visible
+from tasks.theme import inline_svg, mode_rules, plot_rules, png_file, svg_file, variables
 from tasks.wording import (
     cell_name,
     metric_name,
     percent,
     percent_of,
+    visible,
 )
 
 _TEMPLATES = Path(__file__).parent / "templates"

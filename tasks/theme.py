@@ -8,7 +8,6 @@ inline style, script, link or foreign element can reach the page. What is drawn 
 import io
 import re
 import threading
-import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+from tasks.wording import visible
 
 # role → (light, dark). The light colours double as the keys by which `inline_svg` finds the role: all are distinct.
 # The colours of the modes are blue and orange because they stay apart for every common kind of colour blindness.
@@ -58,9 +59,6 @@ _PRESENTATION = {
 }  # fmt: skip
 _ROLES = {light: role for role, (light, _) in PALETTE.items()}
 
-# Not printable in a figure or a page, or printable only to deceive: control characters, lone halves of surrogate
-# pairs, and the marks that turn the direction of writing.
-_UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 
 # matplotlib's settings belong to the whole process; two reports drawn by two threads must not mix them.
 _DRAWING = threading.RLock()
@@ -96,18 +94,6 @@ def mode_rules() -> str:
     """Return the CSS rules that colour the text (`t-raw`) and the border (`b-raw`) of a mode."""
     roles = (*_MODES, "other-1", "other-2")
     return "\n".join(f".t-{one} {{ color: var(--{one}) }} .b-{one} {{ border-color: var(--{one}) }}" for one in roles)
-
-
-def visible(text: str) -> str:
-    r"""Return `text` with unprintable and direction-turning characters written out (`\u202e`); tab and newline stay."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        f"\\u{ord(character):04x}"
-        if unicodedata.category(character) in _UNPRINTABLE and character not in "\t\n"
-        else character
-        for character in text
-    )
 
 
 @contextmanager

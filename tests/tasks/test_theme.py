@@ -18,7 +18,6 @@ from tasks.theme import (
     png_file,
     svg_file,
     variables,
-    visible,
 )
 
 HOSTILE = '</text></svg><script>alert(1)</script><img src=x onerror="alert(2)">$\\frac{$ \u202e\x00 --> ]]>'
@@ -151,19 +150,3 @@ def test_drawing_leaves_matplotlib_as_it_was() -> None:
     before = dict(mpl.rcParams)
     inline_svg(drawn(), "plot", "a plot")
     assert dict(mpl.rcParams) == before
-
-
-@pytest.mark.parametrize(
-    ("text", "printed"),
-    [
-        ("plain-7", "plain-7"),
-        ("Grüße 正面", "Grüße 正面"),
-        ("a\tb\nc", "a\tb\nc"),
-        ("\x00\x1b[31m", "\\u0000\\u001b[31m"),
-        ("abc\u202ecba", "abc\\u202ecba"),
-        ("half \ud800", "half \\ud800"),
-    ],
-)
-def test_visible_writes_out_what_cannot_be_seen(text: str, printed: str) -> None:
-    assert visible(text) == printed
-    visible(text).encode()

@@ -12,6 +12,7 @@ from tasks.wording import (
     points_interval,
     pose_pair,
     spoken,
+    visible,
 )
 
 
@@ -78,3 +79,19 @@ def test_metrics_are_named_with_their_rate_in_percent() -> None:
     assert metric_name("eer") == "EER"
     assert metric_name("fnmr@1e-3") == "FNMR at FMR 0.1%"
     assert [percent_of(rate) for rate in ("1e-1", "1e-6", "0.25")] == ["10%", "0.0001%", "25%"]
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("plain-7", "plain-7"),
+        ("Grüße 正面", "Grüße 正面"),
+        ("a\tb\nc", "a\tb\nc"),
+        ("\x00\x1b[31m", "\\u0000\\u001b[31m"),
+        ("abc\u202ecba", "abc\\u202ecba"),
+        ("half \ud800", "half \\ud800"),
+    ],
+)
+def test_visible_writes_out_what_cannot_be_seen(text: str, printed: str) -> None:
+    assert visible(text) == printed
+    visible(text).encode()

@@ -1,0 +1,81 @@
+"""Ends a command within seconds of Ctrl-C or SIGTERM, whatever it is doing.
+
+A signal becomes an `Interrupt` in the main thread, and the work unwinds: temporary files go, Prefect learns of
+it, locks are freed. A long call into compiled code (training an index, a large matrix product) does not notice; a
+watching thread, woken by the signal itself, then ends the process. Both are safe at any moment: what a run leaves is
+either complete under its final name or will be done again.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+GRACE_SECONDS = 8.0
+KEPT = "what is complete is kept; run the same command again to go on"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupt(BaseException):
+    """Ctrl-C or SIGTERM; `exit_code` is 128 + the signal, as shells have it.
+
+    No `KeyboardInterrupt`, which the library that reads the command line would turn into a silent exit.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def stops_within(seconds: float = GRACE_SECONDS) -> Iterator[None]:
+    """Let the block stop cleanly on SIGINT or SIGTERM, and end the process where that takes longer than `seconds`.
+
+    Only for the main thread. Raises `Interrupt` in the block.
+    """
+    reader, writer = socket.socketpair()
+    reader.setblocking(True)
+    writer.setblocking(False)
+    handlers = {number: signal.signal(number, _raise) for number in SIGNALS}
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(reader, over, seconds), name="frontalis-interrupt", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        writer.close()
+        watch.join()
+        reader.close()
+
+
+def _raise(number: int, _: FrameType | None) -> None:
+    raise Interrupt(number)
+
+
+def _watch(reader: socket.socket, over: threading.Event, seconds: float) -> None:
+    """Wait for the byte that Python's own handler writes at once, even while the main thread is in compiled code."""
+    while byte := reader.recv(1):
+        if byte[0] in SIGNALS:
+            if not over.wait(seconds):
+                _end_children()
+                print(f"frontalis: interrupted in the middle of a long step; {KEPT}", file=sys.stderr, flush=True)  # noqa: T201
+                os._exit(128 + byte[0])
+            return
+
+
+def _end_children() -> None:
+    """End the processes that this one started, such as Prefect's temporary server, which would outlive it."""
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in file.read_text().split():
+                os.kill(int(child), signal.SIGTERM)

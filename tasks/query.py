@@ -1,0 +1,222 @@
+"""Query: the nearest features of a stored id, or of new embeddings, in the release that is served.
+
+New embeddings go through the same model and mode as the index. A query reads one release from one commit, so a run that
+publishes meanwhile is never seen half.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from schemas.errors import SettingsError, StoreError
+from schemas.ids import id_keys
+from schemas.releases import Release
+from schemas.reports import RAW
+from schemas.shards import embedding_dim, embedding_matrix
+from storage.features import features_table, matrix_of, read_rows
+from storage.location import Location
+from storage.releases import Releases
+from tasks.index import open_ids, open_index
+
+MAX_K = 10_000
+
+
+class Neighbour(BaseModel):
+    """One row found: `score` is the cosine to the query, highest first."""
+
+    rank: int
+    id: str | int
+    subject: str | None
+    shard: str
+    score: float
+
+
+class QueryResult(BaseModel):
+    """The neighbours of one query: a stored id, or the row of a vectors file."""
+
+    query: str | int
+    subject: str | None = None
+    neighbours: list[Neighbour]
+
+
+class QueryAnswer(BaseModel):
+    """The answer to all queries of one call."""
+
+    store: str
+    release: str
+    mode: str
+    k: int
+    results: list[QueryResult]
+
+
+def answer(
+    store: str,
+    mode: str,
+    *,
+    ids: Sequence[str] = (),
+    vectors: str | None = None,
+    k: int = 10,
+    release: str | None = None,
+    include_self: bool = False,
+) -> QueryAnswer:
+    """Return the `k` nearest stored rows of each query by cosine.
+
+    Args:
+        store: local path or s3://…
+        mode: `per_sample`, `batch_stat` or `raw`.
+        ids: stored ids; a row does not find itself unless `include_self`.
+        vectors: `.npy` (`[D]` or `[n, D]`) or `.parquet` (an `embedding` column, optionally `id`) of raw embeddings.
+        k: neighbours a query, 1 to 10,000.
+        release: a release by name; None takes the one that is served.
+
+    Raises:
+        SettingsError: an unknown mode, id, release or file, vectors of another length, not finite or zero.
+        StoreError: nothing is served yet, or the index is damaged.
+    """
+    if not 1 <= k <= MAX_K:
+        raise SettingsError(f"-k {k}: must be 1 to {MAX_K}.")
+    if bool(ids) == bool(vectors):
+        raise SettingsError("pass either --id or --vectors.")
+    place = Location(store)
+    record = Releases(place).get(release) if release else Releases(place).serving()
+    reference = record.indexes.get(mode)
+    if reference is None:
+        known = ", ".join(record.indexes)
+        raise SettingsError(f"--mode {mode}: release {record.release} has {known}.")
+    table = open_ids(place, reference)
+    if vectors is not None:
+        names, matrix = read_vectors(vectors, reference.dim)
+        features, subjects, own = _through_model(place, record, mode, matrix), [None] * len(names), None
+    else:
+        names = [_as_id(value, table) for value in ids]
+        rows = [_row_of(name, table, store, record) for name in names]
+        features = np.concatenate([_stored(place, record, mode, table, row) for row in rows])
+        subjects = [table["subject"][row].as_py() for row in rows]
+        own = None if include_self else [table["key"][row].as_py() for row in rows]
+    scores, keys = open_index(place, reference).search(features, min(k + (own is not None), reference.rows))
+    results = [
+        QueryResult(
+            query=name,
+            subject=subject,
+            neighbours=_neighbours(scores[at], keys[at], table, k, None if own is None else own[at]),
+        )
+        for at, (name, subject) in enumerate(zip(names, subjects, strict=True))
+    ]
+    return QueryAnswer(store=store, release=record.release, mode=mode, k=k, results=results)
+
+
+def read_vectors(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
+    """Return names and raw embeddings `[n, D]` of a `.npy` or `.parquet` file.
+
+    Raises:
+        SettingsError: no such file, another format, rows that are not finite, zero or of another length than `dim`.
+    """
+    suffix = Path(path).suffix.lower()
+    try:
+        if suffix == ".npy":
+            names, matrix = _from_npy(path)
+        elif suffix in (".parquet", ".pq"):
+            names, matrix = _from_parquet(path, dim)
+        else:
+            raise SettingsError(f"--vectors {path}: must end in .npy or .parquet.")
+    except FileNotFoundError as error:
+        raise SettingsError(f"--vectors {path}: there is no such file.") from error
+    except (ValueError, OSError, EOFError, pa.ArrowException) as error:
+        raise SettingsError(f"--vectors {path}: cannot be read ({str(error).splitlines()[0][:160]}).") from error
+    if matrix.shape[1] != dim:
+        raise SettingsError(f"--vectors {path}: has {matrix.shape[1]} numbers a row, the index {dim}.")
+    norms = np.linalg.norm(matrix.astype(np.float64), axis=1)
+    bad = np.flatnonzero(~np.isfinite(norms) | (norms < 1e-18))
+    if bad.size:
+        raise SettingsError(f"--vectors {path}: row {bad[0]} is zero or not finite, so it has no direction.")
+    return names, matrix
+
+
+def _from_npy(path: str) -> tuple[list[str | int], np.ndarray]:
+    array = np.load(path, allow_pickle=False)
+    if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or array.size == 0:
+        raise ValueError(f"array of {array.dtype} {array.shape}, wanted floats [D] or [n, D]")
+    matrix = np.atleast_2d(array).astype(np.float32)
+    return list(range(len(matrix))), matrix
+
+
+def _from_parquet(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
+    table = pq.ParquetFile(path, pre_buffer=False).read(use_threads=False)
+    if "embedding" not in table.column_names or not table.num_rows:
+        raise ValueError(f"columns {table.column_names}, {table.num_rows} rows; wanted rows with an 'embedding'")
+    column = table["embedding"].combine_chunks()
+    embedding_dim(path, "embedding", column.type)
+    matrix, reasons = embedding_matrix(column, dim)
+    for row, reason in enumerate(reasons):
+        if reason is not None:
+            raise ValueError(f"row {row}: {reason}, wanted {dim} numbers")
+    names = table["id"].to_pylist() if "id" in table.column_names else range(len(matrix))
+    return [row if name is None else name for row, name in enumerate(names)], matrix
+
+
+def _through_model(store: Location, release: Release, mode: str, matrix: np.ndarray) -> np.ndarray:
+    if mode == RAW:
+        return matrix
+    # Only new embeddings need a network: a query by id must not wait for torch to load.
+    from models.checkpoint import load
+    from models.inference import Reweighter
+
+    model = release.models[mode]
+    try:
+        content = (store / model.path).read_bytes()
+    except FileNotFoundError as error:
+        raise StoreError(f"{store.uri}/{model.path}: the model of {release.release} is missing.") from error
+    return Reweighter(load(content), statistic=model.statistic).query(matrix)
+
+
+def _as_id(value: str, ids: pa.Table) -> str | int:
+    if not pa.types.is_integer(ids.schema.field("id").type):
+        return value
+    try:
+        return int(value)
+    except ValueError as error:
+        raise SettingsError(f"--id {value!r}: the ids of this store are integers.") from error
+
+
+def _row_of(name: str | int, ids: pa.Table, store: str, release: Release) -> int:
+    key = int(id_keys(pa.array([name]))[0])
+    row = int(np.searchsorted(ids["key"].to_numpy(), key))
+    if row >= ids.num_rows or ids["key"][row].as_py() != key or ids["id"][row].as_py() != name:
+        raise SettingsError(f"--id {name!r}: is not in release {release.release} of {store}.")
+    return row
+
+
+def _stored(store: Location, release: Release, mode: str, ids: pa.Table, row: int) -> np.ndarray:
+    """Return the stored feature `[1, D]` of one row."""
+    shard, wanted = ids["shard"][row].as_py(), ids["id"][row]
+    table = features_table(store)
+    for file in table.snapshot(release.features_version).files.values():
+        if file.partitions == {"mode": mode, "shard": shard}:
+            for batch in read_rows(table, file, ["id", "front"]):
+                at = pc.index(batch.column("id"), wanted).as_py()
+                if at >= 0:
+                    return matrix_of(batch.column("front").slice(at, 1), file.path)
+    raise StoreError(f"{store.uri}: index and features of {release.release} disagree; run `frontalis verify`.")
+
+
+def _neighbours(scores: np.ndarray, keys: np.ndarray, ids: pa.Table, k: int, own: int | None) -> list[Neighbour]:
+    found: list[Neighbour] = []
+    rows = np.searchsorted(ids["key"].to_numpy(), keys)
+    for score, key, row in zip(scores.tolist(), keys.tolist(), rows.tolist(), strict=True):
+        if key < 0 or key == own or len(found) == k:
+            continue
+        found.append(
+            Neighbour(
+                rank=len(found) + 1,
+                id=ids["id"][row].as_py(),
+                subject=ids["subject"][row].as_py(),
+                shard=ids["shard"][row].as_py(),
+                score=score,
+            )
+        )
+    return found

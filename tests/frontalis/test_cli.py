@@ -1,0 +1,153 @@
+"""The command line, typed as a person types it: the whole job on small shards, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+
+@pytest.fixture(scope="module")
+def shell(prefect_server):
+    """Run `frontalis …` and return the finished process."""
+
+    def run(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "frontalis", *map(str, words)]
+        done = subprocess.run(command, env=prefect_server.env, capture_output=True, text=True, timeout=170, check=False)
+        assert done.returncode == code, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def job(shell, tmp_path_factory) -> Path:
+    """The whole job, once: shards, two trained models, one release. Returns the folder that holds them."""
+    folder = tmp_path_factory.mktemp("job")
+    shell(
+        "synth", folder / "shards", "--subjects", 60, "--per-subject", 14, "--dim", 32, "--shards", 3, "--bad-rows", 6
+    )
+    for mode in ("per_sample", "batch_stat"):
+        trained = shell(
+            "train", folder / "shards", "--mode", mode, "--out", folder / f"{mode}.safetensors", "--steps", 20, "--json"
+        )
+        card = json.loads(trained.stdout)["card"]
+        assert card["mode"] == mode
+        assert card["embedding_dim"] == 32
+        assert (folder / f"{mode}.safetensors.md").read_text().startswith("# ")
+    done = reprocess(shell, folder, "--json")
+    outcome = json.loads(done.stdout)
+    assert outcome["status"] == "promoted"
+    assert outcome["shards_computed"] == 3
+    data = outcome["data"]
+    assert data["rows_read"] == data["rows_features"] + sum(data["quarantined"].values())
+    assert sum(data["quarantined"].values()) > 0
+    return folder
+
+
+def reprocess(shell, folder: Path, *more: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    models = [f"--model={mode}={folder}/{mode}.safetensors" for mode in ("per_sample", "batch_stat")]
+    return shell("reprocess", "--source", folder / "shards", "--store", folder / "store", *models, *more, code=code)
+
+
+def test_second_run_does_no_work_and_says_so(shell, job) -> None:
+    done = reprocess(shell, job)
+    assert "nothing changed since r00001" in done.stdout
+    assert "0 computed" in done.stdout
+
+
+def test_features_are_readable_by_polars_and_complete(job) -> None:
+    counts = pl.scan_delta(str(job / "store" / "features")).group_by("mode").len().collect()
+    assert set(counts["mode"]) == {"raw", "per_sample", "batch_stat"}
+    assert counts["len"].n_unique() == 1
+
+
+def test_evaluate_prints_one_document(shell, job) -> None:
+    result = json.loads(shell("evaluate", "--store", job / "store", "--resamples", 50, "--json").stdout)
+    held_out = result["populations"]["held_out"]
+    assert set(held_out["modes"]) == {"raw", "per_sample", "batch_stat"}
+    assert held_out["left_out_subjects"] > 0
+    table = shell("evaluate", "--store", job / "store", "--resamples", 50).stdout
+    for words in ("frontal–profile", "per_sample", "batch_stat", "subjects that no model has seen"):
+        assert words in table
+
+
+def test_query_by_id_and_by_vectors_agree(shell, job) -> None:
+    rows = pl.read_parquet(job / "shards" / "*.parquet").filter(pl.col("subject").is_not_null())
+    row = rows.filter(pl.col("id") == "000003-002")
+    by_id = query(shell, job, "--id", "000003-002", "--include-self")
+    np.save(job / "query.npy", row["embedding"].to_numpy())
+    by_vector = query(shell, job, "--vectors", job / "query.npy")
+    assert [one["id"] for one in by_id] == [one["id"] for one in by_vector]
+    assert by_id[0]["id"] == "000003-002"
+    np.testing.assert_allclose([one["score"] for one in by_id], [one["score"] for one in by_vector], atol=1e-5)
+    without_self = query(shell, job, "--id", "000003-002")
+    assert [one["id"] for one in without_self[:4]] == [one["id"] for one in by_id[1:]]
+
+
+def query(shell, job: Path, *words: object) -> list[dict[str, object]]:
+    done = shell("query", "--store", job / "store", "--mode", "per_sample", *words, "-k", 5, "--json")
+    return json.loads(done.stdout)["results"][0]["neighbours"]
+
+
+def test_releases_and_rollback(shell, job) -> None:
+    (release,) = json.loads(shell("releases", "--store", job / "store", "--json").stdout)
+    assert release["serving"]
+    assert "served" in shell("releases", "--store", job / "store").stdout
+    done = shell("rollback", "--store", job / "store", release["release"])
+    assert "is served now" in done.stdout
+    assert "is not in" in shell("rollback", "--store", job / "store", "r00099-nothing", code=2).stderr
+
+
+def test_explain_writes_plots_and_tables(shell, job, tmp_path) -> None:
+    done = shell(
+        "explain", "--model", job / "per_sample.safetensors", "--source", job / "shards", "--out", tmp_path, "-k", 10
+    )
+    assert "identity branch" in done.stdout
+    names = {file.name for file in tmp_path.iterdir()}
+    assert {"channels.csv", "explanation.json", "weights-per_sample-identity.png"} <= names
+    table = pl.read_csv(tmp_path / "channels.csv")
+    assert table.height == 32
+
+
+def test_report_is_written(job) -> None:
+    (page,) = (job / "store" / "reports").glob("*/index.html")
+    assert "frontal–profile" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["query", "--store", "{store}", "--id", "nobody"], "--id 'nobody': is not in release"),
+        (["query", "--store", "{store}", "--mode", "best", "--id", "x"], "--mode best: release"),
+        (["query", "--store", "{store}"], "pass either --id or --vectors"),
+        (["query", "--store", "{store}", "--id", "x", "-k", "0"], "-k 0: must be 1 to"),
+        (["query", "--store", "{tmp}/none", "--id", "x"], "no release is served yet"),
+        (["train", "{tmp}/none", "--out", "{tmp}/x.safetensors"], "does not exist"),
+        (["reprocess", "--store", "{store}"], "--source is missing"),
+        (["reprocess", "--config", "{tmp}/none.toml"], "cannot be read"),
+        (["reprocess", "--source", "{tmp}", "--store", "{store}", "--model", "per_sample"], "write mode=FILE"),
+        (["evaluate", "--store", "{store}", "--pairs", "{tmp}/none.parquet"], "there is no such file"),
+        (["rollback", "--store", "ftp://x/y", "r1"], "scheme 'ftp' is not supported"),
+    ],
+)
+def test_refusals_name_the_thing_and_the_way_out(shell, job, tmp_path, words, message) -> None:
+    filled = [word.format(store=job / "store", tmp=tmp_path) for word in words]
+    done = shell(*filled, code=2)
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_unknown_option_is_refused(shell) -> None:
+    assert "No such option" in shell("releases", "--stor", "x", code=2).stderr
+
+
+def test_public_names() -> None:
+    import frontalis
+
+    assert sorted(frontalis.__all__) == ["DualBranchSENet", "SEBlock"]
+    assert all(hasattr(frontalis, name) for name in frontalis.__all__)
