@@ -4,6 +4,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.utilities.annotations import opaque
 
+from flows.progress import tell_progress
 from schemas.reports import Evaluation
 from schemas.settings import EvaluationSettings, PipelineSettings
 from storage.features import features_table
@@ -29,6 +30,7 @@ def evaluate(
         SettingsError: no such release or pairs file.
         StoreError: nothing is served yet, or its features are damaged or vacuumed.
     """
+    tell_progress()
     place = Location(store)
     history = Releases(place)
     record = history.get(release) if release else history.serving()

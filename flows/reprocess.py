@@ -6,6 +6,7 @@ any point leaves the served release untouched; the next one finds what is done b
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,7 +22,8 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import opaque
 from pydantic import BaseModel, Field
 
-from schemas.errors import SettingsError, StoreError
+from flows.progress import tell_progress
+from schemas.errors import FrontalisError, SettingsError, StoreError
 from schemas.features import digest_of
 from schemas.releases import ModelRef, Release, release_name
 from schemas.reports import DataQuality, Estimate, Evaluation, GateDecision
@@ -37,7 +39,7 @@ from tasks.plan import Plan
 from tasks.publish import Published
 from tasks.release_report import write_report
 from tasks.report import markdown_table
-from tasks.reweight import ReweightSpec, ShardResult, one_thread_each
+from tasks.reweight import ReweightSpec, ShardResult, one_thread_each, stopping
 from tasks.stages import evaluate_task, index_task, models_task, plan_task, publish_task, reweight_task
 
 log = logging.getLogger("frontalis.reprocess")
@@ -62,19 +64,36 @@ class Outcome(BaseModel):
     warnings: list[str] = Field(default_factory=list)
 
 
+class CompletedWithBadShardsError(FrontalisError):
+    """All work is done but for shards that cannot be used; `outcome` tells what came of the others."""
+
+    exit_code = 4
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        faults = outcome.data.bad_shards
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        super().__init__(
+            f"completed with bad shards: {', '.join(fault.shard for fault in faults[:5])}{more}; {outcome.release} "
+            f"({outcome.status}) holds the others. Mend them and run again."
+        )
+
+
 @flow(name="reprocess", validate_parameters=True)
 def reprocess(config: str | None = None, settings: PipelineSettings | None = None) -> State[Outcome] | Outcome:
     """Run the whole job as `pipeline.toml` (`config`) or `settings` say; the state tells what became of it.
 
     Raises:
         SettingsError: neither or both are given, or something in them cannot be used.
+        CompletedWithBadShardsError: some shards cannot be used; the work on the others is done.
     """
+    tell_progress()
     if (config is None) == (settings is None):
         raise SettingsError("reprocess: pass either config (a pipeline.toml) or settings.")
     outcome = run(load_pipeline(config) if config is not None else settings)  # type: ignore[arg-type]
     if outcome.data.bad_shards:
-        names = ", ".join(fault.shard for fault in outcome.data.bad_shards[:5])
-        return Failed(message=f"completed with bad shards: {names}", data=outcome, name="CompletedWithBadShards")
+        error = CompletedWithBadShardsError(outcome)
+        return Failed(message=str(error), data=error, name="CompletedWithBadShards")
     if outcome.status == "kept back":
         return Completed(message=outcome.reason, data=outcome, name="KeptBack")
     return outcome
@@ -119,26 +138,32 @@ def reweight_all(settings: PipelineSettings, plan: Plan, models: Mapping[str, Mo
     spec = ReweightSpec.of(settings, models, plan.schema)
     total = sum(work.rows for work in plan.work)
     workers = settings.runner.workers or os.cpu_count() or 1
+    stop = threading.Event()
+    stopping.set(stop)
 
     @flow(name="reweight", task_runner=_runner(settings.runner, workers), validate_parameters=False)
     def reweight() -> list[ShardResult]:
-        started = time.monotonic()
-        futures = {}
-        for number, group in enumerate(plan.groups):
-            named = reweight_task.with_options(task_run_name=f"reweight-{number + 1:04d}-of-{len(plan.groups):04d}")
-            futures[named.submit(opaque(group), opaque(spec))] = sum(work.rows for work in group)
+        started = last = time.monotonic()
         results: list[ShardResult] = []
         done = 0
-        last = started
-        for future in as_completed(list(futures)):
-            results += future.result()
-            done += futures[future]
-            now = time.monotonic()
-            if now - last > 1 or done == total:
-                rate = done / max(now - started, 1e-9)
-                log.info("reweight: %s of %s rows, %s rows/s, %.0f s left", f"{done:,}", f"{total:,}", f"{rate:,.0f}",
-                         (total - done) / rate)  # fmt: skip
-                last = now
+        try:
+            futures = {}
+            for number, group in enumerate(plan.groups):
+                named = reweight_task.with_options(task_run_name=f"reweight-{number + 1:04d}-of-{len(plan.groups):04d}")
+                futures[named.submit(opaque(group), opaque(spec))] = sum(work.rows for work in group)
+            for future in as_completed(list(futures)):
+                results += future.result()
+                done += futures[future]
+                now = time.monotonic()
+                if now - last > 1 or done == total:
+                    rate = done / max(now - started, 1e-9)
+                    log.info("reweight: %s of %s rows, %s rows/s, %.0f s left", f"{done:,}", f"{total:,}",
+                             f"{rate:,.0f}", (total - done) / rate)  # fmt: skip
+                    last = now
+        except BaseException:  # Ctrl-C, SIGTERM, a cancelled run, a group that failed for good
+            stop.set()
+            log.warning("reweight: stopped; %s of %s rows are done and kept", f"{done:,}", f"{total:,}")
+            raise
         return results
 
     threads = workers if settings.runner.kind == "threads" else 1

@@ -4,6 +4,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from flows.progress import tell_progress
 from schemas.settings import TrainingSettings, checked
 from tasks.model_card import card_markdown
 from tasks.train import Trained, train_model
@@ -27,6 +28,7 @@ def train(
         SettingsError: an option cannot be used.
         TrainingError: the rows cannot support a model.
     """
+    tell_progress()
     values = {
         "sources": tuple(sources),
         "out": out,

@@ -37,19 +37,14 @@ def main() -> None:
         status = app(standalone_mode=False)
     except FrontalisError as error:
         status = _refuse(str(error), error.exit_code)
-    except KeyboardInterrupt as interrupt:
-        status = _refuse(
-            f"interrupted; {KEPT}", interrupt.exit_code if isinstance(interrupt, Interrupt) else INTERRUPTED
-        )
-    except typer.Exit as stop:
-        status = stop.exit_code
+    except Interrupt as interrupt:
+        status = _refuse(f"interrupted; {KEPT}", interrupt.exit_code)
     except Exception as error:
-        import click
-
-        if not isinstance(error, click.ClickException):
+        show = getattr(error, "show", None)  # an option that cannot be used, of typer's or click's kind
+        if show is None:
             raise
-        error.show()
-        status = error.exit_code
+        show()
+        status = getattr(error, "exit_code", 2)
     sys.exit(int(status or 0))
 
 

@@ -9,8 +9,10 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +22,7 @@ import torch
 
 from models.checkpoint import load
 from models.inference import Reweighter
-from schemas.errors import BadModelError, BadShardError
+from schemas.errors import BadModelError, BadShardError, FrontalisError
 from schemas.features import QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, file_schema, quarantine_path
 from schemas.models import Statistic
 from schemas.releases import ModelRef
@@ -47,6 +49,9 @@ log = logging.getLogger("frontalis.reweight")
 # Rows of a block where the features do not depend on it. A constant, since the last bit of a matrix product may differ
 # between block sizes, and equal names must hold equal bytes.
 BLOCK_ROWS = 4096
+
+# Set by a run whose workers are threads of its own process: once it is told to stop, they end with their present block.
+stopping: ContextVar[threading.Event | None] = ContextVar("stopping", default=None)
 RADIANS_BELOW = 3.2
 RADIANS_ROWS = 50
 
@@ -99,6 +104,7 @@ def reweight_group(group: Sequence[ShardWork], spec: ReweightSpec) -> list[Shard
         BadShardError: a row is bad and the settings say to fail.
         BadModelError: a model gives values that are not finite.
         StoreError: the store cannot be written.
+        InterruptedRunError: the run was told to stop.
     """
     results = []
     for work in group:
@@ -148,6 +154,10 @@ def reweight_shard(work: ShardWork, spec: ReweightSpec) -> ShardResult:
     return result
 
 
+class InterruptedRunError(FrontalisError):
+    """The run was told to stop while this shard was being computed."""
+
+
 class _Reader:
     """Streams the good rows of a shard: a table of everything but the embedding, and the matrix."""
 
@@ -165,7 +175,12 @@ class _Reader:
         columns = self.spec.columns
         names = [columns.id, columns.embedding, *(getattr(columns, role) for role in self.shard.present), *columns.keep]
         schema = file_schema(self.spec.schema)
+        stop = stopping.get()
         for first, block in stream_blocks(self.work.shard, list(dict.fromkeys(names)), rows):
+            if stop is not None and stop.is_set():
+                raise InterruptedRunError(
+                    f"shard {self.work.shard.key}: the run was told to stop; run it again to go on."
+                )
             meta = self._meta(block, schema, record)
             matrix, reasons = embedding_matrix(block.column(columns.embedding), self.dim)
             keep = self._sort_out(first, meta, reasons, record)

@@ -1,0 +1,14 @@
+"""Progress of a run, where Prefect shows it.
+
+Prefect hands the lines of the loggers named in PREFECT_LOGGING_EXTRA_LOGGERS on to the record of the run, but leaves
+their level to them.
+"""
+
+import logging
+
+
+def tell_progress() -> None:
+    """Let `frontalis` loggers tell progress (INFO), unless somebody, such as `frontalis --quiet`, chose a level."""
+    logger = logging.getLogger("frontalis")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
