@@ -5,7 +5,6 @@ sample's. A probe is *mated* when its subject is enrolled. Which rows are galler
 through an index, are left to the caller.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from metrics.cosine import SCORES_PER_UNIT, Features, shift_to_grid, unit_rows
 from metrics.tally import ScoreTally
-from metrics.verification import operating_point
+from metrics.verification import fewest_for, operating_point
 
 RANKS = (1, 5, 10)
 FPIR_POINTS = (1e-1, 1e-2, 1e-3)
@@ -197,8 +196,8 @@ def _search_point(tally: ScoreTally, target: float) -> SearchPoint:
         return SearchPoint(target, point.threshold, point.fmr, point.fnmr)
     if not tally.n_genuine:
         reason = "no mated probe"
-    elif tally.n_impostor * target < 1:
-        reason = f"FPIR {target:g} needs {math.ceil(1 / target)} non-mated probes or more; found {tally.n_impostor}"
+    elif tally.n_impostor < fewest_for(target):
+        reason = f"FPIR {target:g} needs {fewest_for(target)} non-mated probes or more; found {tally.n_impostor}"
     else:
         reason = f"too many non-mated probes tie at the largest score for FPIR {target:g}"
     return SearchPoint(target, None, None, None, reason)

@@ -1,4 +1,7 @@
-"""Pose classes of rows and names of pose-pair cells, by label where there is one, else by the size of the yaw angle."""
+"""Pose classes of rows: by label where there is one, else by the size of the yaw angle.
+
+What is measured for each pair of classes, and the cells' names, is left to `allpairs`.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,11 +54,6 @@ def pose_classes(
     if len(by_yaw) != len(by_label):
         raise ValueError(f"{len(by_label)} labels, but {len(by_yaw)} yaw angles")
     return np.where(by_label == UNKNOWN, by_yaw, by_label)
-
-
-def cell_name(first: str, second: str) -> str:
-    """Name the cell of two pose classes, the more frontal one first: "frontal-profile"."""
-    return "-".join(sorted((first, second), key=POSE_CLASSES.index))
 
 
 def _by_yaw(yaw: NDArray[np.float64], edges: tuple[float, float]) -> NDArray[np.int64]:

@@ -113,12 +113,12 @@ def operating_point(tally: ScoreTally, target_fmr: float) -> OperatingPoint:
     """
     if not 0 < target_fmr < 1:
         raise ValueError(f"target FMR {target_fmr} is outside (0, 1)")
-    share = Fraction(repr(float(target_fmr)))
-    allowed = math.floor(share * tally.n_impostor)
+    allowed = math.floor(_as_printed(target_fmr) * tally.n_impostor)
     if reason := _missing_pairs(tally):
         return OperatingPoint(target_fmr, None, None, None, reason)
     if allowed == 0:
-        reason = f"FMR {target_fmr:g} needs {math.ceil(1 / share)} impostor pairs or more; found {tally.n_impostor}"
+        needed = fewest_for(target_fmr)
+        reason = f"FMR {target_fmr:g} needs {needed} impostor pairs or more; found {tally.n_impostor}"
         return OperatingPoint(target_fmr, None, None, None, reason)
     # The largest impostor score at which too many would match; every observed score above it is strict enough.
     too_lax = int(np.count_nonzero(tally.impostor_at_least > allowed)) - 1
@@ -129,6 +129,15 @@ def operating_point(tally: ScoreTally, target_fmr: float) -> OperatingPoint:
         return OperatingPoint(target_fmr, None, None, None, reason)
     fmr, fnmr = rates_at(tally, threshold)
     return OperatingPoint(target_fmr, threshold, fmr, fnmr)
+
+
+def fewest_for(rate: float) -> int:
+    """How many trials it takes for a single one of them to make up no more than `rate`."""
+    return math.ceil(1 / _as_printed(rate))
+
+
+def _as_printed(rate: float) -> Fraction:
+    return Fraction(repr(float(rate)))
 
 
 def rates_at(tally: ScoreTally, threshold: float) -> tuple[float | None, float | None]:

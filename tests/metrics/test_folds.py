@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics.cosine import pair_scores
@@ -26,6 +26,7 @@ def test_by_hand_the_threshold_of_a_fold_comes_from_the_others() -> None:
     assert (result.n_pairs, result.folds) == (6, (1, 2, 3))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=25))
 def test_best_threshold_is_the_first_of_the_best(pairs: list[tuple[int, bool]]) -> None:
     scores, same = np.array([pair[0] / 3 for pair in pairs]), np.array([pair[1] for pair in pairs])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from metrics.poses import POSE_CLASSES, UNKNOWN, cell_name, pose_classes
+from metrics.poses import POSE_CLASSES, UNKNOWN, pose_classes
 
 
 def names(codes: np.ndarray) -> list[str]:
@@ -35,12 +35,6 @@ def test_another_vocabulary_can_be_named() -> None:
     assert names(pose_classes(["FACE", "side"], mapping={"face": "frontal", "Side": "profile"})) == [
         *["frontal", "profile"],
     ]
-
-
-def test_cells_are_named_with_the_more_frontal_class_first() -> None:
-    assert cell_name("profile", "frontal") == cell_name("frontal", "profile") == "frontal-profile"
-    assert cell_name("unknown", "half") == "half-unknown"
-    assert cell_name("profile", "profile") == "profile-profile"
 
 
 @pytest.mark.parametrize(

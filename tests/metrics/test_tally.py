@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics.tally import ScoreTally
@@ -8,6 +8,7 @@ from metrics.tally import ScoreTally
 SCORES = st.lists(st.integers(-5, 5).map(lambda number: number / 7), max_size=30)
 
 
+@settings(deadline=None)
 @given(SCORES, SCORES, st.lists(st.floats(-1, 1), min_size=1, max_size=5))
 def test_counts_equal_comparing_every_score(genuine: list[float], impostor: list[float], others: list[float]) -> None:
     tally = ScoreTally.from_scores(genuine, impostor)

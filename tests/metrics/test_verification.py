@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pyeer.eer_stats import calculate_roc, get_decidability_value, get_eer_values
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -57,6 +57,7 @@ def eer_by_enumeration(genuine: list[float], impostor: list[float]) -> Fraction:
     raise AssertionError("FMR falls from 1 to 0 and FNMR rises from 0 to 1")
 
 
+@settings(deadline=None)
 @given(TIED_SCORES, TIED_SCORES, st.integers(1, 99))
 def test_fnmr_at_fmr_is_the_first_observed_threshold_at_most_the_target(
     genuine: list[float], impostor: list[float], percent: int
@@ -128,6 +129,7 @@ def test_operating_points_lie_on_the_roc_of_scikit_learn(decimals: int) -> None:
     assert estimable >= 3
 
 
+@settings(deadline=None)
 @given(TIED_SCORES, TIED_SCORES)
 def test_eer_is_the_crossing_found_by_enumeration(genuine: list[float], impostor: list[float]) -> None:
     eer = equal_error_rate(ScoreTally.from_scores(genuine, impostor))
@@ -139,6 +141,7 @@ def test_eer_is_the_crossing_found_by_enumeration(genuine: list[float], impostor
         assert (fmr + fnmr) / 2 == pytest.approx(eer.rate, abs=1e-15)
 
 
+@settings(deadline=None)
 @given(TIED_SCORES, TIED_SCORES)
 def test_eer_and_d_prime_agree_with_pyeer(genuine: list[float], impostor: list[float]) -> None:
     # Where FMR > FNMR at every observed score, pyeer warns and returns 1; we close the curve at (FMR 0, FNMR 1).
@@ -179,6 +182,7 @@ def test_eer_by_hand(genuine: list[float], impostor: list[float], rate: float | 
     assert (eer.rate, eer.threshold) == (rate, threshold)
 
 
+@settings(deadline=None)
 @given(TIED_SCORES, TIED_SCORES)
 def test_auc_is_that_of_scikit_learn_with_ties(genuine: list[float], impostor: list[float]) -> None:
     expected = roc_auc_score([1] * len(genuine) + [0] * len(impostor), genuine + impostor)
