@@ -16,14 +16,14 @@ FRONTAL_NOISE = 0.33
 PROFILE_NOISE = 0.64
 
 TYPICAL_YAW = 55.0  # degrees, of a profile; its effects are given at this angle
-IDENTITY_LOST = 0.47  # amplitude
+IDENTITY_LOST = 0.43  # amplitude
 SIDE_IDENTITY = 0.16  # what all profiles of a subject share, but its frontal photographs do not
 COMMON_SHIFT = 0.19  # length of the mean change from front to side
 # of the noise, the part that lies in the few directions common to all subjects: a network can learn to take it away
-FRONTAL_TURNING, PROFILE_TURNING = 0.10, 0.55
+FRONTAL_TURNING, PROFILE_TURNING = 0.3, 0.65
 
 SUBJECT_SPREAD = 0.25  # logarithmic, how unequally subjects suffer from turning
-FRONTAL_SPREAD, PROFILE_SPREAD = 0.85, 0.6  # logarithmic, how unequal photographs are
+FRONTAL_SPREAD, PROFILE_SPREAD = 0.7, 0.6  # logarithmic, how unequal photographs are
 UNLIKE_FRONTAL, UNLIKE_PROFILE = 0.001, 0.015  # photographs that show something else
 
 FRONTAL_LENGTH, PROFILE_LENGTH = 3.55, 2.37
@@ -101,8 +101,8 @@ class Universe:
 
         blur = numbers.standard_normal((count, 1))
         spread = np.exp((FRONTAL_SPREAD * (1 - part) + PROFILE_SPREAD * part) * blur)
-        frontal_part, profile_part = scale * FRONTAL_NOISE * (1 - part), scale * PROFILE_NOISE * turned
-        blurred = spread * (frontal_part * (1 - FRONTAL_TURNING) + profile_part * (1 - PROFILE_TURNING))
+        frontal_part, profile_part = scale * FRONTAL_NOISE * (1 - part) * spread, scale * PROFILE_NOISE * turned
+        blurred = frontal_part * (1 - FRONTAL_TURNING) + profile_part * (1 - PROFILE_TURNING) * spread
         moved = frontal_part * FRONTAL_TURNING + profile_part * PROFILE_TURNING
         latent = face + np.sqrt(blurred) * self.noise * numbers.standard_normal((count, used))
         latent = latent + np.sqrt(moved) * (numbers.standard_normal((count, len(self.turning))) @ self.turning)
