@@ -150,7 +150,7 @@ def _update(
     settings: IndexSettings,
 ) -> IndexRef | None:
     gone = {file.partitions["shard"] for path, file in before.items() if path not in files}
-    came = [file for path, file in files.items() if path not in before]
+    came = [file for path, file in files.items() if path not in before and file.rows]
     moved = sum(file.rows for path, file in before.items() if path not in files) + sum(file.rows for file in came)
     rows = sum(file.rows for file in files.values())
     if moved > settings.rebuild_share * rows:
