@@ -26,7 +26,8 @@ from storage.releases import Releases
 from storage.tables import Snapshot
 from storage.tombstones import Tombstones
 from tasks.erase import Erased, erase, find_forgotten
-from tasks.evaluate import evaluate, read_pairs
+from tasks.evaluate import evaluate
+from tasks.pairs import read_pairs
 from tasks.gate import gated
 from tasks.index import Previous, index_mode, open_ids
 from tasks.release_report import write_report

@@ -111,12 +111,17 @@ def run(settings: PipelineSettings) -> Outcome:
         releases = history.all()
         content = release_content(settings, plan.wanted, [fault.shard for fault in plan.faults])
         if not plan.groups and releases and releases[-1].content == content:
-            return _unchanged(settings, releases[-1], plan, time.monotonic() - started)
+            return _unchanged(settings, releases[-1], plan.faults, time.monotonic() - started)
         work = plan.work
         log.info("plan: %d shards to compute, %d files to reuse, %d shards bad", len(work), len(plan.reused),
                  len(plan.faults))  # fmt: skip
         results = reweight_all(settings, plan, models) if work else []
         published = publish_task(settings, opaque(plan), opaque(results))
+        # A shard may turn out bad only while it is read; the name of the release must not promise it.
+        faults = published.data.bad_shards
+        content = release_content(settings, published.features.files, [fault.shard for fault in faults])
+        if releases and releases[-1].content == content:
+            return _unchanged(settings, releases[-1], faults, time.monotonic() - started)
         release = _release(settings, plan, published, releases, content, models)
         outcome = _measure_and_record(settings, release, published, history, releases)
         warnings = [warning for result in results for warning in result.warnings]
@@ -202,12 +207,18 @@ def _measure_and_record(
             settings.index,
             opaque(previous.get(mode)),
         )
-    before = _snapshot(history, served)
+    features = _snapshot(history, served)
+    before = Previous(served, features) if served is not None and features is not None else None
     evaluation = evaluate_task(
-        settings.store, release.release, opaque(published.features), release.models, settings.evaluation,
-        settings.index, opaque(before),
-    )  # fmt: skip
-    decision = decide(evaluation, settings.gate, served.release if served and before is not None else None)
+        settings.store,
+        release.release,
+        opaque(published.features),
+        release.models,
+        settings.evaluation,
+        settings.index,
+        opaque(before),
+    )
+    decision = decide(evaluation, settings.gate, before.release.release if before else None)
     measured = gated(evaluation, settings.gate)
     release = release.model_copy(
         update={"indexes": indexes, "gate": decision, "gated": measured.figures, "gated_name": measured.name}

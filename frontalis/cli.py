@@ -61,6 +61,8 @@ def _start(
     # Nothing leaves the machine, usage statistics included.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    # Without a server Prefect starts one for the run; on a busy machine its 20 s are too short.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
 
 @app.command()

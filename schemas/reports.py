@@ -66,12 +66,13 @@ class PairsResult(Record):
     """Accuracy over one protocol of a pairs file: the threshold of a fold is chosen on the other folds.
 
     `missing` counts pairs that name an id the store does not have: failures to acquire (ISO/IEC 19795-1), reported and
-    not part of the accuracy.
+    not part of the accuracy. `left_out` counts pairs of rows that are stored but outside the population.
     """
 
     protocol: str
     n_pairs: int
     missing: int
+    left_out: int = 0
     n_folds: int
     accuracy_mean: float | None
     accuracy_sd: float | None

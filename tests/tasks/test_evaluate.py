@@ -1,6 +1,8 @@
 """Evaluation of published features: independent figures, leaks, samples, duplicates, pairs, the served release."""
 
 import shutil
+from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 
@@ -11,12 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from schemas.errors import SettingsError
+from models.checkpoint import load, save
 from schemas.index import IndexSettings
-from schemas.reports import ALL, RAW, Evaluation
+from schemas.releases import Release
+from schemas.reports import ALL, RAW, DataQuality, Evaluation, GateDecision
 from schemas.settings import EvaluationSettings, PipelineSettings, pipeline
+from schemas.split import subject_key
 from storage.tables import Snapshot
-from tasks.evaluate import HELD_OUT, evaluate, read_pairs
+from tasks.evaluate import HELD_OUT, evaluate
+from tasks.index import Previous
 from tasks.plan import make_plan, prepare_models
 from tasks.publish import publish
 from tasks.reweight import ReweightSpec, reweight_group
@@ -42,6 +47,28 @@ def settings(tmp_path_factory, tiny_source, tiny_models) -> PipelineSettings:
 @pytest.fixture(scope="module")
 def features(settings) -> Snapshot:
     return publish_all(settings)
+
+
+def as_served(settings: PipelineSettings, features: Snapshot) -> Previous:
+    """Return the features as those of a release that is served."""
+    release = Release(
+        release="r00001-test",
+        number=1,
+        created=datetime.now(UTC),
+        content="",
+        source=settings.source,
+        features_version=features.version,
+        quarantine_version=None,
+        models=prepare_models(settings),
+        indexes={},
+        data=DataQuality(shards=3, rows_read=280, rows_features=280, quarantined={}),
+        gate=GateDecision(promoted=True, reason=""),
+        gated={},
+        gated_name="",
+        report=None,
+        serving=True,
+    )
+    return Previous(release, features)
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +134,6 @@ def test_seen_subjects_are_left_out_where_modes_are_compared(evaluation) -> None
 
 
 def test_model_that_has_seen_everybody_is_reported(tmp_path, tiny_source, make_checkpoint) -> None:
-    from models.checkpoint import load, save
-    from schemas.split import subject_key
-
     model = make_checkpoint(tmp_path / "leaky.safetensors")
     checkpoint = load(model)
     names = pl.read_parquet(tiny_source / "*.parquet")["subject"].unique()
@@ -122,8 +146,6 @@ def test_model_that_has_seen_everybody_is_reported(tmp_path, tiny_source, make_c
 
 
 def test_model_that_does_not_tell_is_noted(tmp_path, tiny_source, make_checkpoint) -> None:
-    from models.checkpoint import load, save
-
     model = make_checkpoint(tmp_path / "silent.safetensors")
     checkpoint = load(model)
     save(checkpoint.card, checkpoint.model, model, None)
@@ -149,7 +171,7 @@ def test_no_resamples_give_no_intervals(settings, features) -> None:
 
 
 def test_against_the_served_release(settings, features, tmp_path, make_checkpoint) -> None:
-    same = measure(settings, features, served=features).populations[HELD_OUT].modes["per_sample"]
+    same = measure(settings, features, served=as_served(settings, features)).populations[HELD_OUT].modes["per_sample"]
     assert same.versus_served[ALL]["eer"].value == 0
     assert same.versus_served[ALL]["eer"].low == same.versus_served[ALL]["eer"].high == 0
     ruined = make_checkpoint(tmp_path / "ruined.safetensors", strength=1.0)
@@ -157,7 +179,7 @@ def test_against_the_served_release(settings, features, tmp_path, make_checkpoin
     store = tmp_path / "store"
     shutil.copytree(settings.store, store)
     other = other.model_copy(update={"store": str(store)})
-    evaluation = measure(other, publish_all(other), served=features)
+    evaluation = measure(other, publish_all(other), served=as_served(settings, features))
     worse = evaluation.populations[HELD_OUT].modes["per_sample"].versus_served[ALL]["eer"]
     assert worse.value > 0
     assert worse.low > 0
@@ -207,85 +229,17 @@ def test_no_labels_at_all_measure_nothing(tmp_path, tiny_source, tiny_models) ->
     assert evaluation.unlabelled_rows == 280
 
 
-def write_pairs(path: Path, source: Path, folds: int = 4) -> pl.DataFrame:
-    rows = pl.read_parquet(source / "*.parquet").sort("id")
-    names, subjects = rows["id"].to_list(), rows["subject"].to_list()
-    random = np.random.default_rng(0)
-    genuine = [(a, b) for a, b in combinations(range(len(names)), 2) if subjects[a] == subjects[b]]
-    impostor = [(a, b) for a, b in combinations(range(len(names)), 2) if subjects[a] != subjects[b]]
-    picked = [genuine[at] for at in random.permutation(len(genuine))[:80]]
-    picked += [impostor[at] for at in random.permutation(len(impostor))[:80]]
-    pairs = pl.DataFrame(
-        {
-            "protocol": ["P"] * 160,
-            "fold": [at % folds for at in range(160)],
-            "id_a": [names[a] for a, _ in picked],
-            "id_b": [names[b] for _, b in picked],
-            "same": [True] * 80 + [False] * 80,
-        }
-    )
-    pairs.write_parquet(path)
-    return pairs
-
-
-def test_pairs_file_gives_accuracy_with_the_threshold_of_the_other_folds(
-    tmp_path, settings, features, tiny_source
+def test_subjects_the_served_model_has_seen_do_not_judge_the_new_one(
+    settings, features, tmp_path, make_checkpoint
 ) -> None:
-    pairs = write_pairs(tmp_path / "pairs.parquet", tiny_source)
-    result = measure(settings, features, EvaluationSettings(resamples=0, pairs=str(tmp_path / "pairs.parquet")))
-    (found,) = result.populations[ALL].modes[RAW].pairs
-    assert (found.n_pairs, found.missing, found.n_folds) == (160, 0, 4)
-    rows = pl.read_parquet(tiny_source / "*.parquet")
-    x = dict(zip(rows["id"], rows["embedding"].to_numpy().astype(np.float64), strict=True))
-    cosine = np.array(
-        [x[a] @ x[b] / np.linalg.norm(x[a]) / np.linalg.norm(x[b]) for a, b in pairs.select("id_a", "id_b").rows()]
-    )
-    same, folds = pairs["same"].to_numpy(), pairs["fold"].to_numpy()
-    lowest, highest = [], []
-    for fold in range(4):
-        others = folds != fold
-        accuracy = {t: np.mean((cosine[others] >= t) == same[others]) for t in cosine}
-        best = [t for t, value in accuracy.items() if value == max(accuracy.values())]
-        here = [np.mean((cosine[~others] >= t) == same[~others]) for t in best]
-        lowest.append(min(here))
-        highest.append(max(here))
-    # Several thresholds may tie; any of them is admissible here, the tie rule itself is tested with the metric.
-    assert np.mean(lowest) - 1e-9 <= found.accuracy_mean <= np.mean(highest) + 0.02
-
-
-def test_pairs_that_name_unknown_ids_are_counted(tmp_path, settings, features, tiny_source) -> None:
-    pairs = write_pairs(tmp_path / "pairs.parquet", tiny_source)
-    changed = pairs.with_columns(
-        id_a=pl.when(pl.int_range(pl.len()) < 5).then(pl.lit("nobody")).otherwise(pl.col("id_a"))
-    )
-    changed.write_parquet(tmp_path / "pairs.parquet")
-    result = measure(settings, features, EvaluationSettings(resamples=0, pairs=str(tmp_path / "pairs.parquet")))
-    (found,) = result.populations[ALL].modes[RAW].pairs
-    assert (found.n_pairs, found.missing) == (155, 5)
-
-
-def test_single_fold_is_not_estimable(tmp_path, settings, features, tiny_source) -> None:
-    write_pairs(tmp_path / "pairs.parquet", tiny_source, folds=1)
-    result = measure(settings, features, EvaluationSettings(resamples=0, pairs=str(tmp_path / "pairs.parquet")))
-    (found,) = result.populations[ALL].modes[RAW].pairs
-    assert found.accuracy_mean is None
-    assert "two folds" in found.reason
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "there is no such file"),
-        (b"no parquet", "cannot be read as Parquet"),
-        (pl.DataFrame({"id_a": ["x"], "id_b": ["y"]}), "column 'same' is missing"),
-        (pl.DataFrame({"id_a": ["x"], "id_b": ["y"], "same": ["perhaps"]}), "boolean 'same'"),
-    ],
-)
-def test_unusable_pairs_files_are_refused(tmp_path, content, message) -> None:
-    path = tmp_path / "pairs.parquet"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        content.write_parquet(path)
-    with pytest.raises(SettingsError, match=message):
-        read_pairs(str(path))
+    before = as_served(settings, features)
+    checkpoint = load(make_checkpoint(tmp_path / "served.safetensors"))
+    names = pl.read_parquet(Path(settings.source) / "*.parquet")["subject"].unique().sort()
+    keys = np.array([subject_key(name, checkpoint.card.split.salt) for name in names])
+    path = Path(settings.store) / "models" / "served.safetensors"
+    save(checkpoint.card, checkpoint.model, path, keys)
+    model = before.release.models["per_sample"].model_copy(update={"path": "models/served.safetensors"})
+    leaky = replace(before, release=before.release.model_copy(update={"models": {"per_sample": model}}))
+    result = measure(settings, features, served=leaky).populations[HELD_OUT].modes["per_sample"]
+    assert result.versus_served == {}
+    assert result.difference[ALL]["eer"].value is not None

@@ -1,0 +1,109 @@
+"""Accuracy over a pairs file: given pairs in folds, the threshold of a fold chosen on the others."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from metrics.cosine import pair_scores
+from metrics.folds import accuracy_by_protocol
+from metrics.verification import verify
+from schemas.errors import SettingsError
+from schemas.reports import PairsResult
+from tasks.labelled import LabelledRows
+
+
+def pairs_accuracy(rows: LabelledRows, features: np.ndarray, path: str, stored: frozenset[str]) -> list[PairsResult]:
+    """Return accuracy and EER of each protocol of a pairs file.
+
+    Args:
+        rows: the rows of the population.
+        features: their features in one mode, float32 `[N, D]`.
+        path: the pairs file.
+        stored: ids of all labelled rows of the release. A pair outside the population but in here was left out, one
+            that is not even here is missing: a failure to acquire.
+
+    Raises:
+        SettingsError: the file cannot be used.
+    """
+    table = read_pairs(path)
+    known = np.array(
+        [
+            first in stored and second in stored
+            for first, second in zip(table["id_a"].to_pylist(), table["id_b"].to_pylist(), strict=True)
+        ],
+        bool,
+    )
+    place = {name: at for at, name in enumerate(rows.ids)}
+    first = np.array([place.get(name, -1) for name in table["id_a"].to_pylist()], np.int64)
+    second = np.array([place.get(name, -1) for name in table["id_b"].to_pylist()], np.int64)
+    same = table["same"].to_numpy(zero_copy_only=False).astype(bool)
+    folds = table["fold"].to_numpy().astype(np.int64)
+    protocols = np.array(table["protocol"].to_pylist(), dtype=object)
+    there = (first >= 0) & (second >= 0)
+    results = []
+    for protocol in sorted(set(protocols.tolist())):
+        of = protocols == protocol
+        use = of & there
+        found = PairsResult(
+            protocol=protocol,
+            n_pairs=int(use.sum()),
+            missing=int((of & ~known).sum()),
+            left_out=int((of & known & ~there).sum()),
+            n_folds=len(np.unique(folds[use])),
+            accuracy_mean=None,
+            accuracy_sd=None,
+            eer=None,
+            reason="not estimable: pairs of at least two folds are needed, to choose the threshold on others",
+        )
+        if found.n_folds >= 2:
+            scores = pair_scores(features, first[use], second[use])
+            accuracy = accuracy_by_protocol(scores, same[use], folds[use], [protocol] * found.n_pairs)[protocol]
+            figures = {
+                "accuracy_mean": accuracy.mean,
+                "accuracy_sd": accuracy.sd,
+                "eer": verify(scores[same[use]], scores[~same[use]]).eer.rate,
+                "reason": None,
+            }
+            found = found.model_copy(update=figures)
+        results.append(found)
+    return results
+
+
+def read_pairs(path: str) -> pa.Table:
+    """Read a pairs file: columns protocol, fold, id_a, id_b (text or integer) and same (bool).
+
+    Raises:
+        SettingsError: no such file, or a column is missing or of another type.
+    """
+    try:
+        table = pq.ParquetFile(path, pre_buffer=False).read(use_threads=False)
+    except FileNotFoundError as error:
+        raise SettingsError(f"pairs {path}: there is no such file.") from error
+    except (pa.ArrowException, OSError) as error:
+        raise SettingsError(f"pairs {path}: cannot be read as Parquet ({str(error).splitlines()[0][:120]}).") from error
+    missing = [name for name in ("id_a", "id_b", "same") if name not in table.column_names]
+    if missing:
+        raise SettingsError(
+            f"pairs {path}: column {missing[0]!r} is missing; wanted protocol, fold, id_a, id_b, same, found "
+            f"{', '.join(table.column_names)}."
+        )
+    if "protocol" not in table.column_names:
+        table = table.append_column("protocol", pa.repeat(pa.scalar("pairs"), table.num_rows))
+    if "fold" not in table.column_names:
+        table = table.append_column("fold", pa.repeat(pa.scalar(0), table.num_rows))
+    try:
+        pairs = pa.table(
+            {
+                "protocol": table["protocol"].cast(pa.string()),
+                "fold": table["fold"].cast(pa.int64()),
+                "id_a": table["id_a"].cast(pa.string()),
+                "id_b": table["id_b"].cast(pa.string()),
+                "same": table["same"].cast(pa.bool_()),
+            }
+        )
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise SettingsError(f"pairs {path}: {error}; wanted text ids, an integer fold and a boolean 'same'.") from error
+    nulls = [name for name in pairs.column_names if pairs[name].null_count]
+    if nulls:
+        raise SettingsError(f"pairs {path}: column {nulls[0]!r} has {pairs[nulls[0]].null_count} nulls; fill them in.")
+    return pairs
