@@ -17,6 +17,7 @@ class ModelRef(Record):
     file_digest: str
     digest: str = Field(description="of the file and the inference options")
     statistic: Statistic
+    dim: int = Field(description="numbers in an embedding, in and out")
 
 
 class IndexRef(Record):
@@ -31,6 +32,8 @@ class IndexRef(Record):
     dim: int
     factory: str
     changed: int = Field(default=0, description="rows removed or added since the index was trained")
+    recall_at_1: float = Field(default=1.0, description="against exact search, on queries that are no rows of it")
+    recall_at_10: float = 1.0
 
 
 class Release(Record):

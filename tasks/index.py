@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,7 +21,16 @@ from schemas.ids import id_keys
 from schemas.index import IndexSettings
 from schemas.releases import IndexRef, Release
 from storage.features import features_table, matrix_of, read_rows
-from storage.indexes import Batch, VectorIndex, build, choose_factory, read_index, rebuild_reason
+from storage.indexes import (
+    Batch,
+    Recall,
+    VectorIndex,
+    audit_recall,
+    build,
+    choose_factory,
+    read_index,
+    rebuild_reason,
+)
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
 from storage.tables import LiveFile, Snapshot, Table
@@ -29,6 +39,7 @@ log = logging.getLogger("frontalis.index")
 
 INDEXES = "indexes"
 IDS_LIMIT = 1 << 36
+AUDIT_QUERIES = 256
 REFERENCE = b"frontalis.index"
 
 
@@ -76,7 +87,7 @@ def index_mode(
         raise StoreError(f"{store_uri}: mode {mode} has no row to index; every row of the source is bad or forgotten.")
     dim = _dim(table, files.values())
     index = build(lambda: _batches(table, files.values()), rows, dim, settings)
-    return _write(store, folder, index, ids, choose_factory(rows, dim, settings), 0)
+    return _write(store, folder, index, table, files, ids, choose_factory(rows, dim, settings), 0)
 
 
 def open_index(store: Location, reference: IndexRef) -> VectorIndex:
@@ -169,10 +180,20 @@ def _update(
     index.update(ids.filter(leaving)["key"].to_numpy(), _batches(table, came))
     kept = ids.filter(pc.invert(leaving))
     new = pa.concat_tables([kept, _ids_of(table, came)]) if came else kept
-    return _write(store, folder, index, new, old.factory, old.changed + moved)
+    return _write(store, folder, index, table, files, new, old.factory, old.changed + moved)
 
 
-def _write(store: Location, folder: str, index: VectorIndex, ids: pa.Table, factory: str, changed: int) -> IndexRef:
+def _write(
+    store: Location,
+    folder: str,
+    index: VectorIndex,
+    table: Table,
+    files: Mapping[str, LiveFile],
+    ids: pa.Table,
+    factory: str,
+    changed: int,
+) -> IndexRef:
+    recall = _recall(index, table, files)
     path = f"{folder}/index.faiss"
     with (store / path).writing() as file:
         written = index.write(file)
@@ -186,8 +207,31 @@ def _write(store: Location, folder: str, index: VectorIndex, ids: pa.Table, fact
         dim=index.dim,
         factory=factory,
         changed=changed,
+        recall_at_1=recall.at_1,
+        recall_at_10=recall.at_10,
     )
     return _write_ids(store, folder, ids.sort_by("key"), reference)
+
+
+def _recall(index: VectorIndex, table: Table, files: Mapping[str, LiveFile]) -> Recall:
+    """Audit the index on queries that are not its rows: halfway between two neighbouring rows of a file, 256 in all.
+
+    Rows of one subject lie together in most shards, so most queries lie where real ones do.
+    """
+    if index.is_exact:
+        return Recall(1.0, 1.0, 0)
+    queries: list[np.ndarray] = []
+    share = max(1, -(-AUDIT_QUERIES // len(files)))
+    for file in files.values():
+        if sum(map(len, queries)) >= AUDIT_QUERIES:
+            break
+        for _, vectors in _batches(table, [file]):
+            unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            middles = unit[:-1] + unit[1:]
+            usable = middles[np.linalg.norm(middles, axis=1) > 1e-3]
+            queries.append(usable[np.linspace(0, len(usable) - 1, min(share, len(usable))).astype(int)])
+            break
+    return audit_recall(index, lambda: _batches(table, files.values()), np.concatenate(queries))
 
 
 def _write_ids(store: Location, folder: str, ids: pa.Table, reference: IndexRef) -> IndexRef:
