@@ -26,7 +26,7 @@ from flows.progress import tell_progress
 from schemas.errors import FrontalisError, SettingsError, StoreError
 from schemas.features import digest_of
 from schemas.releases import ModelRef, Release, release_name
-from schemas.reports import DataQuality, Estimate, Evaluation, GateDecision
+from schemas.reports import DataQuality, Estimate, Evaluation, GateDecision, ShardFault
 from schemas.settings import PipelineSettings, RunnerSettings, load_pipeline
 from storage.features import features_table
 from storage.location import Location
@@ -188,7 +188,7 @@ def release_content(settings: PipelineSettings, paths: Iterable[str], bad_shards
     return digest_of(
         *(path.encode() for path in sorted(paths)),
         repr(sorted(chosen.items())).encode(),
-        repr(list(bad_shards)).encode(),
+        repr(sorted(bad_shards)).encode(),
     )
 
 
@@ -292,7 +292,7 @@ def _snapshot(history: Releases, release: Release | None) -> Snapshot | None:
         return None
 
 
-def _unchanged(settings: PipelineSettings, release: Release, plan: Plan, seconds: float) -> Outcome:
+def _unchanged(settings: PipelineSettings, release: Release, faults: Sequence[ShardFault], seconds: float) -> Outcome:
     log.info("nothing changed since %s: no shard was computed", release.release)
     return Outcome(
         status="unchanged",
@@ -300,7 +300,7 @@ def _unchanged(settings: PipelineSettings, release: Release, plan: Plan, seconds
         store=settings.store,
         reason=f"nothing changed since {release.release} of {release.created:%Y-%m-%d %H:%M} UTC",
         seconds=seconds,
-        data=release.data.model_copy(update={"bad_shards": list(plan.faults)}),
+        data=release.data.model_copy(update={"bad_shards": list(faults)}),
         gated_name=release.gated_name,
         gated=release.gated,
         report=f"{Location(settings.store).uri}/{release.report}" if release.report else None,

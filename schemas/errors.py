@@ -35,3 +35,9 @@ class StoreBusyError(StoreError):
 
 class TrainingError(FrontalisError):
     """The training data cannot support a model (too few subjects, no genuine pair, mixed dimensions …)."""
+
+
+def clipped(value: object) -> str:
+    """Return a value from the data as a message shows it: quoted, control characters written out, not endless."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(str(value)):,} characters)"

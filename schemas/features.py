@@ -5,6 +5,7 @@ A feature file's name is its key: equal names hold equal bytes, whoever wrote th
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 
@@ -62,7 +63,12 @@ def shard_key(name: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         return name
     cleaned = re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("._-")[:60]
-    return f"{cleaned or 'shard'}~{digest_of(name.encode())[:10]}"
+    return f"{cleaned or 'shard'}~{digest_of(os.fsencode(name))[:10]}"
+
+
+def printable(name: str) -> str:
+    """Return a file name with bytes that are no UTF-8 written out, so that it can be printed and stored."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def digest_of(*parts: bytes) -> str:
@@ -91,6 +97,10 @@ def feature_path(mode: str, shard: str, input_digest: str, model_digest: str) ->
     return f"mode={mode}/shard={shard}/{input_digest}-{model_digest}.parquet"
 
 
-def quarantine_path(shard: str, input_digest: str) -> str:
-    """Return where a shard's quarantined rows lie, relative to the quarantine table."""
-    return f"shard={shard}/{input_digest}.parquet"
+def quarantine_path(raw_path: str) -> str:
+    """Return where a shard's quarantined rows lie, relative to the quarantine table.
+
+    Args:
+        raw_path: `feature_path` of the shard's rows in mode `raw`, which depends on all that makes a row bad.
+    """
+    return raw_path.partition("/")[2]

@@ -5,6 +5,7 @@ any accepted form of the embedding column into one float32 matrix and says, row 
 files is left to `storage.shards`, counting and quarantining to `tasks.reweight`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -84,7 +85,25 @@ def check_shard(shard: str, schema: pa.Schema, columns: ColumnNames) -> ShardSch
         dim=embedding_dim(shard, columns.embedding, schema.field(columns.embedding).type),
         id_type=pa.string() if _is_string(id_type) else pa.int64(),
         present=tuple(present),
-        keep=tuple(schema.field(name).with_nullable(True).remove_metadata() for name in columns.keep),
+        keep=tuple(pa.field(name, kept_type(shard, name, schema.field(name).type)) for name in columns.keep),
+    )
+
+
+def kept_type(shard: str, name: str, found: pa.DataType) -> pa.DataType:
+    """Return the type in which a kept column of type `found` is stored: the nearest one that Delta Lake has.
+
+    Raises:
+        BadShardError: there is none (unsigned 64-bit integers, times of day, lists, structs …).
+    """
+    kind = _plain(found)
+    if _is_string(kind):
+        return pa.string()
+    for accepts, stored in _STORED_AS:
+        if accepts(kind):
+            return kind if stored is None else stored
+    raise BadShardError(
+        f"shard {shard}: column {name!r} has type {found}, which cannot be kept; wanted text, numbers up to int64, "
+        "booleans, dates, timestamps or binary. Cast it, or take it out of columns.keep."
     )
 
 
@@ -151,25 +170,35 @@ def embedding_matrix(column: pa.Array, dim: int) -> tuple[npt.NDArray[np.float32
     return matrix, reasons
 
 
-def text_column(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """Return a column as plain strings (dictionaries decoded, integers printed)."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    return array.cast(pa.string())
+def text_column(column: pa.Array) -> pa.Array:
+    """Return a column as plain strings (dictionaries decoded, integers printed).
+
+    Raises:
+        pa.ArrowInvalid: a value is no UTF-8, which other readers of the store would stumble over.
+    """
+    return plain_column(column, pa.string())
 
 
-def id_column(column: pa.ChunkedArray | pa.Array, id_type: pa.DataType) -> pa.Array:
-    """Return the id column as `id_type` (string or int64), dictionaries decoded."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    return array.cast(id_type)
+def id_column(column: pa.Array, id_type: pa.DataType) -> pa.Array:
+    """Return the id column as `id_type` (string or int64), dictionaries decoded. Raises as `text_column` does."""
+    return plain_column(column, id_type)
 
 
-def angle_column(column: pa.ChunkedArray | pa.Array) -> tuple[pa.Array, int]:
+def plain_column(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Return a column as plain `kind`: dictionaries decoded, text checked to be UTF-8.
+
+    Raises:
+        pa.ArrowInvalid, pa.ArrowNotImplementedError: a value does not fit the type, or the types do not go together.
+    """
+    array = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    if _is_string(array.type):
+        array.validate(full=True)
+    return array.cast(kind)
+
+
+def angle_column(column: pa.Array) -> tuple[pa.Array, int]:
     """Return degrees as float32 with values outside [−180, 180] or not finite made null, and how many those were."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
     array = array.cast(pa.float32(), safe=False)
     bad = pc.fill_null(pc.invert(pc.less_equal(pc.abs(array), 180.0)), False)
     bad = pc.or_(bad, pc.fill_null(pc.is_nan(array), False))
@@ -209,3 +238,21 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 def _is_string(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+# What is stored as what; None keeps the type. Delta Lake has no unsigned integers, half floats or nanoseconds.
+_STORED_AS: tuple[tuple[Callable[[pa.DataType], bool], pa.DataType | None], ...] = (
+    (lambda kind: kind == pa.uint8(), pa.int16()),
+    (lambda kind: kind == pa.uint16(), pa.int32()),
+    (lambda kind: kind == pa.uint32(), pa.int64()),
+    (lambda kind: kind == pa.float16(), pa.float32()),
+    (lambda kind: kind != pa.uint64() and pa.types.is_integer(kind), None),
+    (pa.types.is_floating, None),
+    (pa.types.is_boolean, None),
+    (pa.types.is_date, pa.date32()),
+    (lambda kind: pa.types.is_timestamp(kind) and kind.tz is not None, pa.timestamp("us", tz="UTC")),
+    (pa.types.is_timestamp, pa.timestamp("us")),
+    (lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind), pa.binary()),
+    (pa.types.is_fixed_size_binary, pa.binary()),
+    (pa.types.is_null, pa.string()),
+)

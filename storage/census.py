@@ -4,7 +4,8 @@ It is a cache beside the tables, never a second truth: a lost or damaged census 
 changes no result. It also answers the one question that spans shards: which rows carry an id that an earlier row owns.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from schemas.settings import ColumnNames
 from schemas.shards import check_shard, id_column, text_column
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
-from storage.shards import Shard, content_digest, open_shard
+from storage.shards import Shard, content_digest, open_shard, still_same
 
 NO_KEY = -1
 CENSUS = "census"
@@ -103,6 +104,8 @@ class Census:
 
     def save(self, entries: Mapping[str, Entry]) -> None:
         """Replace all entries, and drop the row keys that none of them needs."""
+        if dict(entries) == self.entries:
+            return
         rows = [asdict(entries[key]) for key in sorted(entries)]
         (self.place / ENTRIES).write_bytes(to_parquet(pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA)))
         self.entries = dict(entries)
@@ -119,9 +122,9 @@ class Census:
         """Return the row keys of a shard, or None where they are lost."""
         try:
             table = from_parquet((self.place / "keys" / _keys_name(entry)).read_bytes(1 << 34))
-        except (FileNotFoundError, pa.ArrowException, OSError):
+            return RowKeys(table["key"].to_numpy(), table["check"].to_numpy())
+        except (FileNotFoundError, FrontalisError, pa.ArrowException, OSError, KeyError):
             return None
-        return RowKeys(table["key"].to_numpy(), table["check"].to_numpy())
 
     def count(self, shard: Shard, columns: ColumnNames, basis: str, forget: Matcher | None) -> Entry:
         """Read a shard's bytes and its id column, and write its row keys.
@@ -164,6 +167,8 @@ class Census:
                 forgotten=sorted(hits),
                 forgotten_rows=gone,
             )
+        if not still_same(shard):
+            raise BadShardError(f"shard {shard.key}: {shard.uri} was rewritten while it was read; run again.")
         self.write_keys(entry, _concatenated(keys), _concatenated(checks))
         return entry
 
@@ -213,18 +218,37 @@ def mark_repeats(entries: Mapping[str, Entry], keys: Mapping[str, RowKeys]) -> d
     }
 
 
-def one_id_type(entries: Sequence[Entry], wanted: str | None) -> dict[str, BadShardError]:
-    """Return an error for each shard whose ids are not `wanted` (None: whatever the first shard has)."""
-    if not entries:
-        return {}
-    wanted = wanted or entries[0].id_type
-    return {
-        entry.key: BadShardError(
-            f"shard {entry.key}: the ids are {entry.id_type}, the store holds {wanted}; cast the column, since one "
-            "store holds one type of id."
+def find_misfits(
+    entries: Mapping[str, Entry], columns: ColumnNames, dim: int, id_type: str | None
+) -> dict[str, BadShardError]:
+    """Return an error for each shard that does not go with the models or with the other shards.
+
+    Args:
+        entries: readable shards.
+        columns: column names, for the message.
+        dim: length of the embeddings that the models want.
+        id_type: type of the store's ids; None for a new store, which takes what most rows have.
+    """
+    misfits = {
+        key: BadShardError(
+            f"shard {key}: column {columns.embedding!r} has {entry.dim} numbers a row, the models want {dim}; pass "
+            "models trained on such embeddings."
         )
-        for entry in entries
-        if entry.id_type != wanted
+        for key, entry in entries.items()
+        if entry.dim not in (None, dim)
+    }
+    rows = Counter[str]()
+    for key, entry in entries.items():
+        if key not in misfits:
+            rows[entry.id_type] += entry.rows
+    wanted = id_type or max(sorted(rows), key=rows.__getitem__, default=None)
+    return misfits | {
+        key: BadShardError(
+            f"shard {key}: the ids are {entry.id_type}, the store holds {wanted}; cast the column, since one store "
+            "holds one type of id."
+        )
+        for key, entry in entries.items()
+        if key not in misfits and entry.id_type != wanted
     }
 
 

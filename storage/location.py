@@ -7,6 +7,7 @@ modules beside this one.
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 import urllib.parse
@@ -84,6 +85,20 @@ class Location:
             info = self.fs.get_file_info(self.path)
         return int(info.size) if info.type == pafs.FileType.File else None
 
+    def entry(self) -> Entry | None:
+        """Return the file itself as `files` would list it, or None where there is no file."""
+        if self.is_local:
+            with self._naming():
+                try:
+                    return _local_entry(self.name, os.stat(self.path))  # noqa: PTH116 - beside os.scandir
+                except FileNotFoundError:
+                    return None
+        with self._naming():
+            info = self.fs.get_file_info(self.path)
+        if info.type != pafs.FileType.File:
+            return None
+        return Entry(self.name, info.size, info.mtime_ns or 0, self.etag())
+
     def files(self, *suffixes: str, hidden: bool = False) -> list[Entry]:
         """List all files below, sorted by name; nothing where the folder is absent.
 
@@ -140,8 +155,11 @@ class Location:
         if self.is_local and target.is_local:
             with target._naming():
                 Path(target.path).parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileExistsError):
-                    os.link(self.path, target.path)
+                # A link cannot replace a file, a rename can: what lies there may be left over from another run.
+                temporary = Path(target.path).parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+                os.link(self.path, temporary)
+                os.replace(temporary, target.path)  # noqa: PTH105
+                temporary.unlink(missing_ok=True)  # renaming one link of a file over another leaves both
                 _sync_folder(Path(target.path).parent)
             return
         with self.open_input() as source, target.writing() as file:
@@ -185,10 +203,7 @@ class Location:
                     if child.is_dir(follow_symlinks=False):
                         stack.append(Path(child.path))
                     elif child.is_file():
-                        stat = child.stat()
-                        yield Entry(
-                            child.path[root:], stat.st_size, stat.st_mtime_ns, f"{stat.st_ctime_ns}-{stat.st_ino}"
-                        )
+                        yield _local_entry(child.path[root:], child.stat())
             return
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         for info in self.fs.get_file_info(selector):
@@ -230,6 +245,10 @@ class Location:
             raise StoreError(
                 f"{self.uri}: {error.strerror or error}. Nothing was published; mend it, then rerun."
             ) from error
+
+
+def _local_entry(name: str, stat: os.stat_result) -> Entry:
+    return Entry(name, stat.st_size, stat.st_mtime_ns, f"{stat.st_ctime_ns}-{stat.st_ino}")
 
 
 def digest_file(place: Location, new: Callable[[], Any]) -> str:

@@ -7,18 +7,20 @@ read a file is a `BadShardError` that names the shard.
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.errors import BadShardError, SettingsError
-from schemas.features import DIGEST_BYTES, shard_key
+from schemas.errors import BadShardError, SettingsError, StoreError
+from schemas.features import DIGEST_BYTES, printable, shard_key
 from storage.location import Location, digest_file
 
 SUFFIXES = (".parquet", ".pq")
 # Column chunks are read through a buffer of this size rather than whole, so a huge row group stays bounded in memory.
 READ_BUFFER = 1 << 20
+ETAG_REQUESTS = 16
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,31 @@ def find_shards(source: str) -> list[Shard]:
     place = Location(source)
     if not place.exists():
         raise SettingsError(f"source {source}: does not exist; pass a folder of Parquet shards.")
-    if place.size() is not None:
-        folder, _, name = place.uri.rpartition("/")
-        found = [(Location(folder) / name, entry) for entry in Location(folder).files() if entry.name == name]
-    else:
-        found = [(place / entry.name, entry) for entry in place.files(*SUFFIXES)]
+    itself = place.entry() if place.size() is not None else None
+    found = [(place, itself)] if itself else [(place / entry.name, entry) for entry in place.files(*SUFFIXES)]
     if not found:
         raise SettingsError(f"source {source}: holds no .parquet file.")
-    shards: dict[str, Shard] = {}
-    for file, entry in found:
-        key = shard_key(entry.name.rsplit(".", 1)[0])
-        if key in shards:
-            raise SettingsError(f"source {source}: {entry.name!r} and {shards[key].uri!r} share the name {key!r}.")
-        change = entry.change or file.etag()
-        shards[key] = Shard(key, file.uri, entry.size, entry.mtime_ns, change)
+    with ThreadPoolExecutor(ETAG_REQUESTS) as pool:  # object storage lists no ETags
+        changes = pool.map(lambda one: one[1].change or one[0].etag(), found)
+        shards: dict[str, Shard] = {}
+        for (file, entry), change in zip(found, changes, strict=True):
+            key = shard_key(entry.name.rsplit(".", 1)[0])
+            if key in shards:
+                raise SettingsError(
+                    f"source {source}: {entry.name!r} and {shards[key].uri!r} share the name {key!r}; rename one."
+                )
+            shards[key] = Shard(key, printable(file.uri), entry.size, entry.mtime_ns, change)
     return [shards[key] for key in sorted(shards)]
+
+
+def still_same(shard: Shard) -> bool:
+    """Return whether the shard's file is the one that was found: not rewritten, replaced or removed since."""
+    entry = shard.place.entry()
+    return entry is not None and (entry.size, entry.mtime_ns, entry.change) == (
+        shard.size,
+        shard.mtime_ns,
+        shard.change,
+    )
 
 
 def content_digest(shard: Shard) -> str:
@@ -130,9 +142,12 @@ def _as_bad_shard(shard: Shard) -> Iterator[None]:
     except BadShardError:
         raise
     except FileNotFoundError as error:
-        raise BadShardError(f"shard {shard.key}: {shard.uri} vanished while it was read.") from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        # StoreError is no OSError; what arrives here is Arrow's own word about the file.
         raise BadShardError(
-            f"shard {shard.key}: {shard.uri} cannot be read as Parquet ({str(error).splitlines()[0][:200]})."
+            f"shard {shard.key}: {shard.uri} cannot be found; it vanished meanwhile, or its name is no UTF-8."
+        ) from error
+    except (StoreError, pa.ArrowException, OSError, UnicodeError) as error:
+        # A StoreError here is about this one file, such as a missing permission; the store itself is not touched.
+        why = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0][:200]
+        raise BadShardError(
+            f"shard {shard.key}: {shard.uri} cannot be read as Parquet ({why}); write it again."
         ) from error

@@ -285,7 +285,8 @@ def _rewrite_quarantine(table: Table, file: LiveFile, digest: str, gone: Sequenc
     rows = rows.filter(pc.invert(pc.is_in(rows["row"], pa.array(gone, pa.int64())))).combine_chunks()
     if not rows.num_rows:
         return None
-    path = quarantine_path(shard, digest)
+    rules = file.path.rsplit("-", 1)[1].removesuffix(".parquet")
+    path = quarantine_path(feature_path(RAW, shard, digest, rules))
     rows = rows.cast(file_schema(QUARANTINE_SCHEMA))
     with (table.place / path).writing() as target:
         pq.write_table(rows, target, compression="zstd", store_schema=False, write_statistics=False)

@@ -14,16 +14,16 @@ import pyarrow as pa
 
 from models.checkpoint import inference_options, load, model_digest
 from schemas.errors import BadModelError, BadShardError, SettingsError
-from schemas.features import digest_of, feature_path, feature_schema, input_digest
+from schemas.features import digest_of, feature_path, feature_schema, input_digest, quarantine_path
 from schemas.releases import ModelRef
 from schemas.reports import RAW, ShardFault
 from schemas.settings import ColumnNames, PipelineSettings
 from schemas.shards import check_shard
-from storage.census import CENSUS, Census, Entry, mark_repeats, one_id_type
-from storage.features import complete_rows, features_table
+from storage.census import CENSUS, Census, Entry, find_misfits, mark_repeats
+from storage.features import complete_rows, features_table, quarantine_table
 from storage.location import Location
 from storage.shards import Shard, find_shards, read_schema
-from storage.tables import LiveFile, Snapshot, Table
+from storage.tables import LiveFile, Snapshot
 from storage.tombstones import Tombstones
 
 MODELS = "models"
@@ -31,7 +31,7 @@ MODELS = "models"
 
 @dataclass(frozen=True)
 class ShardWork:
-    """One shard to read, and the feature files (by mode) to write from it."""
+    """One shard to read, the feature files (by mode) to write from it, and the file for its bad rows."""
 
     shard: Shard
     input_digest: str
@@ -40,6 +40,7 @@ class ShardWork:
     collisions: tuple[int, ...]
     forgotten: bool
     paths: Mapping[str, str]
+    quarantine: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def prepare_models(settings: PipelineSettings) -> dict[str, ModelRef]:
     """Check every checkpoint against its mode and keep a copy in the store, named by its digest.
 
     Raises:
-        BadModelError: a file is no checkpoint, or was trained for another mode.
+        BadModelError: a file is no checkpoint, was trained for another mode, or for another length than its companion.
         SettingsError: the file does not exist.
     """
     store = Location(settings.store)
@@ -82,7 +83,10 @@ def prepare_models(settings: PipelineSettings) -> dict[str, ModelRef]:
             content = place.read_bytes()
         except FileNotFoundError as error:
             raise SettingsError(f"model {mode}={uri}: there is no such file; `frontalis train` makes one.") from error
-        checkpoint = load(content)
+        try:
+            checkpoint = load(content)
+        except BadModelError as error:
+            raise BadModelError(f"model {mode}={uri}: {str(error).removeprefix('the given bytes: ')}") from error
         if checkpoint.card.mode != mode:
             raise BadModelError(
                 f"model {mode}={uri}: was trained for {checkpoint.card.mode}; pass it as {checkpoint.card.mode}={uri}."
@@ -100,7 +104,11 @@ def prepare_models(settings: PipelineSettings) -> dict[str, ModelRef]:
             file_digest=checkpoint.file_digest,
             digest=model_digest(checkpoint.file_digest, options),
             statistic=reweight.statistic,
+            dim=checkpoint.card.embedding_dim,
         )
+    dims = {mode: model.dim for mode, model in models.items()}
+    if len(set(dims.values())) > 1:
+        raise BadModelError(f"the models want embeddings of different length ({dims}); train them on the same source.")
     return models
 
 
@@ -109,38 +117,38 @@ def output_options(settings: PipelineSettings) -> dict[str, object]:
     return {"columns": settings.columns.model_dump(mode="json"), "branches": settings.reweight.branches}
 
 
-def raw_digest(settings: PipelineSettings) -> str:
-    """Return what stands for the model digest in the file names of mode `raw`."""
-    return model_digest(RAW, {"output": {"columns": output_options(settings)["columns"]}})
+def raw_digest(settings: PipelineSettings, dim: int) -> str:
+    """Return what stands for the model digest in the file names of mode `raw`: all that decides which rows are good."""
+    return model_digest(RAW, {"dim": dim, "output": {"columns": output_options(settings)["columns"]}})
 
 
 def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Plan:
     """Compare the source with the store.
 
     Raises:
-        SettingsError: the source is missing or empty, or a kept column contradicts the store.
-        BadShardError: no shard at all can be used, or `on_bad_rows = "fail"` and ids repeat.
+        SettingsError: the source is missing, empty, or holds no row.
+        BadShardError: no shard at all can be used.
     """
     store = Location(settings.store)
     table = features_table(store)
     base = table.snapshot()
-    tombstones = Tombstones(store)
+    known = table.schema()
     census = Census(store / CENSUS).load()
     shards = find_shards(settings.source)
-    entries, errors = take_census(census, shards, settings.columns, tombstones)
-    known_type = _id_type(table)
-    by_type = one_id_type([entries[key] for key in sorted(entries)], known_type)
-    errors |= by_type
-    usable = {key: entry for key, entry in entries.items() if key not in by_type}
-    if not usable and not base.files:
+    dim = next(iter(models.values())).dim
+    contract = Contract(settings.columns, Tombstones(store), dim, None if known is None else _id_type(known))
+    entries, errors = take_census(census, shards, contract)
+    if not entries:
         raise next(iter(errors.values()))
-    census.save(usable)
-    digests = {RAW: raw_digest(settings), **{mode: model.digest for mode, model in models.items()}}
+    census.save(entries)
+    digests = {RAW: raw_digest(settings, dim), **{mode: model.digest for mode, model in models.items()}}
     inputs = {
         key: input_digest(entry.content, [*entry.duplicates, *entry.collisions], entry.forgotten)
-        for key, entry in usable.items()
+        for key, entry in entries.items()
         if entry.rows
     }
+    if not inputs:
+        raise SettingsError(f"source {settings.source}: its {len(entries)} shards hold no row.")
     wanted = {
         feature_path(mode, key, inputs[key], digest): (mode, key) for key in inputs for mode, digest in digests.items()
     }
@@ -153,25 +161,26 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
         if not kept:  # those of another model cannot stand beside the new ones
             wanted = {path: where for path, where in wanted.items() if where[1] != key}
             inputs.pop(key, None)
-    on_disk = {entry.name: entry.size for entry in table.place.files(".parquet")}
-    reused, missing = _sort_out(table, base, wanted, on_disk)
+    reused, missing = _sort_out(store, base, wanted)
     work = [
         ShardWork(
             shard=found[key],
             input_digest=inputs[key],
-            rows=usable[key].rows,
-            duplicates=tuple(usable[key].duplicates),
-            collisions=tuple(usable[key].collisions),
-            forgotten=bool(usable[key].forgotten),
+            rows=entries[key].rows,
+            duplicates=tuple(entries[key].duplicates),
+            collisions=tuple(entries[key].collisions),
+            forgotten=bool(entries[key].forgotten),
             paths={mode: path for path, (mode, _) in paths.items()},
+            quarantine=quarantine_path(feature_path(RAW, key, inputs[key], digests[RAW])),
         )
         for key, paths in _by_shard(missing, wanted).items()
         if key not in errors
     ]
+    readable = [found[key] for key in sorted(entries) if key not in errors]
     return Plan(
         base=base,
-        schema=_schema(table, settings, usable, found),
-        entries=usable,
+        schema=_schema(known, settings.columns, readable),
+        entries=entries,
         inputs=inputs,
         models=dict(models),
         wanted=wanted,
@@ -181,24 +190,29 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
     )
 
 
+@dataclass(frozen=True)
+class Contract:
+    """What the shards of a run are held to; `id_type` is that of the store, None for a new one."""
+
+    columns: ColumnNames
+    tombstones: Tombstones
+    dim: int
+    id_type: str | None
+
+
 def take_census(
-    census: Census, shards: Sequence[Shard], columns: ColumnNames, tombstones: Tombstones
+    census: Census, shards: Sequence[Shard], contract: Contract
 ) -> tuple[dict[str, Entry], dict[str, BadShardError]]:
-    """Return the entry of every readable shard and the error of every other one.
+    """Return the entry of every usable shard and the error of every other one.
 
     A shard that has not changed since the last run is not opened. A bad shard keeps its last good entry, so that its
-    features stay as they are.
+    features stay as they are; one that never was good owns no id.
     """
+    columns, tombstones = contract.columns, contract.tombstones
     basis = census_basis(columns, tombstones)
     forget = tombstones.match if tombstones else None
-    known = {
-        shard.key: census.entries[shard.key]
-        for shard in shards
-        if shard.key in census.entries and census.entries[shard.key].describes(shard, basis)
-    }
-    changed = [shard for shard in shards if shard.key not in known]
+    found = {shard.key: shard for shard in shards}
     errors: dict[str, BadShardError] = {}
-    fresh: dict[str, Entry] = {}
 
     def look(shard: Shard) -> Entry | BadShardError:
         try:
@@ -206,27 +220,28 @@ def take_census(
         except BadShardError as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for shard, seen in zip(changed, pool.map(look, changed), strict=True):
-            if isinstance(seen, BadShardError):
-                errors[shard.key] = seen
-                if shard.key in census.entries:
-                    known[shard.key] = census.entries[shard.key]
-            else:
-                fresh[shard.key] = seen
-    entries = {**known, **fresh}
-    if set(entries) == set(census.entries) and not fresh:
+    def look_at(some: Sequence[Shard]) -> dict[str, Entry]:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            seen = dict(zip((shard.key for shard in some), pool.map(look, some), strict=True))
+        errors.update({key: error for key, error in seen.items() if isinstance(error, BadShardError)})
+        return {key: entry for key, entry in seen.items() if isinstance(entry, Entry)}
+
+    before = {key: entry for key, entry in census.entries.items() if key in found}
+    unchanged = {key: entry for key, entry in before.items() if entry.describes(found[key], basis)}
+    fresh = look_at([shard for shard in shards if shard.key not in unchanged])
+    misfits = find_misfits({**unchanged, **fresh}, columns, contract.dim, contract.id_type)
+    errors |= misfits
+    last_good = {key: entry for key, entry in before.items() if key in errors and key not in unchanged}
+    usable = {key: entry for key, entry in {**unchanged, **fresh}.items() if key not in misfits}
+    entries = {**usable, **last_good}
+    if entries == census.entries:
         return entries, errors
-    keys = {}
-    for key, entry in entries.items():
-        row_keys = census.row_keys(entry)
-        if row_keys is None:  # lost: look again
-            shard = next(shard for shard in shards if shard.key == key)
-            entries[key] = census.count(shard, columns, basis, forget)
-            row_keys = census.row_keys(entries[key])
-            assert row_keys is not None
-        keys[key] = row_keys
-    return mark_repeats(entries, keys), errors
+    keys = {key: census.row_keys(entry) for key, entry in entries.items()}
+    lost = look_at([found[key] for key, row_keys in keys.items() if row_keys is None and key not in errors])
+    entries |= lost
+    keys |= {key: census.row_keys(entry) for key, entry in lost.items()}
+    whole = {key: row_keys for key, row_keys in keys.items() if row_keys is not None}
+    return {**entries, **mark_repeats({key: entries[key] for key in whole}, whole)}, errors
 
 
 def census_basis(columns: ColumnNames, tombstones: Tombstones) -> str:
@@ -253,15 +268,27 @@ def group_work(work: Sequence[ShardWork], group_rows: int, workers: int) -> list
 
 
 def _sort_out(
-    table: Table, base: Snapshot, wanted: Mapping[str, tuple[str, str]], on_disk: Mapping[str, int]
+    store: Location, base: Snapshot, wanted: Mapping[str, tuple[str, str]]
 ) -> tuple[list[LiveFile], list[str]]:
-    """Tell wanted files that lie complete, though not live yet, from those to compute."""
+    """Tell wanted files that lie complete, though not live yet, from those to compute.
+
+    A shard that was renamed has its file under the old name: equal file names hold equal bytes, so it is copied.
+    """
+    place, held = features_table(store).place, quarantine_table(store).place
+    on_disk = {entry.name: entry.size for entry in place.files(".parquet")}
+    elsewhere = {(file.partitions["mode"], path.rsplit("/", 1)[1]): file for path, file in base.files.items()}
     reused, missing = [], []
     for path, (mode, shard) in wanted.items():
         live = base.files.get(path)
         if live is not None and on_disk.get(path) == live.size:
             continue
-        rows = complete_rows(table.place / path) if live is None and path in on_disk else None
+        twin = elsewhere.get((mode, path.rsplit("/", 1)[1]))
+        if live is None and path not in on_disk and twin is not None and on_disk.get(twin.path) == twin.size:
+            if mode == RAW and (held / quarantine_path(twin.path)).exists():
+                (held / quarantine_path(twin.path)).copy_to(held / quarantine_path(path))
+            (place / twin.path).copy_to(place / path)
+            on_disk[path] = twin.size
+        rows = complete_rows(place / path) if live is None and path in on_disk else None
         if rows is None:
             missing.append(path)
         else:
@@ -276,24 +303,15 @@ def _by_shard(missing: Iterable[str], wanted: Mapping[str, tuple[str, str]]) -> 
     return shards
 
 
-def _id_type(table: Table) -> str | None:
-    schema = table.schema()
-    if schema is None:
-        return None
-    return "string" if pa.types.is_string(schema.field("id").type) else str(schema.field("id").type)
+def _id_type(schema: pa.Schema) -> str:
+    return "int64" if pa.types.is_integer(schema.field("id").type) else "string"
 
 
-def _schema(
-    table: Table, settings: PipelineSettings, entries: Mapping[str, Entry], found: Mapping[str, Shard]
-) -> pa.Schema:
+def _schema(known: pa.Schema | None, columns: ColumnNames, readable: Sequence[Shard]) -> pa.Schema:
     """Return the schema of the features: that of the store, with new kept columns typed as in the first shard."""
-    known = table.schema()
-    columns = settings.columns
-    if known is not None and all(name in known.names for name in columns.keep):
+    if known is not None and (not readable or all(name in known.names for name in columns.keep)):
         return known
-    first = next((found[key] for key in sorted(entries) if key in found), None)
-    if first is None:
-        raise SettingsError(f"source {settings.source}: no shard can be read.")
+    first = readable[0]
     shard = check_shard(first.key, read_schema(first)[0], columns)
     wanted = feature_schema(shard.id_type, shard.keep)
     if known is None:

@@ -5,10 +5,10 @@ is the commit. Judging the result and serving it come later: readers of the last
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from schemas.errors import StoreError
+from schemas.errors import BadShardError, StoreError
 from schemas.features import QUARANTINE_SCHEMA, quarantine_path
 from schemas.reports import RAW, DataQuality, ShardFault
 from schemas.settings import PipelineSettings
@@ -33,6 +33,7 @@ def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResul
 
     Raises:
         StoreBusyError: another run committed since the plan was made.
+        BadShardError: no row at all can be used; nothing was committed.
     """
     store = Location(settings.store)
     features = features_table(store)
@@ -40,8 +41,12 @@ def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResul
     fresh = {file.path: file for result in results for file in result.files} | {file.path: file for file in plan.reused}
     add = [file for path, file in fresh.items() if path in wanted and path not in plan.base.files]
     remove = [file for path, file in plan.base.files.items() if path not in wanted]
+    rows = {file.path: file.rows for file in [*plan.base.files.values(), *fresh.values()]}
+    if not any(rows[path] for path in wanted):
+        what = faults[0].reason if faults else "every row is bad or forgotten"
+        raise BadShardError(f"source {settings.source}: no row can be used, so nothing was published: {what}")
     snapshot = features.commit(plan.base, plan.schema, add, remove)
-    quarantine = _publish_quarantine(store, {shard: plan.inputs[shard] for _, shard in wanted.values()})
+    quarantine = _publish_quarantine(store, wanted)
     return Published(snapshot, quarantine, data_quality(plan, faults, snapshot, quarantine, quarantine_table(store)))
 
 
@@ -66,10 +71,10 @@ def _settle(plan: Plan, results: Sequence[ShardResult]) -> tuple[dict[str, tuple
     return wanted, faults
 
 
-def _publish_quarantine(store: Location, inputs: dict[str, str]) -> Snapshot:
+def _publish_quarantine(store: Location, features: Mapping[str, tuple[str, str]]) -> Snapshot:
     table = quarantine_table(store)
     base = table.snapshot()
-    names = {quarantine_path(shard, digest): shard for shard, digest in inputs.items()}
+    names = {quarantine_path(path): shard for path, (mode, shard) in features.items() if mode == RAW}
     on_disk = {entry.name: entry.size for entry in table.place.files(".parquet")}
     wanted = {path: shard for path, shard in names.items() if path in on_disk}
     add = [

@@ -22,8 +22,8 @@ import torch
 
 from models.checkpoint import load
 from models.inference import Reweighter
-from schemas.errors import BadModelError, BadShardError, FrontalisError
-from schemas.features import QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, file_schema, quarantine_path
+from schemas.errors import BadModelError, BadShardError, FrontalisError, clipped
+from schemas.features import QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, file_schema
 from schemas.models import Statistic
 from schemas.releases import ModelRef
 from schemas.reports import RAW, ShardFault
@@ -34,12 +34,11 @@ from schemas.shards import (
     angle_column,
     check_shard,
     embedding_matrix,
-    id_column,
-    text_column,
+    plain_column,
 )
 from storage.features import features_table, parquet_writer, quarantine_table, vector_column
 from storage.location import Location
-from storage.shards import read_schema, stream_blocks
+from storage.shards import read_schema, still_same, stream_blocks
 from storage.tables import LiveFile
 from storage.tombstones import Tombstones
 from tasks.plan import ShardWork
@@ -132,9 +131,8 @@ def reweight_shard(work: ShardWork, spec: ReweightSpec) -> ShardResult:
     arrow, _ = read_schema(work.shard)
     shard = check_shard(work.shard.key, arrow, spec.columns)
     networks = {mode: _network(spec, mode) for mode in work.paths if mode != RAW}
-    dim = _dim(work, spec, shard, networks)
     result = ShardResult(work.shard.key, work.input_digest)
-    reader = _Reader(work, spec, shard, dim, result)
+    reader = _Reader(work, spec, shard, result)
     by_block: dict[int, list[str]] = {}
     for mode in work.paths:
         by_block.setdefault(_block_rows(spec, mode), []).append(mode)
@@ -148,9 +146,12 @@ def reweight_shard(work: ShardWork, spec: ReweightSpec) -> ShardResult:
                         {"front": matrix} if network is None else _apply(network, matrix, spec, mode, work.shard.key)
                     )
                     writers[mode].write(meta, outputs)
+            if not still_same(work.shard):
+                raise BadShardError(f"shard {work.shard.key}: {work.shard.uri} was rewritten meanwhile; run again.")
+            if pass_number == 0:  # before the features appear: whoever finds those may rely on it
+                reader.write_quarantine()
         for mode in modes:
             result.files.append(writers[mode].live(mode, work.shard.key))
-    reader.write_quarantine()
     return result
 
 
@@ -161,12 +162,15 @@ class InterruptedRunError(FrontalisError):
 class _Reader:
     """Streams the good rows of a shard: a table of everything but the embedding, and the matrix."""
 
-    def __init__(self, work: ShardWork, spec: ReweightSpec, shard: ShardSchema, dim: int, result: ShardResult) -> None:
-        self.work, self.spec, self.shard, self.dim, self.result = work, spec, shard, dim, result
-        self.repeats = dict.fromkeys(work.duplicates, Reason.DUPLICATE_ID)
-        self.repeats |= dict.fromkeys(work.collisions, Reason.ID_COLLISION)
+    def __init__(self, work: ShardWork, spec: ReweightSpec, shard: ShardSchema, result: ShardResult) -> None:
+        self.work, self.spec, self.shard, self.result = work, spec, shard, result
+        self.dim = next(iter(spec.models.values())).dim
+        self.repeats = {
+            Reason.DUPLICATE_ID: np.sort(np.array(work.duplicates, np.int64)),
+            Reason.ID_COLLISION: np.sort(np.array(work.collisions, np.int64)),
+        }
         self.tombstones = Tombstones(Location(spec.store)) if work.forgotten else None
-        self.bad: list[dict[str, object]] = []
+        self.bad: list[pa.RecordBatch] = []
         self.out_of_range = 0
         self.largest_yaw = 0.0
         self.yaws = 0
@@ -189,76 +193,82 @@ class _Reader:
             else:
                 yield meta.filter(pa.array(keep)), matrix[keep]
         if record:
+            self._refuse_other_length()
             self._warn()
 
     def write_quarantine(self) -> None:
         if not self.bad:
             return
-        path = quarantine_path(self.work.shard.key, self.work.input_digest)
-        table = pa.Table.from_pylist(self.bad, schema=file_schema(QUARANTINE_SCHEMA))
-        with (quarantine_table(Location(self.spec.store)).place / path).writing() as file:
+        table = pa.Table.from_batches(self.bad, schema=file_schema(QUARANTINE_SCHEMA))
+        with (quarantine_table(Location(self.spec.store)).place / self.work.quarantine).writing() as file:
             pq.write_table(table, file, compression="zstd", store_schema=False, write_statistics=False)
 
     def _meta(self, block: pa.RecordBatch, schema: pa.Schema, record: bool) -> pa.RecordBatch:
-        columns = self.spec.columns
-        arrays = []
-        for item in schema:
-            if item.name in VECTOR_COLUMNS:
-                continue
-            if item.name == "id":
-                array = id_column(block.column(columns.id), item.type)
-            elif item.name in ("subject", "pose") and item.name in self.shard.present:
-                array = text_column(block.column(getattr(columns, item.name)))
-            elif item.name in ("yaw", "pitch", "roll") and item.name in self.shard.present:
-                array, out_of_range = angle_column(block.column(getattr(columns, item.name)))
-                if record:
-                    self.out_of_range += out_of_range
-                    if item.name == "yaw":
-                        self._see_yaw(array)
-            elif item.name in columns.keep:
-                try:
-                    array = block.column(item.name).cast(item.type)
-                except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                    raise BadShardError(
-                        f"shard {self.work.shard.key}: column {item.name!r} is {block.column(item.name).type}, "
-                        f"the store holds {item.type} ({error})."
-                    ) from error
-            else:
-                array = pa.nulls(block.num_rows, item.type)
-            arrays.append(array)
-        return pa.RecordBatch.from_arrays(arrays, [f.name for f in schema if f.name not in VECTOR_COLUMNS])
+        names = [item.name for item in schema if item.name not in VECTOR_COLUMNS]
+        return pa.RecordBatch.from_arrays([self._column(block, schema.field(name), record) for name in names], names)
+
+    def _column(self, block: pa.RecordBatch, item: pa.Field, record: bool) -> pa.Array:
+        """Return one column of the features: from the shard where it has it, else null."""
+        columns, role = self.spec.columns, item.name
+        if role != "id" and role not in self.shard.present and role not in columns.keep:
+            return pa.nulls(block.num_rows, item.type)
+        name = role if role in columns.keep else getattr(columns, role)
+        try:
+            if role not in ("yaw", "pitch", "roll"):
+                return plain_column(block.column(name), item.type)
+            array, out_of_range = angle_column(block.column(name))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise BadShardError(
+                f"shard {self.work.shard.key}: column {name!r} is {block.column(name).type} and does not fit the "
+                f"{item.type} of the store ({str(error).splitlines()[0][:160]}); cast it in the source."
+            ) from error
+        if record:
+            self.out_of_range += out_of_range
+            if role == "yaw":
+                self._see_yaw(array)
+        return array
 
     def _sort_out(self, first: int, meta: pa.RecordBatch, reasons: np.ndarray, record: bool) -> np.ndarray:
         """Return which rows are good, and note the others. Forgotten rows leave no trace but their number."""
         ids = meta.column("id")
-        for row in range(first, first + len(reasons)) if self.repeats else ():
-            if row in self.repeats:
-                reasons[row - first] = self.repeats[row]
+        for reason, repeated in self.repeats.items():
+            at = np.searchsorted(repeated, [first, first + len(reasons)])
+            reasons[repeated[at[0] : at[1]] - first] = reason
         if ids.null_count:
             reasons[ids.is_null().to_numpy(zero_copy_only=False)] = Reason.NULL_ID
-        good = reasons == None  # noqa: E711 - elementwise
+        good = np.asarray(reasons == None, bool)  # noqa: E711 - elementwise
         gone = np.zeros(len(reasons), bool)
         if self.tombstones is not None:
             gone, _ = self.tombstones.match(ids, meta.column("subject"))
             good &= ~gone
-        if record:
-            for at in np.flatnonzero(~good & ~gone):
-                reason = str(reasons[at])
-                if self.spec.fail_on_bad_rows:
-                    raise BadShardError(
-                        f"shard {self.work.shard.key}, row {first + at} (id {ids[int(at)].as_py()!r}): {reason}; "
-                        'mend it, or set on_bad_rows = "quarantine".'
-                    )
-                self.result.quarantined[reason] += 1
-                self.bad.append(
-                    {
-                        "row": first + int(at),
-                        "id": None if (value := ids[int(at)].as_py()) is None else str(value),
-                        "subject": meta.column("subject")[int(at)].as_py(),
-                        "reason": reason,
-                    }
-                )
-        return np.asarray(good, bool)
+        bad = np.flatnonzero(~good & ~gone)
+        if record and bad.size:
+            self._hold_back(first, bad, meta.take(pa.array(bad)), [str(reason) for reason in reasons[bad]])
+        return good
+
+    def _hold_back(self, first: int, at: np.ndarray, rows: pa.RecordBatch, reasons: list[str]) -> None:
+        if self.spec.fail_on_bad_rows:
+            raise BadShardError(
+                f"shard {self.work.shard.key}, row {first + at[0]} (id {clipped(rows.column('id')[0].as_py())}): "
+                f'{reasons[0]}; mend it, or set on_bad_rows = "quarantine".'
+            )
+        self.result.quarantined.update(reasons)
+        values = {
+            "row": pa.array(first + at, pa.int64()),
+            "id": rows.column("id").cast(pa.string()),
+            "subject": rows.column("subject"),
+            "reason": pa.array(reasons, pa.string()),
+        }
+        schema = file_schema(QUARANTINE_SCHEMA)
+        self.bad.append(pa.RecordBatch.from_arrays([values[item.name] for item in schema], schema=schema))
+
+    def _refuse_other_length(self) -> None:
+        """A shard of lists says nothing of their length; where no row has the right one, it is of another model."""
+        if self.work.rows and self.result.quarantined[Reason.WRONG_LENGTH] == self.work.rows:
+            raise BadShardError(
+                f"shard {self.work.shard.key}: column {self.spec.columns.embedding!r} has no row of {self.dim} "
+                "numbers, which the models want; pass models trained on such embeddings."
+            )
 
     def _see_yaw(self, yaw: pa.Array) -> None:
         values = yaw.drop_null().to_numpy(zero_copy_only=False)
@@ -311,22 +321,6 @@ def _apply(network: Reweighter, matrix: np.ndarray, spec: ReweightSpec, mode: st
         return network(matrix, branches=spec.branches and network.has_branches)
     except BadModelError as error:
         raise BadModelError(f"shard {shard}, mode {mode}: {error}") from error
-
-
-def _dim(work: ShardWork, spec: ReweightSpec, shard: ShardSchema, networks: Mapping[str, Reweighter]) -> int:
-    dims = {mode: network.embedding_dim for mode, network in networks.items()} or {
-        mode: _network(spec, mode).embedding_dim for mode in spec.models
-    }
-    wanted = set(dims.values())
-    if len(wanted) > 1:
-        raise BadModelError(f"the models want embeddings of different length ({dims}); train them on the same source.")
-    dim = wanted.pop()
-    if shard.dim is not None and shard.dim != dim:
-        raise BadShardError(
-            f"shard {work.shard.key}: column {spec.columns.embedding!r} has {shard.dim} numbers a row, the models want "
-            f"{dim}; pass models trained on such embeddings."
-        )
-    return dim
 
 
 def _block_rows(spec: ReweightSpec, mode: str) -> int:
