@@ -162,15 +162,22 @@ class _Measure:
         return {cell.name: _cell(cell, intervals.get(cell.name), settings.fmrs) for cell in pairs}
 
     def _difference(self, base: AllPairs, other: AllPairs) -> Differences:
-        if not self.settings.resamples:
-            return {}
-        paired = paired_bootstrap(base, other, resamples=self.settings.resamples, seed=self.settings.seed)
+        resamples = self.settings.resamples
+        paired = paired_bootstrap(base, other, resamples=max(1, resamples), seed=self.settings.seed)
+
+        def estimate(interval: Interval | None) -> Estimate:
+            if interval is None or interval.estimate is None:
+                return Estimate(value=None, reason="not estimable")
+            if not resamples:
+                return Estimate(value=interval.estimate)
+            return Estimate(value=interval.estimate, low=interval.low, high=interval.high)
+
         return {
             cell: {
-                "eer": _estimate(one.eer),
-                "auc": _estimate(one.auc),
-                **{f"fnmr@{fmr}": _estimate(one.fnmr_own.get(float(fmr))) for fmr in self.settings.fmrs},
-                **{f"fnmr_global@{fmr}": _estimate(one.fnmr_global.get(float(fmr))) for fmr in self.settings.fmrs},
+                "eer": estimate(one.eer),
+                "auc": estimate(one.auc),
+                **{f"fnmr@{fmr}": estimate(one.fnmr_own.get(float(fmr))) for fmr in self.settings.fmrs},
+                **{f"fnmr_global@{fmr}": estimate(one.fnmr_global.get(float(fmr))) for fmr in self.settings.fmrs},
             }
             for cell, one in paired.items()
         }
@@ -238,12 +245,6 @@ def _with_reason(value: float | None, reason: str | None, interval: Interval | N
     if interval is None:
         return Estimate(value=value)
     return Estimate(value=value, low=interval.low, high=interval.high)
-
-
-def _estimate(interval: Interval | None) -> Estimate:
-    if interval is None or interval.estimate is None:
-        return Estimate(value=None, reason="not estimable")
-    return Estimate(value=interval.estimate, low=interval.low, high=interval.high)
 
 
 def _seen_by_models(

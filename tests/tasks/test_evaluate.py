@@ -167,7 +167,9 @@ def test_no_resamples_give_no_intervals(settings, features) -> None:
     result = measure(settings, features, EvaluationSettings(resamples=0)).populations[HELD_OUT].modes["per_sample"]
     assert result.cells[ALL].eer.value is not None
     assert result.cells[ALL].eer.low is None
-    assert result.difference == {}
+    difference = result.difference[ALL]["eer"]
+    assert difference.value is not None
+    assert (difference.low, difference.high) == (None, None)
 
 
 def test_against_the_served_release(settings, features, tmp_path, make_checkpoint) -> None:
