@@ -127,6 +127,8 @@ def all_pairs(
         raise ValueError(
             f"classes hold {classes.min()} … {classes.max()}, but there are {len(class_names)} class names"
         )
+    if max_clusters < 1:
+        raise ValueError(f"max_clusters = {max_clusters}; pass a positive number")
     known, subject_rank = np.unique(subjects, return_inverse=True)
     cluster_of_subject = _clusters(len(known), max_clusters)
     clusters = cluster_of_subject[subject_rank]

@@ -176,7 +176,7 @@ class _Counter:
         these, those = self._repeated_in(rows), self._repeated_in(columns)
         if len(these) and len(those):
             same = self.duplicate[these][:, None] == self.duplicate[those]
-            one, other = same.nonzero(as_tuple=True)
+            one, other = same.nonzero().cpu().numpy().T
             codes[these[one] - rows.start, those[other] - columns.start] = 0
 
     def drop_lower_triangle(self, codes: torch.Tensor, rows: slice, columns: slice) -> None:

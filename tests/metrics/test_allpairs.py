@@ -189,9 +189,10 @@ def test_without_classes_there_is_only_the_total() -> None:
         ({"classes": np.full(10, -1), "class_names": NAMES}, "classes hold -1"),
         ({"duplicates": np.arange(3)}, "duplicates: int64 of shape"),
         ({"features": np.zeros((10, 4))}, "feature row"),
+        ({"max_clusters": 0}, "max_clusters = 0"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(change: dict[str, np.ndarray], message: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(change: dict[str, np.ndarray | int], message: str) -> None:
     arguments = {"features": np.eye(10), "subjects": np.arange(10), **change}
     with pytest.raises(ValueError, match=message):
         all_pairs(**arguments)
