@@ -25,7 +25,11 @@ from models.architectures import build
 from models.checkpoint import library_versions, save
 from models.se import gather_statistics
 from schemas.models import Mode, ModelCard
+from schemas.settings import PipelineSettings, pipeline
 from schemas.split import SplitRule, split_of, subject_key
+from tasks.plan import Plan, make_plan, prepare_models
+from tasks.publish import Published, publish
+from tasks.reweight import ReweightSpec, ShardResult, reweight_group
 from tasks.synth import synthesize
 
 TINY_DIM = 32
@@ -210,6 +214,43 @@ def _make_checkpoint(
     seen = [subject_key(name, TINY_SPLIT.salt) for name in names if split_of(name, TINY_SPLIT) != "test"]
     save(card, model, path, torch.tensor(seen).numpy())
     return path
+
+
+@dataclass(frozen=True)
+class Night:
+    """What the stages up to the commit gave: a run without Prefect, index and evaluation. Unpacks in this order."""
+
+    plan: Plan
+    results: list[ShardResult]
+    published: Published
+
+    def __iter__(self) -> Iterator[object]:
+        return iter((self.plan, self.results, self.published))
+
+
+@pytest.fixture(scope="session")
+def night() -> Callable[[PipelineSettings], Night]:
+    """`night(settings)`: plan, reweight and publish in this process."""
+
+    def run(settings: PipelineSettings) -> Night:
+        models = prepare_models(settings)
+        plan = make_plan(settings, models)
+        spec = ReweightSpec.of(settings, models, plan.schema)
+        results = [result for group in plan.groups for result in reweight_group(group, spec)]
+        return Night(plan, results, publish(settings, plan, results))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pipeline_of(tiny_models: TinyModels) -> Callable[..., PipelineSettings]:
+    """`pipeline_of(source, store, **settings)`: both tiny models unless others are given, and no bootstrap."""
+
+    def make(source: str | Path, store: str | Path, **settings: object) -> PipelineSettings:
+        values = {"source": str(source), "store": str(store), "models": tiny_models.by_mode}
+        return pipeline(**{**values, "evaluation": {"resamples": 0}, **settings})
+
+    return make
 
 
 _HOME = pytest.StashKey[Path]()
