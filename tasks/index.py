@@ -66,11 +66,11 @@ def index_mode(
     """
     store = Location(store_uri)
     folder = f"{INDEXES}/{release}/{mode}"
-    done = _finished(store, folder)
-    if done is not None:
-        return done
     table = features_table(store)
     files = _files(features, mode)
+    done = _finished(store, folder)
+    if done is not None and done.rows == sum(file.rows for file in files.values()):
+        return done
     old = previous.release.indexes.get(mode) if previous else None
     if previous is not None and old is not None:
         before = _files(previous.features, mode)

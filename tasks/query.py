@@ -13,17 +13,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from schemas.errors import SettingsError, StoreError
+from schemas.errors import BadShardError, SettingsError, StoreError, clipped
 from schemas.ids import id_keys
 from schemas.releases import Release
 from schemas.reports import RAW
-from schemas.shards import embedding_dim, embedding_matrix
+from schemas.shards import embedding_dim, embedding_matrix, plain_column
 from storage.features import features_table, matrix_of, read_rows
 from storage.location import Location
 from storage.releases import Releases
 from tasks.index import open_ids, open_index
 
 MAX_K = 10_000
+MAX_NUMBERS = 1 << 28  # 1 GiB of float32 a call
 
 
 class Neighbour(BaseModel):
@@ -126,8 +127,9 @@ def read_vectors(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
             raise SettingsError(f"--vectors {path}: must end in .npy or .parquet.")
     except FileNotFoundError as error:
         raise SettingsError(f"--vectors {path}: there is no such file.") from error
-    except (ValueError, OSError, EOFError, pa.ArrowException) as error:
-        raise SettingsError(f"--vectors {path}: cannot be read ({str(error).splitlines()[0][:160]}).") from error
+    except (ValueError, OSError, EOFError, SyntaxError, BadShardError, pa.ArrowException) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise SettingsError(f"--vectors {path}: cannot be read ({why}).") from error
     if matrix.shape[1] != dim:
         raise SettingsError(f"--vectors {path}: has {matrix.shape[1]} numbers a row, the index {dim}.")
     norms = np.linalg.norm(matrix.astype(np.float64), axis=1)
@@ -138,25 +140,42 @@ def read_vectors(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
 
 
 def _from_npy(path: str) -> tuple[list[str | int], np.ndarray]:
-    array = np.load(path, allow_pickle=False)
+    # Mapped, so that a header which promises more than the file holds is refused before memory is asked for.
+    array = np.lib.format.open_memmap(path, mode="r")
     if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or array.size == 0:
         raise ValueError(f"array of {array.dtype} {array.shape}, wanted floats [D] or [n, D]")
-    matrix = np.atleast_2d(array).astype(np.float32)
+    _check_size(array.size)
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and told as such
+        matrix = np.atleast_2d(array).astype(np.float32)
     return list(range(len(matrix))), matrix
 
 
 def _from_parquet(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
-    table = pq.ParquetFile(path, pre_buffer=False).read(use_threads=False)
-    if "embedding" not in table.column_names or not table.num_rows:
-        raise ValueError(f"columns {table.column_names}, {table.num_rows} rows; wanted rows with an 'embedding'")
-    column = table["embedding"].combine_chunks()
-    embedding_dim(path, "embedding", column.type)
-    matrix, reasons = embedding_matrix(column, dim)
+    with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as parquet:
+        found, rows = parquet.schema_arrow, parquet.metadata.num_rows
+        if found.names.count("embedding") != 1 or not rows:
+            raise ValueError(f"columns {', '.join(found.names[:8])}, {rows} rows; wanted rows with one 'embedding'")
+        width = embedding_dim(path, "embedding", found.field("embedding").type)
+        if width not in (None, dim):
+            raise ValueError(f"{width} numbers a row, the index has {dim}")
+        _check_size(rows * dim)
+        wanted = [name for name in ("id", "embedding") if name in found.names]
+        table = parquet.read(columns=wanted, use_threads=False)
+    matrix, reasons = embedding_matrix(table["embedding"].combine_chunks(), dim)
     for row, reason in enumerate(reasons):
         if reason is not None:
-            raise ValueError(f"row {row}: {reason}, wanted {dim} numbers")
-    names = table["id"].to_pylist() if "id" in table.column_names else range(len(matrix))
+            raise ValueError(f"row {row}: {reason}, wanted {dim} finite numbers that are not all zero")
+    if "id" not in table.column_names:
+        return list(range(len(matrix))), matrix
+    ids = table["id"].combine_chunks()
+    kind = ids.type.value_type if pa.types.is_dictionary(ids.type) else ids.type
+    names = plain_column(ids, pa.int64() if pa.types.is_integer(kind) else pa.string()).to_pylist()
     return [row if name is None else name for row, name in enumerate(names)], matrix
+
+
+def _check_size(numbers: int) -> None:
+    if numbers > MAX_NUMBERS:
+        raise ValueError(f"{numbers:,} numbers, more than the {MAX_NUMBERS:,} of one call; split the file")
 
 
 def _through_model(store: Location, release: Release, mode: str, matrix: np.ndarray) -> np.ndarray:
@@ -178,16 +197,23 @@ def _as_id(value: str, ids: pa.Table) -> str | int:
     if not pa.types.is_integer(ids.schema.field("id").type):
         return value
     try:
-        return int(value)
-    except ValueError as error:
-        raise SettingsError(f"--id {value!r}: the ids of this store are integers.") from error
+        number = int(value)
+    except ValueError:
+        number = None
+    if number is None or not -(2**63) <= number < 2**63:
+        raise SettingsError(f"--id {clipped(value)}: the ids of this store are integers of 64 bits.")
+    return number
 
 
 def _row_of(name: str | int, ids: pa.Table, store: str, release: Release) -> int:
-    key = int(id_keys(pa.array([name]))[0])
+    missing = SettingsError(f"--id {clipped(name)}: is not in release {release.release} of {store}.")
+    try:
+        key = int(id_keys(pa.array([name]))[0])
+    except UnicodeEncodeError as error:  # typed bytes that are no UTF-8; no stored id is
+        raise missing from error
     row = int(np.searchsorted(ids["key"].to_numpy(), key))
     if row >= ids.num_rows or ids["key"][row].as_py() != key or ids["id"][row].as_py() != name:
-        raise SettingsError(f"--id {name!r}: is not in release {release.release} of {store}.")
+        raise missing
     return row
 
 
