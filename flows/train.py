@@ -18,11 +18,14 @@ def train(
     out: str,
     mode: str = "per_sample",
     augment: list[str] | None = None,
-    architecture: str = "dual_branch",
+    architecture: str | None = None,
+    loss: str | None = None,
     seed: int = 0,
     steps: int | None = None,
+    validation: float | None = None,
+    test: float | None = None,
 ) -> Trained:
-    """Train a model on labelled shards and write its checkpoint; see `tasks.train`.
+    """Train a model on labelled shards and write its checkpoint; see `tasks.train`. What is None is by default.
 
     Raises:
         SettingsError: an option cannot be used.
@@ -35,10 +38,14 @@ def train(
         "mode": mode,
         "augment": tuple(augment or ()),
         "architecture": architecture,
+        "loss": loss,
         "seed": seed,
-        **({} if steps is None else {"steps": steps}),
+        "steps": steps,
+        "validation": validation,
+        "test": test,
     }
-    trained = train_task(checked(TrainingSettings, values))
+    given = {name: value for name, value in values.items() if value is not None}
+    trained = train_task(checked(TrainingSettings, given))
     create_markdown_artifact(
         markdown=card_markdown(trained.card), key=f"frontalis-model-{mode.replace('_', '-')}", description=out
     )

@@ -90,9 +90,14 @@ def train(
     out: Annotated[str, typer.Option(help="Checkpoint to write (.safetensors); its card goes beside it.")],
     mode: Annotated[str, typer.Option(help="per_sample or batch_stat.")] = "per_sample",
     augment: Annotated[list[str] | None, typer.Option(help="Further views of the same subjects; repeat.")] = None,
-    architecture: Annotated[str, typer.Option(help="dual_branch or se.")] = "dual_branch",
+    architecture: Annotated[
+        str | None, typer.Option(help="dual_branch_ensemble (default), dual_branch or se.")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="shared_bar (default), supcon or triplet.")] = None,
     seed: int = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="At most so many; validation stops earlier.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="360 by default; validation may prefer fewer.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of subjects that choose the model; 0.1.")] = None,
+    test: Annotated[float | None, typer.Option(help="Share of subjects that only measure it; 0.1.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train one checkpoint and measure it on subjects it has not seen."""
@@ -100,7 +105,17 @@ def train(
     from frontalis.printing import print_trained
 
     trained = _run_flow(
-        flow, sources=sources, out=out, mode=mode, augment=augment, architecture=architecture, seed=seed, steps=steps
+        flow,
+        sources=sources,
+        out=out,
+        mode=mode,
+        augment=augment,
+        architecture=architecture,
+        loss=loss,
+        seed=seed,
+        steps=steps,
+        validation=validation,
+        test=test,
     )
     print_trained(trained, as_json)
     if trained.interrupted:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from schemas.releases import Release
 from schemas.reports import ALL, RAW, Estimate, Evaluation, Population
+from tasks.model_card import change_interval
 from tasks.wording import cell_name, difference_of, interval, judge, percent, points, points_interval, visible
 
 if TYPE_CHECKING:
@@ -38,18 +39,24 @@ def print_trained(trained: "Trained", as_json: bool) -> None:
         sys.stdout.write(json.dumps({"out": trained.out, "improved": trained.improved, "card": card}, indent=1) + "\n")
         return
     console = _console()
-    table = _table(console, f"{trained.card.mode} on {trained.parts['test']} test subjects, in percent")
-    for name in ("cell", "mode", "EER", "FNMR @ FMR 1e-2", "FNMR @ FMR 1e-3"):
+    subjects = trained.parts[trained.measured_on]
+    table = _table(console, f"{trained.card.mode} on {subjects} {trained.measured_on} subjects, in percent")
+    for name in ("cell", "mode", "EER", "FNMR @ FMR 1e-2", "FNMR @ FMR 1e-3", "EER - raw [95%]"):
         table.add_column(name, justify="left" if name in ("cell", "mode") else "right")
     for cell in CELLS:
         for mode, cells in trained.table.items():
             if cell in cells:
                 values = [cells[cell][name] for name in ("eer", "fnmr@1e-2", "fnmr@1e-3")]
-                table.add_row(cell_name(cell), mode, *("n/e" if one is None else percent(one) for one in values))
+                change = change_interval(trained.difference.get(cell, {}).get("eer")) if mode != RAW else ""
+                table.add_row(
+                    cell_name(cell), mode, *("n/e" if one is None else percent(one) for one in values), change
+                )
     console.print(table)
     if not trained.improved:
-        _say(console, "WARNING    no step was better than raw on validation: this model gives raw embeddings back")
-    _say(console, f"model      {trained.out}, step {trained.best_step}, card {trained.out}.md")
+        worse = "is WORSE than raw; do not serve it" if trained.best.score > 0 else "gives raw embeddings back"
+        _say(console, f"WARNING    no step was better than raw on validation: this model {worse}")
+    chosen = f"step {trained.best.step}, change scaled by {trained.best.share:g}"
+    _say(console, f"model      {trained.out}, {chosen}, card {trained.out}.md")
 
 
 def print_outcome(outcome: "Outcome", as_json: bool) -> None:

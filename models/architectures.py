@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import JsonValue, ValidationError
 from torch import nn
 
-from models.dual_branch import DualBranchSENet
+from models.dual_branch import DualBranchEnsemble, DualBranchSENet
 from models.se import SEBlock
 from schemas.errors import SettingsError
-from schemas.models import DualBranchArguments, Mode, SEArguments
+from schemas.models import DualBranchArguments, DualBranchEnsembleArguments, Mode, SEArguments
 
 Arguments = SEArguments | DualBranchArguments
 
@@ -29,6 +29,7 @@ class Architecture:
 ARCHITECTURES: Mapping[str, Architecture] = {
     "se": Architecture(SEArguments, SEBlock),
     "dual_branch": Architecture(DualBranchArguments, DualBranchSENet),
+    "dual_branch_ensemble": Architecture(DualBranchEnsembleArguments, DualBranchEnsemble),
 }
 
 

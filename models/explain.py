@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.dual_branch import DualBranchSENet
+from models.dual_branch import DualBranchEnsemble, DualBranchSENet, members_of
 from models.se import SEBlock
 
 Floats = NDArray[np.floating]
@@ -27,20 +27,29 @@ class ChannelSummary:
 def channel_weights(model: nn.Module, x: Tensor) -> dict[str, NDArray[np.float32]]:
     """Return the channel weights of each branch for rows `[n, C]` that are normalised as the card says.
 
-    The keys are `identity` and `pose`, or `se` for a plain block. Each value is `[n, C]`; under a batch statistic all
-    its rows are the same. The model's mode (train or eval) is kept. `TypeError` for another kind of model.
+    The keys are `identity` and `pose`, or `se` for a plain block. Each value is `[n, C]`, of an ensemble the mean over
+    its members; under a batch statistic all its rows are the same. The model's mode (train or
+    eval) is kept. `TypeError` for another kind of model.
     """
-    if isinstance(model, DualBranchSENet):
-        blocks = {"identity": model.identity_branch.se, "pose": model.pose_branch.se}
+    blocks: dict[str, list[SEBlock]]
+    if isinstance(model, DualBranchSENet | DualBranchEnsemble):
+        members = [member for member in members_of(model) if isinstance(member, DualBranchSENet)]
+        blocks = {
+            "identity": [member.identity_branch.se for member in members],
+            "pose": [member.pose_branch.se for member in members],
+        }
     elif isinstance(model, SEBlock):
-        blocks = {"se": model}
+        blocks = {"se": [model]}
     else:
         raise TypeError(f"{type(model).__name__} has no channel weights that are known here; extend models.explain")
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            return {name: block.weights(x).expand(len(x), -1).cpu().numpy() for name, block in blocks.items()}
+            return {
+                name: torch.stack([block.weights(x) for block in same]).mean(dim=0).expand(len(x), -1).cpu().numpy()
+                for name, same in blocks.items()
+            }
     finally:
         model.train(was_training)
 

@@ -8,11 +8,13 @@ What was measured (D = 512, one core of a Zen 5 EPYC, torch 2.13, 4,096 rows): 8
 hence no concatenated layers: one product twice as wide takes exactly twice as long.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.dual_branch import Branches, DualBranchSENet, ResidualBranch
+from models.dual_branch import Branches, DualBranchEnsemble, DualBranchSENet, ResidualBranch, members_of
 from models.se import SEBlock
 from schemas.errors import BadModelError
 from schemas.models import Statistic
@@ -22,7 +24,7 @@ _BLOCK_ROWS = 1024  # measured at D = 512: 512 to 1,024 rows are 7% faster than 
 
 
 def fold(model: nn.Module, statistic: Statistic = "frozen") -> "FoldedSE | FoldedDualBranch":
-    """Return the inference graph of an `SEBlock` or `DualBranchSENet`; it shares no memory with the model.
+    """Return the inference graph of an `SEBlock`, `DualBranchSENet` or `DualBranchEnsemble`, in memory of its own.
 
     Equal to the model in `eval()` with the same `statistic` to 1e-5 of the size of x. Per sample, a row's result does
     not depend on the other rows, and `statistic` has no effect. Raises `BadModelError` when the frozen mean is asked
@@ -30,7 +32,7 @@ def fold(model: nn.Module, statistic: Statistic = "frozen") -> "FoldedSE | Folde
     """
     if isinstance(model, SEBlock):
         return FoldedSE(FoldedGate(model, statistic))
-    if isinstance(model, DualBranchSENet):
+    if isinstance(model, DualBranchSENet | DualBranchEnsemble):
         return FoldedDualBranch(model, statistic)
     raise TypeError(f"no inference graph for {type(model).__name__}; add one in models.folding")
 
@@ -53,37 +55,47 @@ class FoldedSE(nn.Module):
 
 
 class FoldedDualBranch(nn.Module):
-    """The dual-branch network without BatchNorm; front is the same, bit for bit, with branches asked for or not."""
+    """One dual-branch network or an ensemble of them, as one wide network.
 
-    alpha: Tensor
+    All branches write their hidden units side by side; one product with the last layers below one another, weighted by
+    α and the number of members, gives front. Front is the same, bit for bit, with branches asked for or not.
+    """
 
-    def __init__(self, model: DualBranchSENet, statistic: Statistic) -> None:
+    def __init__(self, model: DualBranchSENet | DualBranchEnsemble, statistic: Statistic) -> None:
         super().__init__()
-        self.identity_branch = FoldedBranch(model.identity_branch, statistic)
-        self.pose_branch = FoldedBranch(model.pose_branch, statistic)
-        self.register_buffer("alpha", model.alpha.detach().clone())
+        members = [member for member in members_of(model) if isinstance(member, DualBranchSENet)]
+        identity = [member.identity_branch for member in members]
+        pose = [member.pose_branch for member in members]
+        alpha = [member.alpha.item() for member in members]
+        even = [1 / len(members)] * len(members)
+        self.hidden = [FoldedHidden(branch, statistic) for branch in identity + pose]
+        self.parts = nn.ModuleList(self.hidden)  # so that they move to the device with the rest
+        self.front = FoldedProjection(
+            identity + pose, [share / len(members) for share in alpha + [1 - share for share in alpha]]
+        )
+        self.identity = FoldedProjection(identity, even)
+        self.pose = FoldedProjection(pose, even)
 
     def forward(self, x: Tensor, return_branches: bool = False) -> Tensor | Branches:
         """Return front, or (front, identity, pose), for `[n, D]` embeddings; each `[n, D]`."""
         outputs = [torch.empty_like(x) for _ in range(3 if return_branches else 1)]
-        identity_squeezed, pose_squeezed = self.identity_branch.gate.squeeze(x), self.pose_branch.gate.squeeze(x)
+        squeezed = [branch.gate.squeeze(x) for branch in self.hidden]
         for block in _blocks(x):
-            identity = self.identity_branch(x[block], identity_squeezed)
-            pose = self.pose_branch(x[block], pose_squeezed)
-            torch.lerp(pose, identity, self.alpha, out=outputs[0][block])
+            rows = x[block]
+            hidden = torch.cat([branch(rows, one) for branch, one in zip(self.hidden, squeezed, strict=True)], dim=1)
+            outputs[0][block] = self.front(hidden, rows)
             if return_branches:
-                outputs[1][block] = identity
-                outputs[2][block] = pose
+                half = hidden.shape[1] // 2
+                outputs[1][block] = self.identity(hidden[:, :half], rows)
+                outputs[2][block] = self.pose(hidden[:, half:], rows)
         return (outputs[0], outputs[1], outputs[2]) if return_branches else outputs[0]
 
 
-class FoldedBranch(nn.Module):
-    """A residual branch: gate, two affine maps, the sum."""
+class FoldedHidden(nn.Module):
+    """The first half of a residual branch, up to its hidden units: gate, affine map, ReLU."""
 
     expand: Tensor  # [H, D], with BatchNorm's scale
     expand_bias: Tensor
-    project: Tensor  # [D, H]
-    project_bias: Tensor
 
     def __init__(self, branch: ResidualBranch, statistic: Statistic) -> None:
         super().__init__()
@@ -91,13 +103,30 @@ class FoldedBranch(nn.Module):
         weight, bias = _fold_norm(branch.expand, branch.norm)
         self.register_buffer("expand", weight)
         self.register_buffer("expand_bias", bias)
-        self.register_buffer("project", branch.project.weight.detach().clone())
-        self.register_buffer("project_bias", branch.project.bias.detach().clone())
 
     def forward(self, rows: Tensor, squeezed: Tensor | None) -> Tensor:
-        """Return the branch's version of some rows, `[n, D]`; `squeezed` is the shared statistic, if there is one."""
+        """Return the hidden units of some rows, `[n, H]`; `squeezed` is the shared statistic, if there is one."""
         gated = self.gate(rows if squeezed is None else squeezed) * rows
-        hidden = _affine(gated, self.expand, self.expand_bias, "relu")
+        return _affine(gated, self.expand, self.expand_bias, "relu")
+
+
+class FoldedProjection(nn.Module):
+    """The last layers of several residual branches below one another, each weighted by its share in the output."""
+
+    project: Tensor  # [D, sum of H]
+    project_bias: Tensor
+
+    def __init__(self, branches: Sequence[ResidualBranch], shares: Sequence[float]) -> None:
+        super().__init__()
+        weighted = list(zip(branches, shares, strict=True))
+        with torch.no_grad():
+            weight = torch.cat([branch.project.weight.double() * share for branch, share in weighted], dim=1)
+            bias = torch.stack([branch.project.bias.double() * share for branch, share in weighted]).sum(dim=0)
+        self.register_buffer("project", weight.float())
+        self.register_buffer("project_bias", bias.float())
+
+    def forward(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Return rows plus their change, `[n, D]`."""
         return _affine(hidden, self.project, self.project_bias, "none").add_(rows)
 
 

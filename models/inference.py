@@ -21,14 +21,20 @@ from schemas.models import Normalisation, Statistic
 Rows = NDArray[np.float32]
 
 
-def normalise(x: Tensor, normalisation: Normalisation) -> Tensor:
-    """Return rows as a network wants them: unchanged (`"none"`), or each divided by its Euclidean norm (`"l2"`).
+def normalise(x: Tensor, normalisation: Normalisation, mean_norm: float | None = None) -> Tensor:
+    """Return rows `[n, D]` as a network wants them.
 
-    A row of zeros becomes NaN: it has no direction, and NaN is noticed. Norms are taken in float64, so that no row of
-    finite numbers overflows.
+    `"none"`: unchanged. `"l2"`: each divided by its Euclidean norm; a row of zeros becomes NaN: it has no direction,
+    and NaN is noticed. Norms are taken in float64, so that no row of finite numbers overflows. `"mean_norm"`: all
+    multiplied by √D / `mean_norm`, so that channels are of order 1 and the norm, which tells how good a picture was,
+    stays. Raises `ValueError` when that needs a `mean_norm` and gets none.
     """
     if normalisation == "none":
         return x
+    if normalisation == "mean_norm":
+        if mean_norm is None:
+            raise ValueError("normalisation 'mean_norm' needs the mean norm; pass the one of the model card")
+        return x.mul(x.shape[1] ** 0.5 / mean_norm)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
     scaled: Tensor = x * norm.reciprocal().to(x.dtype)
     return scaled
@@ -106,7 +112,7 @@ class Reweighter:
             return {name: np.empty_like(x) for name in names}
         with torch.inference_mode():
             # DLPack, unlike from_numpy, takes the read-only arrays that Arrow gives without a copy or a warning.
-            rows = normalise(from_dlpack(x).to(self.device), self._normalisation)
+            rows = normalise(from_dlpack(x).to(self.device), self._normalisation, self._checkpoint.card.mean_norm)
             outputs = network(rows, return_branches=True) if branches else (network(rows),)
             features = [output.cpu().numpy() for output in outputs]
         _refuse_non_finite(x, features[0], self._normalisation)

@@ -1,11 +1,14 @@
 """The losses that teach a network which rows belong together. The training loop and its recipe are left to others."""
 
+import math
 from collections.abc import Callable, Mapping
 
+import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import SupConLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner
 from torch import Tensor, nn
+from torch.nn import functional
 
 from schemas.errors import SettingsError
 
@@ -48,7 +51,46 @@ class SupervisedContrastive(nn.Module):
         return loss
 
 
-LOSSES: Mapping[str, Callable[..., nn.Module]] = {"triplet": BatchHardTriplet, "supcon": SupervisedContrastive}
+class SharedBar(nn.Module):
+    """Every genuine pair has to clear one bar, which all impostor pairs of the batch set together.
+
+    With s the cosine similarity over the temperature, and N impostor pairs:
+
+        bar  = log Σ exp(s) over the impostor pairs − log(fmr · N)
+        loss = mean over the genuine pairs of softplus(bar − s)
+
+    The bar is a soft threshold for a false match rate of about `fmr`. One threshold for all rows is how features are
+    used; losses that compare within a row (triplet, contrastive) let each row have a threshold of its own. Our own;
+    measured against the others in docs/training.md.
+    """
+
+    def __init__(self, temperature: float = 0.03, fmr: float = 2e-3) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise SettingsError(f"temperature is {temperature}; choose a value above 0, such as 0.03")
+        if not 0 < fmr < 1:
+            raise SettingsError(f"fmr is {fmr}; choose a rate between 0 and 1, such as 2e-3")
+        self.temperature = temperature
+        self.fmr = fmr
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of `[n, D]` features with int64 labels `[n]`; 0 without a pair of either kind."""
+        unit = functional.normalize(features)
+        first, second = torch.triu_indices(len(unit), len(unit), offset=1, device=unit.device)
+        scores = (unit @ unit.T)[first, second] / self.temperature
+        genuine = labels[first] == labels[second]
+        impostor_scores, genuine_scores = scores[~genuine], scores[genuine]
+        if len(impostor_scores) == 0 or len(genuine_scores) == 0:
+            return features.sum() * 0
+        bar = torch.logsumexp(impostor_scores, dim=0) - math.log(self.fmr * len(impostor_scores))
+        return functional.softplus(bar - genuine_scores).mean()
+
+
+LOSSES: Mapping[str, Callable[..., nn.Module]] = {
+    "shared_bar": SharedBar,
+    "supcon": SupervisedContrastive,
+    "triplet": BatchHardTriplet,
+}
 
 
 def make_loss(name: str, **options: float) -> nn.Module:

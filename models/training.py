@@ -1,52 +1,76 @@
-"""Training a network on embeddings: balanced batches, noise, weight averaging, and stopping where unseen people say so.
+"""Training a network on embeddings: balanced batches, noise, weight averaging, and a choice that unseen people make.
 
 The loop knows tensors only. Reading and splitting the rows is left to `tasks.train`, which also passes the score that
-decides when to stop, since models never judge themselves.
+chooses among the candidates, since models never judge themselves.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from models.inference import normalise
+from models.dual_branch import members_of, scale_change
 from models.losses import make_loss
 from models.se import gather_statistics
+
+SCORED_BLOCK = 16_384
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done in every step. Defaults were chosen on real embeddings (`docs/training.md`)."""
+    """What is done in every step. Defaults were chosen on validation subjects of real embeddings (docs/training.md).
 
-    subjects_per_batch: int = 64
-    rows_per_subject: int = 8
-    learning_rate: float = 3e-4
-    weight_decay: float = 1e-2
-    noise: float = 0.03
-    temperature: float = 0.03
-    average: float = 0.98
-    clip: float = 1.0
-    validate_every: int = 20
-    patience: int = 5
+    A batch has `paired_subjects` who were seen both turned and not, with up to `rows_per_view` rows of either, and
+    `other_subjects` with up to `rows_per_other` rows. Where there is only one of these two kinds of subjects, the batch
+    has as many subjects of it as of both together, with up to `2 * rows_per_view` rows.
+
+    `noise` is Gaussian, per channel; inputs are scaled to channels of order 1. `average` is the decay of the mean of
+    the weights, less in the first steps. `clip` bounds the norm of a gradient; it is above all that was seen in
+    ordinary training and stops only a batch gone wrong. `shares` are the lengths that the finished change is tried at.
+    """
+
+    paired_subjects: int = 32
+    rows_per_view: int = 3
+    other_subjects: int = 32
+    rows_per_other: int = 2
+    learning_rate: float = 8e-4
+    weight_decay: float = 0.05
+    noise: float = 0.3
+    average: float = 0.99
+    clip: float = 10.0
+    validate_every: int = 120
+    shares: tuple[float, ...] = (1.0, 0.8, 0.6)
 
 
 @dataclass(frozen=True)
 class LabelledTensor:
-    """Rows to train on: `x` float32 `[N, D]` as stored, `subjects` int64 codes `[N]`."""
+    """Rows to train on: `x` float32 `[N, D]` scaled as the network wants them, `subjects` int64 codes `[N]`, and
+    `turned` bool `[N]`, True where the face is seen from the side (False where nobody knows)."""
 
     x: Tensor
     subjects: Tensor
+    turned: Tensor
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that was scored: after `step` steps, its change scaled by `share`. Lower scores are better."""
+
+    step: int
+    share: float
+    score: float
 
 
 @dataclass
 class Fitted:
-    """The network that scored best, at which step, and the scores seen on the way (step → score, lower is better)."""
+    """The network that scored best, which candidate it is, and all that were scored, step 0 first."""
 
     model: nn.Module
-    best_step: int
-    scores: dict[int, float] = field(default_factory=dict)
+    best: Candidate
+    candidates: list[Candidate] = field(default_factory=list)
     interrupted: bool = False
 
 
@@ -57,91 +81,194 @@ def fit(
     *,
     steps: int,
     seed: int,
+    loss: str = "shared_bar",
     recipe: Recipe | None = None,
-    report: Callable[[int, float, float], None] | None = None,
+    device: str = "cpu",
+    report: Callable[[int, float, Candidate], None] | None = None,
 ) -> Fitted:
     """Train `model` and return the averaged weights that score best on unseen subjects; step 0 competes too.
 
-    A network that starts at the identity is returned as it is when no step beats it. Ctrl-C ends the training and keeps
-    the best so far. Equal seeds give equal weights on one machine and thread count.
+    The members of an ensemble are trained side by side on batches of their own and scored together. A network that
+    starts at the identity is returned as it is when nothing beats it. Ctrl-C ends the training and keeps the best so
+    far. On the CPU equal arguments give equal bits: it works on one thread, whatever torch is set to, which at batches
+    of this size also costs least (measured, docs/training.md).
 
     Args:
-        model: the network; its weights are changed.
+        model: the network, on the CPU; its weights are changed.
         rows: the training rows; subjects with one row are only negatives.
-        score: lower is better; called every `validate_every` steps in eval mode.
-        steps: at most so many.
+        score: lower is better; called with a model in eval mode, on the CPU.
+        steps: how many.
         seed: of batches, noise and dropout.
+        loss: a name of `models.losses`.
         recipe: the settings of a step.
-        report: called with (step, loss, score) at each validation.
+        device: "cpu" or a CUDA device of torch; rows stay in main memory.
+        report: called with (step, mean loss since the last report, best candidate of this step).
     """
     recipe = recipe or Recipe()
     torch.manual_seed(seed)
-    x = normalise(rows.x, "l2")
-    draw = torch.Generator().manual_seed(seed)
-    loss_of = make_loss("supcon", temperature=recipe.temperature)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     average = copy.deepcopy(model)
-    best = copy.deepcopy(model)
-    fitted = Fitted(best, 0, {0: _judged(average, x, score)})
-    batches = balanced_batches(rows.subjects, recipe.subjects_per_batch, recipe.rows_per_subject, draw)
+    start = Candidate(0, 1.0, score(average.eval()))
+    fitted = Fitted(copy.deepcopy(average), start, [start])
+    learners = [
+        _Learner(member, mean, rows, make_loss(loss), recipe, seed + number, torch.device(device))
+        for number, (member, mean) in enumerate(zip(members_of(model), members_of(average), strict=True))
+    ]
+    losses: list[float] = []
     try:
         for step in range(1, steps + 1):
-            model.train()
-            at = next(batches)
-            noisy = x[at] + recipe.noise * torch.randn(x[at].shape, generator=draw) / x.shape[1] ** 0.5
-            loss = loss_of(model(noisy), rows.subjects[at])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            _move(average, model, recipe.average)
+            with _threads(1):
+                losses += [learner.step(step) for learner in learners]
             if step % recipe.validate_every == 0 or step == steps:
-                fitted.scores[step] = _judged(average, x, score)
+                here = _compete(fitted, average, rows.x, step, recipe.shares, score)
                 if report:
-                    report(step, float(loss.detach()), fitted.scores[step])
-                if fitted.scores[step] < fitted.scores[fitted.best_step]:
-                    fitted.best_step, fitted.model = step, copy.deepcopy(average)
-                elif step - fitted.best_step >= recipe.patience * recipe.validate_every:
-                    break
+                    report(step, sum(losses) / len(losses), here)
+                losses.clear()
     except KeyboardInterrupt:
         fitted.interrupted = True
-    gather_statistics(fitted.model, [x])
+    _gather(fitted.model, rows.x)
     fitted.model.eval()
     return fitted
 
 
-def balanced_batches(subjects: Tensor, per_batch: int, per_subject: int, draw: torch.Generator) -> Iterator[Tensor]:
-    """Yield row numbers of batches without end: `per_batch` subjects, up to `per_subject` rows of each.
+def draw_batches(rows: LabelledTensor, recipe: Recipe, draw: torch.Generator) -> Iterator[Tensor]:
+    """Yield the row numbers of batches without end, as `Recipe` describes them.
 
-    Subjects come in random order, all of them once before any comes again.
+    Subjects come in random order, all of a kind once before any comes again. Of more rows than are wanted, a random
+    choice is taken; no row is twice in a batch.
     """
-    order = torch.argsort(subjects, stable=True)
-    counts = torch.bincount(subjects)
-    starts = torch.cumsum(counts, 0) - counts
-    present = torch.nonzero(counts).flatten()
-    queue = present[:0]
+    views = _Views.of(rows.subjects * 2 + rows.turned)
+    upright, turned = views.of_group[0::2], views.of_group[1::2]
+    paired = torch.nonzero((upright > 0) & (turned > 0)).flatten()
+    others = torch.nonzero((upright > 0) ^ (turned > 0)).flatten()
+    both = recipe.paired_subjects + recipe.other_subjects
+    paired_queue = _queue(paired, recipe.paired_subjects if len(others) else both, draw)
+    other_queue = _queue(others, recipe.other_subjects if len(paired) else both, draw)
+    per_other = recipe.rows_per_other if len(paired) else 2 * recipe.rows_per_view
     while True:
-        while len(queue) < min(per_batch, len(present)):
-            queue = torch.cat([queue, present[torch.randperm(len(present), generator=draw)]])
-        chosen, queue = queue[:per_batch], queue[per_batch:]
-        rows = []
-        for subject in chosen.tolist():
-            mine = order[starts[subject] : starts[subject] + counts[subject]]
-            rows.append(mine[torch.randperm(len(mine), generator=draw)[:per_subject]])
-        yield torch.cat(rows)
+        parts = []
+        for subject in next(paired_queue):
+            parts += [views.some(2 * subject, recipe.rows_per_view, draw)]
+            parts += [views.some(2 * subject + 1, recipe.rows_per_view, draw)]
+        for subject in next(other_queue):
+            parts.append(views.some(2 * subject + int(upright[subject] == 0), per_other, draw))
+        yield torch.cat(parts)
 
 
-def _judged(model: nn.Module, x: Tensor, score: Callable[[nn.Module], float]) -> float:
-    gather_statistics(model, [x])
-    model.eval()
-    return score(model)
+class _Learner:
+    """One network with its average, batches and optimiser."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        average: nn.Module,
+        rows: LabelledTensor,
+        loss: nn.Module,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.model, self.average = model.to(device), average
+        self.rows, self.loss, self.recipe, self.device = rows, loss, recipe, device
+        self.draw = torch.Generator().manual_seed(seed)
+        self.batches = draw_batches(rows, recipe, self.draw)
+        matrices = [weights for weights in model.parameters() if weights.dim() > 1]
+        vectors = [weights for weights in model.parameters() if weights.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=recipe.learning_rate,
+        )
+
+    def step(self, number: int) -> float:
+        """Do step `number`, counted from 1, and return its loss."""
+        at = next(self.batches)
+        x = self.rows.x[at]
+        noisy = x + self.recipe.noise * torch.randn(x.shape, generator=self.draw)
+        self.model.train()
+        loss: Tensor = self.loss(self.model(noisy.to(self.device)), self.rows.subjects[at].to(self.device))
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self._move(min(self.recipe.average, (1 + number) / (10 + number)))
+        return float(loss.detach())
+
+    def _move(self, keep: float) -> None:
+        """Move the average towards the weights and the running statistics; counters are copied."""
+        new = self.model.state_dict()
+        with torch.no_grad():
+            for name, mine in self.average.state_dict().items():
+                if mine.dtype.is_floating_point:
+                    mine.lerp_(new[name].to(mine.device), 1 - keep)
+                else:
+                    mine.copy_(new[name])
 
 
-def _move(average: nn.Module, model: nn.Module, keep: float) -> None:
-    """Move the average of the weights towards the model's; buffers (batch statistics) likewise, counters copied."""
-    with torch.no_grad():
-        for mine, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-            if mine.dtype.is_floating_point:
-                mine.lerp_(new, 1 - keep)
-            else:
-                mine.copy_(new)
+def _compete(
+    fitted: Fitted,
+    average: nn.Module,
+    x: Tensor,
+    step: int,
+    shares: Sequence[float],
+    score: Callable[[nn.Module], float],
+) -> Candidate:
+    """Score the average at every share, keep the best ever in `fitted`, and return the best of this step."""
+    _gather(average, x)
+    here: list[Candidate] = []
+    for share in shares:
+        model = copy.deepcopy(average).eval()
+        scale_change(model, share)
+        here.append(Candidate(step, share, score(model)))
+        if here[-1].score < fitted.best.score:
+            fitted.best, fitted.model = here[-1], model
+    fitted.candidates += here
+    return min(here, key=lambda candidate: candidate.score)
+
+
+def _gather(model: nn.Module, x: Tensor) -> None:
+    with _threads(1):
+        gather_statistics(model, torch.split(x, SCORED_BLOCK))
+
+
+@dataclass(frozen=True)
+class _Views:
+    """Rows by group: the numbers of group g are `order[start[g] : start[g] + of_group[g]]`."""
+
+    order: Tensor
+    of_group: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, groups: Tensor) -> "_Views":
+        sizes = torch.bincount(groups)
+        sizes = torch.cat([sizes, sizes.new_zeros(len(sizes) % 2)])
+        return cls(torch.argsort(groups, stable=True), sizes, torch.cumsum(sizes, 0) - sizes)
+
+    def some(self, group: int, wanted: int, draw: torch.Generator) -> Tensor:
+        size, start = int(self.of_group[group]), int(self.starts[group])
+        if size > 100 * wanted:  # a permutation of a million rows is no way to take three
+            drawn = torch.unique(torch.randint(size, (wanted,), generator=draw))
+        else:
+            drawn = torch.randperm(size, generator=draw)[:wanted]
+        return self.order[start + drawn]
+
+
+def _queue(subjects: Tensor, wanted: int, draw: torch.Generator) -> Iterator[list[int]]:
+    """Yield lists of up to `wanted` subjects, never one twice in a list."""
+    left: list[int] = []
+    while True:
+        if len(left) < wanted:
+            fresh = subjects[torch.randperm(len(subjects), generator=draw)].tolist()
+            waiting = set(left)
+            left += [subject for subject in fresh if subject not in waiting] if len(subjects) else []
+        chosen, left = left[:wanted], left[wanted:]
+        yield chosen
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -3,16 +3,17 @@
 Everything here is checked data without torch. The networks, and the check that weights fit the card, are in `models`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from schemas.split import SplitRule
 
 Mode = Literal["per_sample", "batch_stat"]
 Statistic = Literal["frozen", "batch"]
-Normalisation = Literal["none", "l2"]
+Normalisation = Literal["none", "l2", "mean_norm"]
 
+MAX_MEMBERS = 16  # memory and time grow with each
 MAX_DIM = 65_536  # far above any embedding; keeps a hostile card from asking for the machine's memory
 Dim = Annotated[int, Field(ge=1, le=MAX_DIM)]
 
@@ -53,10 +54,18 @@ class DualBranchArguments(_Arguments):
         return self.feature_dim
 
 
+class DualBranchEnsembleArguments(DualBranchArguments):
+    """Arguments of `models.dual_branch.DualBranchEnsemble`: how many members, and what each is built from."""
+
+    members: Annotated[int, Field(ge=1, le=MAX_MEMBERS)] = 3
+    hidden_dim: Dim | None = 128
+
+
 class ModelCard(BaseModel):
     """Everything needed to rebuild a network and to know what it was trained on.
 
     `normalisation` is how an embedding is scaled before it enters the network, in training and at inference alike.
+    `mean_norm` is the mean length of the training embeddings; it goes with the normalisation of that name and no other.
     `training_data` is a digest of the training rows. `split` decides which subjects were trained on. `metrics` holds
     any JSON. `created` is free text (ISO 8601 by custom); leave it out where equal training must give equal bytes.
     """
@@ -68,8 +77,17 @@ class ModelCard(BaseModel):
     mode: Mode
     embedding_dim: Dim
     normalisation: Normalisation = "l2"
+    mean_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     training_data: str | None = None
     split: SplitRule | None = None
     metrics: dict[str, JsonValue] = {}
     versions: dict[str, str] = {}
     created: str | None = None
+
+    @model_validator(mode="after")
+    def _scale_is_known(self) -> Self:
+        if (self.normalisation == "mean_norm") != (self.mean_norm is not None):
+            raise ValueError(
+                f"normalisation {self.normalisation!r} with mean_norm {self.mean_norm}; one needs the other"
+            )
+        return self

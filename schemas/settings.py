@@ -159,13 +159,16 @@ class TrainingSettings(Settings):
     out: str = Field(description="checkpoint file to write; its card goes beside it as .md")
     mode: Mode = "per_sample"
     augment: tuple[str, ...] = Field(default=(), description="further views of the same subjects, for training only")
-    architecture: Literal["dual_branch", "se"] = "dual_branch"
+    architecture: Literal["dual_branch_ensemble", "dual_branch", "se"] = "dual_branch_ensemble"
+    loss: Literal["shared_bar", "supcon", "triplet"] = "shared_bar"
     columns: ColumnNames = ColumnNames()
     seed: int = Field(default=0, ge=0, lt=2**31)
     salt: str = Field(default="frontalis", min_length=1, max_length=64, description="of the subject split")
-    validation: float = Field(default=0.15, gt=0, lt=1, description="share of subjects that choose the model")
-    test: float = Field(default=0.15, ge=0, lt=1, description="share of subjects that only measure it")
-    steps: int = Field(default=300, ge=1, le=1_000_000, description="at most so many; validation stops earlier")
+    validation: float = Field(default=0.1, gt=0, lt=1, description="share of subjects that choose the model")
+    test: float = Field(default=0.1, ge=0, lt=1, description="share of subjects that only measure it")
+    steps: int = Field(default=360, ge=1, le=1_000_000, description="validation may prefer an earlier step")
+    device: Device = "auto"
+    max_rows: int = Field(default=500_000, ge=100, description="more labelled rows are sampled by subject")
     resamples: int = Field(default=1000, ge=0, le=100_000)
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from storage.location import Location
 from tasks.plots import channel_weights as draw
 from tasks.release_report import model_weights
 from tasks.theme import png_file, svg_file
-from tasks.train import TrainingRows, read_training_rows
+from tasks.training_rows import TrainingRows, read_training_rows
 
 SAMPLE_ROWS = 20_000
 

@@ -1,34 +1,73 @@
 """The model card in words: whom a checkpoint was trained on and how it measured, as Markdown beside the file."""
 
+from collections.abc import Sequence
+
 from schemas.models import ModelCard
+
+SHOWN = {
+    "eer": "EER",
+    "fnmr@1e-2": "FNMR at FMR 1e-2",
+    "fnmr@1e-3": "FNMR at FMR 1e-3",
+    "global fnmr@1e-3": "FNMR at the FMR 1e-3 of all pairs",
+}
 
 
 def card_markdown(card: ModelCard) -> str:
-    """Return the card of a trained model as Markdown: what it is, its data, its figures beside raw, its versions."""
+    """Return the card of a trained model as Markdown: what it is, its data, its figures beside raw, its versions.
+
+    It holds no time and no duration, so that the same training gives the same file.
+    """
     metrics = card.metrics
+    scale = f" {card.mean_norm:.6g}" if card.mean_norm is not None else ""
+    alphas = metrics.get("alpha")
     lines = [
         f"# {card.architecture}, {card.mode}, D = {card.embedding_dim}",
         "",
         f"- arguments: {card.arguments}",
-        f"- input: normalisation {card.normalisation}",
+        f"- input: normalisation {card.normalisation}{scale}",
         f"- training data: {card.training_data}",
         f"- split: {card.split.model_dump() if card.split else 'unknown'}",
-        f"- subjects: {metrics.get('subjects')}, rows: {metrics.get('rows')}",
-        f"- best step: {metrics.get('best_step')} (0 would be raw)",
+        f"- subjects: {metrics.get('subjects')}, rows: {metrics.get('rows')}, "
+        f"of further views to train on: {metrics.get('augmented_rows')}",
+        f"- loss: {metrics.get('loss')}, seed {metrics.get('seed')}",
+        f"- chosen on validation: step {metrics.get('best_step')} (0 would be raw), the learnt change scaled by "
+        f"{metrics.get('change_scaled_by')}; better than raw there: {metrics.get('improved_on_validation')}",
+        f"- share of the identity branch: {_alphas(alphas) if isinstance(alphas, list) else 'n/a'}",
         "",
-        "| cell | mode | EER % | FNMR % at FMR 1e-2 | FNMR % at FMR 1e-3 |",
-        "|---|---|---|---|---|",
+        f"Measured on the {metrics.get('measured_on')} subjects, in percent:",
+        "",
+        f"| pairs | mode | {' | '.join(SHOWN.values())} |",
+        f"|---|---|{'---|' * len(SHOWN)}",
     ]
-    figures = metrics.get("figures")
-    assert isinstance(figures, dict)
-    for mode, cells in figures.items():
-        assert isinstance(cells, dict)
-        for cell, values in cells.items():
+    figures, difference = metrics.get("figures"), metrics.get("difference")
+    if isinstance(figures, dict):
+        for mode, cells in figures.items():
+            assert isinstance(cells, dict)
+            for cell, values in cells.items():
+                assert isinstance(values, dict)
+                lines.append(f"| {cell} | {mode} | {' | '.join(_percent(values.get(name)) for name in SHOWN)} |")
+    if isinstance(difference, dict) and difference:
+        lines += ["", "Difference to raw in percentage points, 95% interval by the paired bootstrap over subjects:", ""]
+        lines += [f"| pairs | {' | '.join(SHOWN.values())} |", f"|---|{'---|' * len(SHOWN)}"]
+        for cell, values in difference.items():
             assert isinstance(values, dict)
-            shown = [_percent(values.get(name)) for name in ("eer", "fnmr@1e-2", "fnmr@1e-3")]
-            lines.append(f"| {cell} | {mode} | {' | '.join(shown)} |")
+            lines.append(f"| {cell} | {' | '.join(change_interval(values.get(name)) for name in SHOWN)} |")
     lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in card.versions.items()), ""]
     return "\n".join(lines)
+
+
+def change_interval(value: object) -> str:
+    """Return [estimate, low, high] in percentage points, such as `-1.20 [-2.00, -0.40]`; `n/e` for the unknown."""
+    if not isinstance(value, list) or not isinstance(value[0], float):
+        return "n/e"
+    low, high = value[1:]
+    if not isinstance(low, float) or not isinstance(high, float):
+        return f"{100 * value[0]:+.2f}"
+    return f"{100 * value[0]:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def _alphas(values: Sequence[object]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values if isinstance(value, float)) or "n/a"
 
 
 def _percent(value: object) -> str:

@@ -66,7 +66,8 @@ def release_weights(store: Location, release: Release) -> list[ChannelWeights]:
 
 def model_weights(checkpoint: Checkpoint, mode: str, rows: np.ndarray, k: int = 10) -> list[ChannelWeights]:
     """Return mean, spread and the `k` top channels of each SE block over rows `[n, D]` (not normalised)."""
-    x = normalise(torch.from_numpy(np.ascontiguousarray(rows)), checkpoint.card.normalisation)
+    card = checkpoint.card
+    x = normalise(torch.from_numpy(np.ascontiguousarray(rows)), card.normalisation, card.mean_norm)
     found = []
     for branch, values in channel_weights(checkpoint.model, x).items():
         summary = summarise(values)

@@ -34,7 +34,7 @@ def test_build_passes_every_argument_on():
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_mode_and_dimension_are_read_from_the_arguments(name):
-    key = {"se": "channels", "dual_branch": "feature_dim"}[name]
+    key = "channels" if name == "se" else "feature_dim"
     arguments = check_arguments(name, {key: 40, "use_batch_stat": True})
     assert (arguments.dim, mode_of(arguments)) == (40, "batch_stat")
     assert mode_of(check_arguments(name, {key: 40})) == "per_sample"
@@ -43,7 +43,7 @@ def test_mode_and_dimension_are_read_from_the_arguments(name):
 @pytest.mark.parametrize(
     ("name", "arguments", "named"),
     [
-        ("resnet", {}, "'resnet' is unknown; known are dual_branch, se"),
+        ("resnet", {}, "'resnet' is unknown; known are dual_branch, dual_branch_ensemble, se"),
         ("se", {}, "channels"),
         ("se", {"channels": 10**9}, "channels = 1000000000"),
         ("se", {"channels": "512"}, "channels = '512'"),

@@ -63,7 +63,7 @@ def test_batch_without_a_genuine_pair_has_no_loss_but_a_gradient(name):
 @pytest.mark.parametrize(
     ("name", "options", "named"),
     [
-        ("arcface", {}, "'arcface' is unknown; known are supcon, triplet"),
+        ("arcface", {}, "'arcface' is unknown; known are shared_bar, supcon, triplet"),
         ("triplet", {"temperature": 1}, "temperature"),
         ("triplet", {"margin": 0}, "margin is 0"),
         ("supcon", {"temperature": 0}, "temperature is 0"),

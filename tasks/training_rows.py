@@ -1,0 +1,169 @@
+"""The rows that training reads: labelled, usable, each once, in one float32 array.
+
+Reading shards is `storage.shards`, what makes a row bad `schemas.shards`; who is trained on is left to `tasks.train`.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from metrics.poses import UNKNOWN, pose_classes
+from schemas.errors import BadShardError, TrainingError
+from schemas.settings import ColumnNames
+from schemas.shards import ShardSchema, angle_column, check_shard, embedding_matrix, text_column
+from schemas.split import subject_key
+from storage.shards import Shard, find_shards, read_schema, stream_blocks
+
+log = logging.getLogger("frontalis.train")
+
+BLOCK_ROWS = 16_384
+_SAMPLE_SALT = "sample"  # another than the split's: which subjects are read must not decide which part they fall in
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Labelled rows: `x` float32 `[N, D]` as stored, subject names, pose classes into `POSE_CLASSES`.
+
+    `digest` stands for all that was read, `skipped` counts the rows that could not be used.
+    """
+
+    x: np.ndarray
+    subjects: np.ndarray
+    classes: np.ndarray
+    digest: str
+    skipped: int
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, keep: np.ndarray) -> "TrainingRows":
+        """Return the rows where `keep` is True, or those at its indices."""
+        return TrainingRows(self.x[keep], self.subjects[keep], self.classes[keep], self.digest, 0)
+
+    def at_most(self, rows: int) -> "TrainingRows":
+        """Return about so many rows at most: all, or those of a sample of subjects that depends on their names only."""
+        share = rows / max(len(self), 1)
+        return self if share >= 1 else self.take(_sampled(self.subjects, share))
+
+
+def read_training_rows(sources: Sequence[str], columns: ColumnNames, max_rows: int | None = None) -> TrainingRows:
+    """Read the good, labelled rows of all shards of all sources, the same vector only once.
+
+    Rows without a subject, with a bad embedding, or read before are left out and counted. With more rows than
+    `max_rows` in the shards, a sample of the subjects is read, whole, about so many rows; the log says so.
+
+    Raises:
+        TrainingError: a shard lacks the subject column, has another D than those before, or breaks the contract;
+            nothing is left.
+        SettingsError: a source does not exist.
+    """
+    shards = [shard for source in sources for shard in find_shards(source)]
+    share = _share(shards, max_rows)
+    digest = hashlib.blake2b(digest_size=16)
+    known: set[int] = set()
+    matrices, subjects, classes, skipped = [], [], [], 0
+    dim: int | None = None
+    for shard in shards:
+        for width, block in _blocks(shard, columns):
+            dim = dim or width
+            if width != dim:
+                raise TrainingError(
+                    f"shard {shard.key}: embeddings have {width} numbers, those before {dim}; a model takes one "
+                    "length. Train on them apart."
+                )
+            x, names, poses, bad = block
+            ours = _sampled(names, share) if share < 1 else np.ones(len(names), bool)
+            x, names, poses = x[ours], names[ours], poses[ours]
+            fresh = np.array([_is_new(row, known) for row in x], bool)
+            skipped += bad + int((~fresh).sum())
+            matrices.append(x[fresh])
+            subjects.append(names[fresh])
+            classes.append(poses[fresh])
+            digest.update(matrices[-1].tobytes())
+            digest.update("\0".join(subjects[-1]).encode())
+            digest.update(classes[-1].tobytes())
+    if not sum(map(len, matrices)):
+        raise TrainingError(f"{', '.join(sources)}: no row with a subject and a usable embedding.")
+    if skipped:
+        log.warning("train: %d rows without a subject, with a bad embedding or read before were left out", skipped)
+    return TrainingRows(
+        np.concatenate(matrices), np.concatenate(subjects), np.concatenate(classes), digest.hexdigest(), skipped
+    )
+
+
+def _share(shards: Sequence[Shard], max_rows: int | None) -> float:
+    """Return the share of subjects to read so that about `max_rows` rows are."""
+    if max_rows is None:
+        return 1.0
+    try:
+        total = sum(read_schema(shard)[1] for shard in shards)
+    except BadShardError as error:
+        raise _refusal(error) from error
+    if total <= max_rows:
+        return 1.0
+    log.warning("train: of %d rows about %d are read, those of a sample of subjects", total, max_rows)
+    return max_rows / total
+
+
+Block = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+
+
+def _blocks(shard: Shard, columns: ColumnNames) -> Iterator[tuple[int, Block]]:
+    """Yield D and (x, subjects, classes, how many rows were bad) of each block of a shard."""
+    try:
+        schema = check_shard(shard.key, read_schema(shard)[0], columns)
+        if "subject" not in schema.present:
+            raise TrainingError(
+                f"shard {shard.key}: has no column {columns.subject!r}, so nobody knows who is who; name it under "
+                "[columns], or train on labelled shards."
+            )
+        wanted = [columns.embedding, *(getattr(columns, role) for role in schema.present)]
+        width = schema.dim
+        for _, block in stream_blocks(shard, wanted, BLOCK_ROWS):
+            width = width or _usual_length(block.column(columns.embedding))
+            if width is not None:
+                yield width, _block(block, schema, columns, width)
+    except BadShardError as error:
+        raise _refusal(error) from error
+
+
+def _block(block: pa.RecordBatch, schema: ShardSchema, columns: ColumnNames, dim: int) -> Block:
+    matrix, reasons = embedding_matrix(block.column(columns.embedding), dim)
+    names = text_column(block.column(columns.subject))
+    good = (reasons == None) & names.is_valid().to_numpy(zero_copy_only=False)  # noqa: E711
+    pose = text_column(block.column(columns.pose)).to_pylist() if "pose" in schema.present else None
+    yaw = None
+    if "yaw" in schema.present:
+        yaw = angle_column(block.column(columns.yaw))[0].to_numpy(zero_copy_only=False).astype(np.float64)
+    unlabelled = pose is None and yaw is None
+    classes = np.full(len(good), UNKNOWN, np.int64) if unlabelled else pose_classes(pose, yaw)
+    subjects = np.array(names.to_pylist(), dtype=object)
+    return np.ascontiguousarray(matrix[good]), subjects[good], classes[good], int((~good).sum())
+
+
+def _usual_length(column: pa.Array) -> int | None:
+    lengths = pc.drop_null(pc.list_value_length(column))
+    return int(pc.mode(lengths)[0].as_py()["mode"]) if len(lengths) else None
+
+
+def _is_new(row: np.ndarray, known: set[int]) -> bool:
+    """Return whether the same bytes were not seen before, and remember them."""
+    size, key = len(known), xxhash.xxh3_64_intdigest(row.tobytes())
+    known.add(key)
+    return len(known) > size
+
+
+def _sampled(subjects: np.ndarray, share: float) -> np.ndarray:
+    names, inverse = np.unique(subjects, return_inverse=True)
+    edge = share * 2**64
+    return np.array([subject_key(name, _SAMPLE_SALT) % 2**64 < edge for name in names], bool)[inverse]
+
+
+def _refusal(error: BadShardError) -> TrainingError:
+    return TrainingError(f"{error} Mend it or leave it out of the training.")
