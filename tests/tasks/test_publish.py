@@ -1,0 +1,156 @@
+"""Publishing: one commit a table, sums that add up, last good features kept, and nothing half visible."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from schemas.errors import BadShardError, StoreBusyError, StoreError
+from storage.features import features_table, quarantine_table
+from storage.location import Location
+from tasks.plan import make_plan, prepare_models
+from tasks.publish import publish
+from tasks.reweight import ReweightSpec, reweight_group
+
+D = 32
+
+
+def write(path: Path, name: str, seed: int = 0, zeros: int = 0) -> None:
+    matrix = np.random.default_rng([seed, *name.encode()]).standard_normal((20, D)).astype(np.float32)
+    matrix[:zeros] = 0
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), D)
+    table = pa.table({"id": [f"{name}-{row}" for row in range(20)], "embedding": embedding})
+    pq.write_table(table, path / f"{name}.parquet", compression="none", use_dictionary=False, write_page_checksum=True)
+
+
+def spoil(path: Path) -> None:
+    """Damage the vectors alone, so that only reading them tells."""
+    content = bytearray(path.read_bytes())
+    vectors = np.array(pq.ParquetFile(path).read()["embedding"].to_pylist(), np.float32)
+    content[content.find(vectors[5].tobytes()) + 2] ^= 1
+    path.write_bytes(content)
+
+
+def prepared(settings):
+    """Everything up to the commit."""
+    models = prepare_models(settings)
+    plan = make_plan(settings, models)
+    spec = ReweightSpec.of(settings, models, plan.schema)
+    return plan, [result for group in plan.groups for result in reweight_group(group, spec)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, zeros in (("a", 0), ("b", 3), ("c", 1)):
+        write(folder, name, zeros=zeros)
+    return folder
+
+
+@pytest.fixture
+def settings(source: Path, tmp_path: Path, pipeline_of):
+    return pipeline_of(source, tmp_path / "store")
+
+
+def test_rows_add_up(settings, night) -> None:
+    _, results, published = night(settings)
+    data = published.data
+    assert (data.shards, data.rows_read, data.rows_features, data.forgotten) == (3, 60, 56, 0)
+    assert data.quarantined == {"zero_norm": 4}
+    assert {result.shard: sum(result.quarantined.values()) for result in results} == {"a": 0, "b": 3, "c": 1}
+    held = pl.scan_delta(f"{settings.store}/quarantine").collect()
+    assert sorted(held["shard"].to_list()) == ["b", "b", "b", "c"]
+    table = pl.scan_delta(f"{settings.store}/features").collect()
+    assert table.group_by("mode").len().sort("mode").rows() == [("batch_stat", 56), ("per_sample", 56), ("raw", 56)]
+
+
+def test_one_commit_a_table_and_none_without_a_change(settings, night, source: Path) -> None:
+    _, _, first = night(settings)
+    _, _, again = night(settings)
+    assert (again.features, again.quarantine, again.data) == (first.features, first.quarantine, first.data)
+    write(source, "a", seed=1)
+    (source / "c.parquet").unlink()
+    _, _, changed = night(settings)
+    assert changed.features.version == first.features.version + 1
+    assert changed.quarantine.version == first.quarantine.version + 1
+    assert changed.data.rows_features == 37
+    assert len(changed.features.files) == 6
+    assert features_table(Location(settings.store)).snapshot(first.features.version).files == first.features.files
+
+
+def test_nothing_is_visible_before_the_commit(settings, night, source: Path) -> None:
+    _, _, first = night(settings)
+    write(source, "b", seed=2)
+    plan, results = prepared(settings)
+    assert results
+    assert features_table(Location(settings.store)).snapshot() == first.features
+    assert publish(settings, plan, results).data.rows_features == 59
+
+
+def test_shard_that_fails_while_it_is_read_keeps_its_last_good_rows(settings, night, source: Path) -> None:
+    _, _, first = night(settings)
+    write(source, "b", seed=4)
+    spoil(source / "b.parquet")
+    plan, results, second = night(settings)
+    [fault] = second.data.bad_shards
+    assert (fault.shard, fault.kept) == ("b", True)
+    assert "cannot be read as Parquet" in fault.reason
+    assert [result.fault is None for result in results] == [False]
+    assert plan.work
+    assert second.features == first.features
+    assert second.quarantine == first.quarantine
+    assert second.data.model_copy(update={"bad_shards": []}) == first.data
+    write(source, "b", seed=4)
+    _, _, third = night(settings)
+    assert not third.data.bad_shards
+    assert third.data.rows_features == 59
+
+
+def test_new_shard_that_fails_is_left_out(settings, night, source: Path) -> None:
+    spoil(source / "b.parquet")
+    _, _, published = night(settings)
+    assert [(fault.shard, fault.kept) for fault in published.data.bad_shards] == [("b", False)]
+    assert (published.data.shards, published.data.rows_read, published.data.rows_features) == (2, 40, 39)
+    assert published.data.quarantined == {"zero_norm": 1}
+
+
+def test_second_of_two_runs_on_one_base_is_refused(settings, night, source: Path) -> None:
+    night(settings)
+    write(source, "a", seed=7)
+    first, second = prepared(settings), prepared(settings)
+    assert not second[1]
+    published = publish(settings, *first)
+    with pytest.raises(StoreBusyError, match="another run committed first"):
+        publish(settings, *second)
+    assert features_table(Location(settings.store)).snapshot() == published.features
+    assert not make_plan(settings, prepare_models(settings)).work
+
+
+def test_source_without_a_usable_row_leaves_the_table_alone(settings, night, source: Path) -> None:
+    _, _, first = night(settings)
+    for name in "abc":
+        write(source, name, zeros=20)
+    with pytest.raises(BadShardError, match="no row can be used, so nothing was published: every row is bad"):
+        night(settings)
+    assert features_table(Location(settings.store)).snapshot() == first.features
+    assert quarantine_table(Location(settings.store)).snapshot() == first.quarantine
+
+
+def test_rows_that_went_nowhere_are_noticed(settings) -> None:
+    plan, results = prepared(settings)
+    for file in Path(settings.store, "quarantine").rglob("shard=b/*.parquet"):
+        file.unlink()
+    with pytest.raises(StoreError, match="shard b: of 20 rows 17 became features, 0 are in quarantine"):
+        publish(settings, plan, results)
+
+
+def test_modes_that_disagree_are_noticed(settings) -> None:
+    plan, results = prepared(settings)
+    short = [replace(file, rows=19) if "mode=raw" in file.path else file for file in results[0].files]
+    with pytest.raises(StoreError, match="shard a: modes hold different rows"):
+        publish(settings, plan, [replace(results[0], files=short), *results[1:]])
