@@ -12,10 +12,14 @@ import pyarrow.parquet as pq
 def to_parquet(table: pa.Table) -> bytes:
     """Return a table as the bytes of a Parquet file, equal for equal tables."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return bytes(sink.getvalue())
 
 
 def from_parquet(content: bytes) -> pa.Table:
-    """Return the table in the bytes of a Parquet file. Raises `pa.ArrowException` or `OSError` where there is none."""
-    return pq.ParquetFile(pa.BufferReader(content), pre_buffer=False).read(use_threads=False)
+    """Return the table in the bytes of a Parquet file, verifying the checksum of every page.
+
+    Raises `pa.ArrowException` or `OSError` where there is none, or a damaged one.
+    """
+    reader = pa.BufferReader(content)
+    return pq.ParquetFile(reader, pre_buffer=False, page_checksum_verification=True).read(use_threads=False)

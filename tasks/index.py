@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from schemas.errors import StoreError
 from schemas.features import DIGEST_BYTES
@@ -129,7 +128,8 @@ def _finished(store: Location, folder: str) -> IndexRef | None:
     place = store / f"{folder}/ids.parquet"
     try:
         content = place.read_bytes(IDS_LIMIT)
-        metadata = pq.read_schema(pa.BufferReader(content)).metadata or {}
+        # The digest is taken of the bytes as they are, so it cannot tell damage; reading all of them can.
+        metadata = from_parquet(content).select(["key", "id", "subject", "shard"]).schema.metadata or {}
         reference = IndexRef(
             ids_digest=hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest(),
             **json.loads(metadata[REFERENCE]),
@@ -227,7 +227,8 @@ def _recall(index: VectorIndex, table: Table, files: Mapping[str, LiveFile]) -> 
             break
         for _, vectors in _batches(table, [file]):
             unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-            usable = 2 * unit[:-1] + unit[1:]  # a third of the way, so that no two rows are equally near
+            # A third of the way, so that no two rows are equally near; a lone row has no neighbour.
+            usable = 2 * unit[:-1] + unit[1:] if len(unit) > 1 else unit
             queries.append(usable[np.linspace(0, len(usable) - 1, min(share, len(usable))).astype(int)])
             break
     return audit_recall(index, lambda: _batches(table, files.values()), np.concatenate(queries))
