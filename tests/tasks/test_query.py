@@ -1,0 +1,277 @@
+"""Queries: the right neighbours, by id or by vector, and every hostile file refused in one sentence."""
+
+import pickle
+import zipfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from models.checkpoint import load
+from models.inference import Reweighter
+from schemas.errors import SettingsError, StoreError
+from schemas.index import IndexSettings
+from schemas.releases import Release
+from schemas.reports import GateDecision
+from storage.location import Location
+from storage.releases import Releases
+from tasks.index import index_mode
+from tasks.query import MAX_K, answer, read_vectors
+
+D = 32
+ROWS = 40
+
+
+def vectors(name: str) -> np.ndarray:
+    return np.random.default_rng([*name.encode()]).standard_normal((ROWS, D)).astype(np.float32)
+
+
+def write(path: Path, name: str, ids: list[object]) -> None:
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors(name).reshape(-1)), D)
+    table = {"id": ids, "embedding": embedding, "subject": [f"{name}{row // 4}" for row in range(ROWS)]}
+    pq.write_table(pa.table(table), path / f"{name}.parquet")
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory, night, pipeline_of) -> Callable[..., str]:
+    """`serve(ids of shard a, ids of shard b)` gives a store with one release that is served."""
+
+    def make(*ids: list[object]) -> str:
+        folder = tmp_path_factory.mktemp("serve")
+        (folder / "source").mkdir()
+        for name, some in zip("ab", ids, strict=True):
+            write(folder / "source", name, some)
+        settings = pipeline_of(folder / "source", folder / "store")
+        plan, _, published = night(settings)
+        indexes = {
+            mode: index_mode(settings.store, "r1", mode, published.features, IndexSettings(), None)
+            for mode in ("raw", "per_sample", "batch_stat")
+        }
+        release = Release(
+            release="r1",
+            number=1,
+            created=datetime.now(UTC),
+            content="0" * 32,
+            source=settings.source,
+            features_version=published.features.version,
+            quarantine_version=None,
+            models=dict(plan.models),
+            indexes=indexes,
+            data=published.data,
+            gate=GateDecision(promoted=True, reason=""),
+            gated={},
+            gated_name="",
+            report=None,
+        )
+        Releases(Location(settings.store)).record(release, [])
+        return settings.store
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def store(serve) -> str:
+    return serve([f"a-{row}" for row in range(ROWS)], [f"b-{row}" for row in range(ROWS)])
+
+
+@pytest.fixture(scope="module")
+def integer_store(serve) -> str:
+    return serve(list(range(ROWS)), [-row - 1 for row in range(ROWS - 1)] + [2**63 - 1])
+
+
+def unit(matrix: np.ndarray) -> np.ndarray:
+    return matrix / np.linalg.norm(matrix.astype(np.float64), axis=1, keepdims=True)
+
+
+def features(mode: str, models) -> np.ndarray:
+    matrix = np.concatenate([vectors("a"), vectors("b")])
+    return matrix if mode == "raw" else Reweighter(load(models.by_mode[mode])).query(matrix)
+
+
+@pytest.mark.parametrize("mode", ["raw", "per_sample", "batch_stat"])
+def test_neighbours_of_a_stored_id(mode: str, store: str, tiny_models) -> None:
+    names = [f"{name}-{row}" for name in "ab" for row in range(ROWS)]
+    every = unit(features(mode, tiny_models))
+    cosines = every @ every.T
+    found = answer(store, mode, ids=["a-3", "b-39"], k=5)
+    assert (found.release, found.mode, found.k) == ("r1", mode, 5)
+    for at, result in zip((3, ROWS + 39), found.results, strict=True):
+        order = [row for row in np.argsort(-cosines[at]) if row != at][:5]
+        assert result.query == names[at]
+        assert [neighbour.id for neighbour in result.neighbours] == [names[row] for row in order]
+        assert [neighbour.rank for neighbour in result.neighbours] == [1, 2, 3, 4, 5]
+        assert [neighbour.subject for neighbour in result.neighbours] == [
+            f"{names[row][0]}{int(names[row][2:]) // 4}" for row in order
+        ]
+        assert [neighbour.shard for neighbour in result.neighbours] == [names[row][0] for row in order]
+        np.testing.assert_allclose([one.score for one in result.neighbours], cosines[at, order], atol=1e-5)
+
+
+def test_row_finds_itself_when_asked_to(store: str) -> None:
+    [result] = answer(store, "raw", ids=["a-0"], k=1, include_self=True).results
+    assert (result.subject, result.neighbours[0].id) == ("a0", "a-0")
+    assert result.neighbours[0].score == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["raw", "per_sample", "batch_stat"])
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_new_vectors_go_through_the_model(mode: str, suffix: str, store: str, tiny_models, tmp_path: Path) -> None:
+    path = tmp_path / f"queries{suffix}"
+    queries = vectors("queries")[:6]
+    if suffix == ".npy":
+        np.save(path, queries)
+    else:
+        pq.write_table(pa.table({"embedding": queries.astype(np.float64).tolist(), "id": [*"uvwxy", None]}), path)
+    every = unit(features(mode, tiny_models))
+    through = queries if mode == "raw" else Reweighter(load(tiny_models.by_mode[mode])).query(queries)
+    cosines = unit(through) @ every.T
+    found = answer(store, mode, vectors=str(path), k=3)
+    assert [result.query for result in found.results] == ([*"uvwxy", 5] if suffix == ".parquet" else list(range(6)))
+    for row, result in enumerate(found.results):
+        np.testing.assert_allclose(
+            [neighbour.score for neighbour in result.neighbours], np.sort(cosines[row])[::-1][:3], atol=1e-5
+        )
+
+
+def test_stored_vector_finds_its_row(store: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", vectors("b")[7].astype(np.float64))
+    [result] = answer(store, "per_sample", vectors=str(tmp_path / "one.npy"), k=1).results
+    assert result.neighbours[0].id == "b-7"
+
+
+def test_more_neighbours_than_rows(store: str) -> None:
+    [result] = answer(store, "raw", ids=["a-0"], k=MAX_K).results
+    assert len(result.neighbours) == 2 * ROWS - 1
+    assert "a-0" not in [neighbour.id for neighbour in result.neighbours]
+    scores = [neighbour.score for neighbour in result.neighbours]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_integer_ids(integer_store: str) -> None:
+    found = answer(integer_store, "raw", ids=["7", "-3", str(2**63 - 1)], k=1, include_self=True)
+    assert [result.neighbours[0].id for result in found.results] == [7, -3, 2**63 - 1]
+    assert [result.query for result in found.results] == [7, -3, 2**63 - 1]
+    for wrong in ("a", "1.5", "", "99999999999999999999", "7\x00"):
+        with pytest.raises(SettingsError, match="ids of this store are integers"):
+            answer(integer_store, "raw", ids=[wrong])
+
+
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "k of zero": ({"ids": ["a-0"], "k": 0}, "-k 0: must be 1 to 10000"),
+    "k too large": ({"ids": ["a-0"], "k": 10_001}, "-k 10001: must be 1 to 10000"),
+    "nothing asked": ({}, "pass either --id or --vectors"),
+    "both asked": ({"ids": ["a-0"], "vectors": "x.npy"}, "pass either --id or --vectors"),
+    "unknown id": ({"ids": ["nobody"]}, "--id 'nobody': is not in release r1"),
+    "endless id": ({"ids": ["x" * 10_000]}, r"x… \(10,000 characters\): is not in"),
+    "id with control characters": ({"ids": ["\x1b[2J\n"]}, r"--id '\\x1b\[2J\\n'"),
+    "id that is no UTF-8": ({"ids": ["\udcff"]}, r"--id '\\udcff': is not in"),
+    "unknown release": ({"ids": ["a-0"], "release": "r9"}, "release 'r9' is not in .*; the latest are: r1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_questions(name: str, store: str) -> None:
+    options, says = REFUSED[name]
+    with pytest.raises(SettingsError, match=says):
+        answer(store, "raw", **options)
+
+
+def test_refused_mode_and_store(store: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--mode other: release r1 has raw, per_sample, batch_stat"):
+        answer(store, "other", ids=["a-0"])
+    with pytest.raises(StoreError, match="no release is served yet; run `frontalis reprocess`"):
+        answer(str(tmp_path / "none"), "raw", ids=["a-0"])
+
+
+class Trap:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("trapped"),))
+
+
+def header_of(shape: str, dtype: str = "<f4") -> bytes:
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def array(value: object) -> Callable[[Path], None]:
+    return lambda path: np.save(path, value, allow_pickle=True)
+
+
+def content(value: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(value)
+
+
+def table(**columns: object) -> Callable[[Path], None]:
+    return lambda path: pq.write_table(pa.table(columns), path)
+
+
+def bomb(path: Path) -> None:
+    """A few kilobytes of Parquet that unfold to more rows than one call takes."""
+    rows = 9_000_000
+    column = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), rows), ["x"])
+    embedding = pa.ListArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), rows + 1), pa.array([], pa.float32()))
+    pq.write_table(pa.table({"id": column, "embedding": embedding}), path, compression="zstd")
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", header_of("(1,)") + bytes(4))
+
+
+HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "missing": (".npy", lambda path: None, "there is no such file"),
+    "another format": (".csv", content(b"1,2"), r"must end in \.npy or \.parquet"),
+    "empty": (".npy", content(b""), "cannot be read"),
+    "no array": (".npy", content(b"hello" * 99), "cannot be read"),
+    "pickle": (".npy", content(pickle.dumps(Trap())), "cannot be read"),
+    "array of objects": (".npy", array(np.array([Trap()], object)), "cannot be read"),
+    "archive": (".npy", zipped, "cannot be read"),
+    "header that promises a terabyte": (".npy", content(header_of("(10000000000, 32)") + bytes(64)), "cannot be read"),
+    "header of nonsense": (".npy", content(header_of("__import__('os')")), "cannot be read"),
+    "truncated": (".npy", content(header_of("(2, 32)") + bytes(200)), "cannot be read"),
+    "text": (".npy", array(np.array(["a", "b"])), "wanted floats"),
+    "complex numbers": (".npy", array(np.ones((1, D), complex)), "wanted floats"),
+    "three dimensions": (".npy", array(np.ones((2, 2, D))), "wanted floats"),
+    "no row": (".npy", array(np.ones((0, D))), "wanted floats"),
+    "another length": (".npy", array(np.ones((2, D + 1), np.float32)), f"has {D + 1} numbers a row, the index {D}"),
+    "NaN": (".npy", array(np.full((1, D), np.nan)), "row 0 is zero or not finite"),
+    "zero": (".npy", array(np.stack([np.ones(D), np.zeros(D)])), "row 1 is zero or not finite"),
+    "beyond float32": (".npy", array(np.full((1, D), 1e300)), "row 0 is zero or not finite"),
+    "no Parquet": (".parquet", content(b"PAR1" + bytes(50) + b"PAR1"), "cannot be read"),
+    "no embedding": (".parquet", table(vector=[[1.0]]), "wanted rows with one 'embedding'"),
+    "embedding of text": (".parquet", table(embedding=["x"]), "has type string"),
+    "short row": (".parquet", table(embedding=[[1.0] * D, [1.0]]), "row 1: wrong_length"),
+    "null row": (".parquet", table(embedding=[[1.0] * D, None]), "row 1: null_embedding"),
+    "NaN row": (".parquet", table(embedding=[[float("nan")] * D]), "row 0: not_finite"),
+    "ids that are no ids": (".parquet", table(embedding=[[1.0] * D], id=[{"a": 1}]), "cannot be read"),
+    "bomb": (".parquet", bomb, "288,000,000 numbers, more than the 268,435,456 of one call; split the file"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    suffix, make, says = HOSTILE[name]
+    path = tmp_path / f"queries{suffix}"
+    make(path)
+    with pytest.raises(SettingsError, match=says) as caught:
+        read_vectors(str(path), D)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("which", ["index.faiss", "ids.parquet"])
+def test_damaged_index_answers_nothing(which: str, serve) -> None:
+    store = serve([f"a-{row}" for row in range(ROWS)], [f"b-{row}" for row in range(ROWS)])
+    file = Path(store, "indexes/r1/raw", which)
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 3] ^= 4
+    file.write_bytes(damaged)
+    with pytest.raises(StoreError, match=which):
+        answer(store, "raw", ids=["a-0"])
+    assert answer(store, "per_sample", ids=["a-0"]).results
