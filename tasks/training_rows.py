@@ -23,7 +23,8 @@ from storage.shards import Shard, find_shards, read_schema, stream_blocks
 log = logging.getLogger("frontalis.train")
 
 BLOCK_ROWS = 16_384
-_SAMPLE_SALT = "sample"  # another than the split's: which subjects are read must not decide which part they fall in
+# Neither is the split's, nor the other's: who is read must not decide in which part he falls, or who of these is taken.
+_READ_SALT, _TAKE_SALT = "rows that are read", "rows that are taken"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class TrainingRows:
     def at_most(self, rows: int) -> "TrainingRows":
         """Return about so many rows at most: all, or those of a sample of subjects that depends on their names only."""
         share = rows / max(len(self), 1)
-        return self if share >= 1 else self.take(_sampled(self.subjects, share))
+        return self if share >= 1 else self.take(_sampled(self.subjects, share, _TAKE_SALT))
 
 
 def read_training_rows(sources: Sequence[str], columns: ColumnNames, max_rows: int | None = None) -> TrainingRows:
@@ -78,7 +79,7 @@ def read_training_rows(sources: Sequence[str], columns: ColumnNames, max_rows: i
                     "length. Train on them apart."
                 )
             x, names, poses, bad = block
-            ours = _sampled(names, share) if share < 1 else np.ones(len(names), bool)
+            ours = _sampled(names, share, _READ_SALT) if share < 1 else np.ones(len(names), bool)
             x, names, poses = x[ours], names[ours], poses[ours]
             fresh = np.array([_is_new(row, known) for row in x], bool)
             skipped += bad + int((~fresh).sum())
@@ -159,10 +160,10 @@ def _is_new(row: np.ndarray, known: set[int]) -> bool:
     return len(known) > size
 
 
-def _sampled(subjects: np.ndarray, share: float) -> np.ndarray:
+def _sampled(subjects: np.ndarray, share: float, salt: str) -> np.ndarray:
     names, inverse = np.unique(subjects, return_inverse=True)
     edge = share * 2**64
-    return np.array([subject_key(name, _SAMPLE_SALT) % 2**64 < edge for name in names], bool)[inverse]
+    return np.array([subject_key(name, salt) % 2**64 < edge for name in names], bool)[inverse]
 
 
 def _refusal(error: BadShardError) -> TrainingError:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.dual_branch import DualBranchSENet
+from models.dual_branch import DualBranchEnsemble, DualBranchSENet
 from models.se import SEBlock, gather_statistics
 
 Trained = Callable[..., nn.Module]
@@ -29,6 +29,8 @@ def _trained(
     torch.manual_seed(dim)
     if architecture == "se":
         model: nn.Module = SEBlock(dim, use_batch_stat=use_batch_stat, **arguments)  # type: ignore[arg-type]
+    elif architecture == "dual_branch_ensemble":
+        model = DualBranchEnsemble(feature_dim=dim, use_batch_stat=use_batch_stat, **arguments)  # type: ignore[arg-type]
     else:
         model = DualBranchSENet(dim, use_batch_stat=use_batch_stat, **arguments)  # type: ignore[arg-type]
     rows = torch.randn(256, dim) * 2 + torch.randn(dim)

@@ -41,7 +41,7 @@ def keys(*subjects: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("use_batch_stat", [False, True])
-@pytest.mark.parametrize("architecture", ["se", "dual_branch"])
+@pytest.mark.parametrize("architecture", ["se", "dual_branch", "dual_branch_ensemble"])
 def test_round_trip_keeps_outputs_card_and_subjects(trained, tmp_path, architecture, use_batch_stat):
     model = trained(DIM, use_batch_stat, architecture=architecture)
     arguments = {"channels" if architecture == "se" else "feature_dim": DIM, "use_batch_stat": use_batch_stat}

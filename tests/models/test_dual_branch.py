@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.dual_branch import DualBranchSENet
+from models.dual_branch import DualBranchEnsemble, DualBranchSENet, members_of, scale_change
 from schemas.errors import SettingsError
 
 
@@ -87,3 +87,41 @@ def test_hidden_dim_is_the_width_inside_a_branch():
 def test_arguments_out_of_range_are_refused(arguments, named):
     with pytest.raises(SettingsError, match=named):
         DualBranchSENet(**arguments)
+
+
+def test_ensemble_is_the_mean_of_its_members_in_every_output(trained):
+    model = trained(48, False, architecture="dual_branch_ensemble", members=3)
+    x = torch.randn(9, 48)
+    with torch.no_grad():
+        apart = [member(x, return_branches=True) for member in members_of(model)]
+        together = model(x, return_branches=True)
+        for ours, parts in zip(together, zip(*apart, strict=True), strict=True):
+            assert not torch.allclose(parts[0], parts[1], atol=1e-2)
+            torch.testing.assert_close(ours, sum(parts) / 3, atol=1e-5, rtol=1e-5)
+        assert torch.equal(model(x), together[0])
+
+
+def test_untrained_ensemble_gives_back_its_input_exactly():
+    x = torch.randn(7, 64) * 30
+    for output in DualBranchEnsemble(feature_dim=64).eval()(x, return_branches=True):
+        assert torch.equal(output, x)
+
+
+def test_ensemble_without_members_is_refused():
+    with pytest.raises(SettingsError, match="members is 0"):
+        DualBranchEnsemble(members=0, feature_dim=64)
+
+
+def test_members_of_a_single_network_is_itself():
+    model = DualBranchSENet(64)
+    assert members_of(model) == [model]
+
+
+@pytest.mark.parametrize("architecture", ["dual_branch", "dual_branch_ensemble"])
+def test_scaled_change_goes_that_share_of_the_way_from_x(trained, architecture):
+    model, x = trained(48, True, architecture=architecture), torch.randn(9, 48)
+    with torch.no_grad():
+        before = model(x, return_branches=True)
+        scale_change(model, 0.25)
+        for ours, full in zip(model(x, return_branches=True), before, strict=True):
+            torch.testing.assert_close(ours, x + 0.25 * (full - x), atol=1e-5, rtol=1e-5)

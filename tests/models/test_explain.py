@@ -28,6 +28,15 @@ def test_channel_weights_of_a_batch_statistic_are_the_frozen_ones_for_every_row(
     np.testing.assert_allclose(weights, np.tile(frozen, (6, 1)), atol=1e-7)
 
 
+def test_channel_weights_of_an_ensemble_are_the_mean_over_its_members(trained):
+    x, model = torch.randn(6, 64), trained(64, False, architecture="dual_branch_ensemble", members=2)
+    weights = channel_weights(model, x)
+    assert list(weights) == ["identity", "pose"]
+    apart = [channel_weights(member, x)["pose"] for member in model.members]
+    assert np.abs(apart[0] - apart[1]).max() > 0.01
+    np.testing.assert_allclose(weights["pose"], (apart[0] + apart[1]) / 2, atol=1e-6)
+
+
 def test_unknown_network_has_no_channel_weights():
     with pytest.raises(TypeError, match="Linear"):
         channel_weights(nn.Linear(2, 2), torch.zeros(1, 2))

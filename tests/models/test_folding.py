@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.dual_branch import DualBranchSENet
+from models.dual_branch import DualBranchEnsemble, DualBranchSENet
 from models.folding import _BLOCK_ROWS, fold
 from schemas.errors import BadModelError
 
@@ -22,7 +22,21 @@ def test_folded_equals_eager_after_training(trained, dim, use_batch_stat, rows):
         assert torch.equal(folded(x), folded(x, return_branches=True)[0])
 
 
-@pytest.mark.parametrize("architecture", ["se", "dual_branch"])
+@pytest.mark.parametrize("dim", [512, 64])
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("use_batch_stat", [False, True])
+def test_folded_ensemble_equals_eager_after_training(trained, dim, members, use_batch_stat):
+    model = trained(dim, use_batch_stat, architecture="dual_branch_ensemble", members=members, hidden_dim=40)
+    x = torch.randn(_BLOCK_ROWS + 9, dim)
+    with torch.inference_mode():
+        folded = fold(model)
+        for ours, eager in zip(folded(x, return_branches=True), model(x, return_branches=True), strict=True):
+            assert not torch.allclose(eager, x, atol=0.1)
+            torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-5)
+        assert torch.equal(folded(x), folded(x, return_branches=True)[0])
+
+
+@pytest.mark.parametrize("architecture", ["se", "dual_branch", "dual_branch_ensemble"])
 def test_folded_batch_statistic_is_the_mean_of_all_given_rows_across_blocks(trained, architecture):
     model = trained(128, True, architecture=architecture)
     for module in model.modules():
@@ -56,9 +70,10 @@ def test_row_does_not_depend_on_other_rows_or_its_place(trained, use_batch_stat)
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="equal bits were measured on AVX-512")
-def test_bits_of_a_row_do_not_depend_on_company_place_or_threads(trained):
+@pytest.mark.parametrize("architecture", ["dual_branch", "dual_branch_ensemble"])
+def test_bits_of_a_row_do_not_depend_on_company_place_or_threads(trained, architecture):
     x = torch.randn(_BLOCK_ROWS + 50, 512)
-    folded = fold(trained(512, False))
+    folded = fold(trained(512, False, architecture=architecture))
     with torch.inference_mode():
         together = folded(x)
         for start, stop in ((0, 1), (3, 5), (3, 20), (7, _BLOCK_ROWS + 8), (40, len(x))):
@@ -74,7 +89,8 @@ def test_bits_of_a_row_do_not_depend_on_company_place_or_threads(trained):
 def test_untrained_network_still_gives_back_its_input_exactly():
     x = torch.randn(70, 128) * 40
     with torch.inference_mode():
-        assert torch.equal(fold(DualBranchSENet(128).eval())(x), x)
+        for model in (DualBranchSENet(128), DualBranchEnsemble(feature_dim=128)):
+            assert torch.equal(fold(model.eval())(x), x)
 
 
 def test_plain_torch_path_agrees_with_onednn(trained, monkeypatch):

@@ -14,7 +14,9 @@ DIM = 64
 
 @pytest.fixture
 def checkpoint(trained):
-    def make(use_batch_stat: bool = False, normalisation: str = "none", **options: object) -> Checkpoint:
+    def make(
+        use_batch_stat: bool = False, normalisation: str = "none", mean_norm: float | None = None, **options: object
+    ) -> Checkpoint:
         model = trained(DIM, use_batch_stat, **options)
         architecture = "dual_branch" if isinstance(model, DualBranchSENet) else "se"
         arguments = {"feature_dim" if architecture == "dual_branch" else "channels": DIM}
@@ -24,6 +26,7 @@ def checkpoint(trained):
             mode="batch_stat" if use_batch_stat else "per_sample",
             embedding_dim=DIM,
             normalisation=normalisation,
+            mean_norm=mean_norm,
         )
         return load(to_bytes(card, model))
 
@@ -64,6 +67,15 @@ def test_normalise_survives_sizes_whose_squares_do_not_fit_float32():
     torch.testing.assert_close(scaled[:2], torch.tensor([[0.6, 0.8], [0.6, 0.8]]))
     assert scaled[2].isnan().all()
     assert normalise(x, "none") is x
+
+
+def test_mean_norm_scales_all_rows_alike_and_keeps_what_their_norms_say(checkpoint):
+    x = rows()
+    scaled = Reweighter(checkpoint(normalisation="mean_norm", mean_norm=4.0), device="cpu")(x)["front"]
+    unscaled = Reweighter(checkpoint(normalisation="none"), device="cpu")((x * (8 / 4)).astype(np.float32))["front"]
+    np.testing.assert_array_equal(scaled, unscaled)  # √64 = 8
+    with pytest.raises(ValueError, match="needs the mean norm"):
+        normalise(torch.from_numpy(x), "mean_norm")
 
 
 def test_batch_statistic_takes_the_given_rows_and_frozen_does_not(checkpoint):

@@ -36,6 +36,23 @@ def test_supervised_contrastive_follows_its_formula():
     assert loss.item() == pytest.approx(np.mean(terms), abs=1e-5)
 
 
+def test_shared_bar_follows_its_formula():
+    temperature, fmr = 0.1, 0.02
+    places, labels = [0.0, 30.0, 50.0, 90.0, 100.0], [0, 0, 0, 1, 1]
+    pairs = [(i, j) for i in range(5) for j in range(i)]
+    genuine = [cosine(places[i] - places[j]) for i, j in pairs if labels[i] == labels[j]]
+    impostor = [cosine(places[i] - places[j]) for i, j in pairs if labels[i] != labels[j]]
+    assert (len(genuine), len(impostor)) == (4, 6)
+    bar = np.log(sum(np.exp(s / temperature) for s in impostor)) - np.log(fmr * len(impostor))
+    expected = np.mean([np.log1p(np.exp(bar - s / temperature)) for s in genuine])
+    loss = make_loss("shared_bar", temperature=temperature, fmr=fmr)(angles(*places), torch.tensor(labels))
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_shared_bar_needs_impostors_too():
+    assert make_loss("shared_bar")(angles(0, 10, 20), torch.zeros(3, dtype=torch.int64)).item() == 0
+
+
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_loss_ignores_the_length_of_features_and_falls_by_gradient_descent(name):
     torch.manual_seed(0)
@@ -67,6 +84,8 @@ def test_batch_without_a_genuine_pair_has_no_loss_but_a_gradient(name):
         ("triplet", {"temperature": 1}, "temperature"),
         ("triplet", {"margin": 0}, "margin is 0"),
         ("supcon", {"temperature": 0}, "temperature is 0"),
+        ("shared_bar", {"temperature": -1}, "temperature is -1"),
+        ("shared_bar", {"fmr": 1}, "fmr is 1"),
         ("supcon", {"temperature": float("nan")}, "temperature is nan"),
     ],
 )

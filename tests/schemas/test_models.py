@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from schemas.models import DualBranchArguments, ModelCard, SEArguments
+from schemas.models import DualBranchArguments, DualBranchEnsembleArguments, ModelCard, SEArguments
 from schemas.split import SplitRule
 
 
@@ -22,8 +22,15 @@ def test_card_survives_json_with_nothing_lost():
     assert ModelCard.model_validate_json(full.model_dump_json()) == full
 
 
+def test_mean_norm_and_its_normalisation_go_together():
+    assert card(normalisation="mean_norm", mean_norm=3.5).mean_norm == 3.5
+    with pytest.raises(ValidationError, match="one needs the other"):
+        card(normalisation="mean_norm")
+
+
 def test_dimension_is_read_from_either_network():
     assert SEArguments(channels=48).dim == DualBranchArguments(feature_dim=48).dim == 48
+    assert DualBranchEnsembleArguments(feature_dim=48).dim == 48
 
 
 @pytest.mark.parametrize(
@@ -35,6 +42,8 @@ def test_dimension_is_read_from_either_network():
         {"embedding_dim": True},
         {"mode": "raw"},
         {"normalisation": "L2"},
+        {"mean_norm": 1.0, "normalisation": "l2"},
+        {"mean_norm": 0.0, "normalisation": "mean_norm"},
         {"unknown": 1},
         {"metrics": {"a": object()}},
     ],

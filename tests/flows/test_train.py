@@ -1,0 +1,62 @@
+"""The training flow from a shell: a checkpoint, its card, one table or one JSON document."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from models.checkpoint import load
+
+
+def frontalis(server, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "frontalis", *map(str, arguments)],
+        env={**os.environ, **server.env, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    from tasks.synth import synthesize
+
+    folder = tmp_path_factory.mktemp("shards")
+    synthesize(folder, subjects=60, per_subject=14, dim=32, shards=2)
+    return folder
+
+
+def test_train_writes_a_checkpoint_and_prints_one_json_document(prefect_server, shards, tmp_path):
+    out = tmp_path / "model.safetensors"
+    options = ("--mode", "batch_stat", "--steps", 3, "--validation", 0.2, "--test", 0.2, "--seed", 7, "--json")
+    done = frontalis(prefect_server, "train", shards, "--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    card = load(out.read_bytes()).card
+    assert said["card"] == card.model_dump(mode="json")
+    assert (card.mode, card.metrics["seed"], card.split.test) == ("batch_stat", 7, 0.2)
+    assert "step 3 of 3" in done.stderr
+    assert (tmp_path / "model.safetensors.md").exists()
+
+
+def test_train_prints_the_model_beside_raw(prefect_server, shards, tmp_path):
+    out = tmp_path / "model.safetensors"
+    done = frontalis(
+        prefect_server, "train", shards, "--out", out, "--steps", 2, "--architecture", "se", "--loss", "triplet"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "per_sample" in done.stdout
+    assert "raw" in done.stdout
+    assert str(out) in done.stdout.replace("\n", "")
+
+
+def test_train_refuses_in_one_line(prefect_server, shards, tmp_path):
+    done = frontalis(prefect_server, "train", shards, "--out", tmp_path / "m", "--validation", 0.7, "--test", 0.4)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("frontalis: ")
+    assert "validation 0.7 + test 0.4 leave nobody to train on" in last
+    assert not (tmp_path / "m").exists()

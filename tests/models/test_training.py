@@ -1,0 +1,207 @@
+"""The training loop on people made of numbers: what is in a batch, what is learnt, chosen, and repeatable."""
+
+import itertools
+
+import pytest
+import torch
+
+from models.dual_branch import DualBranchEnsemble, DualBranchSENet
+from models.se import SEBlock
+from models.training import LabelledTensor, Recipe, draw_batches, fit
+
+DIM = 24
+
+
+def people(subjects: int = 40, upright: int = 5, turned: int = 3, seed: int = 0) -> LabelledTensor:
+    """Subjects whose turned rows lie apart by one shift that all share: something to be learnt."""
+    random = torch.Generator().manual_seed(seed)
+    shift = 2 * torch.randn(DIM, generator=torch.Generator().manual_seed(99))
+    centres = torch.randn(subjects, DIM, generator=random)
+    codes = torch.arange(subjects).repeat_interleave(upright + turned)
+    side = torch.tensor([False] * upright + [True] * turned).repeat(subjects)
+    noise = 0.4 * torch.randn(len(codes), DIM, generator=random)
+    return LabelledTensor(centres[codes] + side[:, None] * shift + noise, codes, side)
+
+
+def misses(rows: LabelledTensor):
+    """A score: the share of impostor pairs above the median of the genuine ones, on rows that training never sees."""
+
+    def score(model: torch.nn.Module) -> float:
+        with torch.no_grad():
+            unit = torch.nn.functional.normalize(model(rows.x))
+        first, second = torch.triu_indices(len(unit), len(unit), 1)
+        cosines, genuine = (unit @ unit.T)[first, second], rows.subjects[first] == rows.subjects[second]
+        return float((cosines[~genuine] >= cosines[genuine].median()).float().mean())
+
+    return score
+
+
+def tiny(**arguments: object) -> DualBranchEnsemble:
+    torch.manual_seed(5)
+    return DualBranchEnsemble(**{"members": 2, "hidden_dim": 16, "feature_dim": DIM, "reduction": 4, **arguments})
+
+
+QUICK = Recipe(validate_every=20)
+
+
+def batches(rows: LabelledTensor, recipe: Recipe, count: int = 12, seed: int = 0) -> list[torch.Tensor]:
+    return list(itertools.islice(draw_batches(rows, recipe, torch.Generator().manual_seed(seed)), count))
+
+
+def test_batch_holds_as_many_rows_of_both_views_and_the_others_share():
+    paired = people(subjects=20)
+    others = torch.full((30,), 20) + torch.arange(30) // 3  # ten subjects of three rows, never seen turned
+    rows = LabelledTensor(
+        torch.cat([paired.x, torch.randn(30, DIM)]),
+        torch.cat([paired.subjects, others]),
+        torch.cat([paired.turned, torch.zeros(30, dtype=torch.bool)]),
+    )
+    recipe = Recipe(paired_subjects=8, rows_per_view=2, other_subjects=5, rows_per_other=2)
+    for batch in batches(rows, recipe):
+        assert len(set(batch.tolist())) == len(batch) == 8 * 4 + 5 * 2
+        per_subject = rows.subjects[batch].bincount(minlength=30)
+        assert per_subject[:20].sum() == 32
+        assert set(per_subject.tolist()) == {0, 2, 4}
+        assert rows.turned[batch].sum() == 16
+
+
+def test_without_turned_rows_a_batch_takes_its_rows_from_any_subject():
+    rows = people(subjects=20, turned=0, upright=9)
+    recipe = Recipe(paired_subjects=8, rows_per_view=3, other_subjects=4)
+    for batch in batches(rows, recipe):
+        assert sorted(set(rows.subjects[batch].bincount(minlength=20).tolist())) == [0, 6]
+        assert len(batch) == 12 * 6
+
+
+def test_subject_seen_from_the_side_only_is_one_of_the_others():
+    rows = people(subjects=6, upright=2, turned=2)
+    keep = rows.turned | (rows.subjects < 3)
+    rows = LabelledTensor(rows.x[keep], rows.subjects[keep], rows.turned[keep])
+    seen = torch.cat(batches(rows, Recipe(paired_subjects=3, other_subjects=3)))
+    assert set(rows.subjects[seen].tolist()) == set(range(6))
+
+
+def test_few_subjects_and_few_rows_are_all_taken_and_never_twice():
+    rows = people(subjects=3, upright=1, turned=2)
+    for batch in batches(rows, Recipe()):
+        assert sorted(batch.tolist()) == list(range(9))
+
+
+def test_every_subject_comes_before_any_comes_again():
+    rows = people(subjects=20)
+    recipe = Recipe(paired_subjects=5, other_subjects=0)
+    for offset in (0, 4, 8):
+        seen = torch.cat([rows.subjects[batch].unique() for batch in batches(rows, recipe)[offset : offset + 4]])
+        assert sorted(seen.tolist()) == list(range(20))
+
+
+def test_subject_with_very_many_rows_gives_as_many_as_any():
+    rows = people(subjects=2, upright=5000, turned=4)
+    for batch in batches(rows, Recipe(paired_subjects=2, rows_per_view=3)):
+        assert 10 <= len(batch) == len(set(batch.tolist())) <= 12
+
+
+@pytest.mark.parametrize("use_batch_stat", [False, True])
+def test_training_helps_people_it_has_not_seen(use_batch_stat):
+    unseen = misses(people(seed=1))
+    fitted = fit(tiny(use_batch_stat=use_batch_stat), people(), unseen, steps=60, seed=0, recipe=QUICK)
+    assert [(one.step, one.share) for one in fitted.candidates[:4]] == [(0, 1.0), (20, 1.0), (20, 0.8), (20, 0.6)]
+    assert fitted.best.score < 0.7 * fitted.candidates[0].score
+    assert unseen(fitted.model) == pytest.approx(fitted.best.score, abs=1e-6)
+    assert misses(people(seed=2))(fitted.model) < 0.8 * misses(people(seed=2))(tiny().eval())
+    assert not fitted.model.training
+
+
+@pytest.mark.parametrize("loss", ["shared_bar", "supcon", "triplet"])
+def test_equal_seeds_give_equal_bits_whatever_the_threads_and_another_seed_does_not(loss):
+    def weights(seed: int, threads: int) -> dict[str, torch.Tensor]:
+        torch.set_num_threads(threads)
+        try:
+            return fit(
+                tiny(), people(), lambda _: 0.0, steps=4, seed=seed, loss=loss, recipe=last(4)
+            ).model.state_dict()
+        finally:
+            torch.set_num_threads(1)
+
+    def last(steps: int) -> Recipe:
+        return Recipe(validate_every=steps)
+
+    first, again, other = weights(0, 1), weights(0, 2), weights(1, 1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    # The score is the same for all, so step 0 is kept: compare what was trained instead.
+    scores = iter([1.0, *([0.0] * 99)])
+    moved = fit(tiny(), people(), lambda _: next(scores), steps=4, seed=0, loss=loss, recipe=last(4)).model.state_dict()
+    assert not all(torch.equal(moved[name], other[name]) for name in moved)
+
+
+def test_members_are_trained_apart_and_end_apart():
+    scores = iter([1.0, 0.0, 0.5, 0.5])
+    fitted = fit(tiny(), people(), lambda _: next(scores), steps=5, seed=0, recipe=QUICK)
+    first, second = (member.identity_branch.project.weight for member in fitted.model.members)
+    assert first.abs().sum() > 0
+    assert not torch.allclose(first, second, atol=1e-4)
+
+
+def test_network_that_nothing_beats_is_returned_as_it_was():
+    worse = itertools.count()
+    model = DualBranchSENet(DIM, reduction=4)
+    x = people().x
+    fitted = fit(model, people(), lambda _: float(next(worse)), steps=10, seed=0, recipe=QUICK)
+    assert fitted.best.step == 0
+    assert torch.equal(fitted.model(x), x)
+
+
+def test_share_that_scores_best_is_the_one_returned():
+    scores, seen = iter([1.0, 0.5, 0.2, 0.4]), []
+
+    def score(model: torch.nn.Module) -> float:
+        seen.append(projection(model))
+        return next(scores)
+
+    def projection(model: torch.nn.Module) -> float:
+        return float(model.members[0].pose_branch.project.weight.detach().norm())
+
+    fitted = fit(tiny(), people(), score, steps=10, seed=0, recipe=Recipe(validate_every=10, shares=(1.0, 0.5, 0.1)))
+    assert (fitted.best.step, fitted.best.share) == (10, 0.5)
+    assert seen[2] == pytest.approx(seen[1] / 2, rel=1e-5)
+    assert projection(fitted.model) == pytest.approx(seen[2], rel=1e-6)
+
+
+def test_interrupt_keeps_the_best_so_far():
+    told = []
+
+    def report(step, loss, best):
+        told.append((step, best.step, loss > 0))
+        if step == 40:
+            raise KeyboardInterrupt
+
+    fitted = fit(tiny(), people(), misses(people(seed=1)), steps=10_000, seed=0, recipe=QUICK, report=report)
+    assert fitted.interrupted
+    assert told == [(20, 20, True), (40, 40, True)]
+    assert fitted.best.step in (20, 40)
+    assert fitted.best.score == min(one.score for one in fitted.candidates)
+
+
+def test_frozen_statistic_is_the_mean_over_the_training_rows():
+    rows = people()
+    fitted = fit(SEBlock(DIM, 4, use_batch_stat=True), rows, lambda _: 0.0, steps=3, seed=0, recipe=QUICK)
+    torch.testing.assert_close(fitted.model.frozen_mean, rows.x.mean(0), atol=1e-5, rtol=1e-5)
+    assert int(fitted.model.frozen_rows) == len(rows.x)
+
+
+def test_threads_are_left_as_they_were():
+    torch.set_num_threads(2)
+    try:
+        fit(tiny(), people(), lambda _: 0.0, steps=2, seed=0, recipe=QUICK)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_learns_as_well():
+    unseen = misses(people(seed=1))
+    fitted = fit(tiny(), people(), unseen, steps=60, seed=0, recipe=QUICK, device="cuda")
+    assert fitted.best.score < 0.7 * fitted.candidates[0].score
+    assert next(fitted.model.parameters()).device.type == "cpu"
