@@ -182,6 +182,13 @@ def report(net: str, work: Path, data: Path, to: Path) -> None:
             "PP EER": entry(raw_cfp, cfp, cfp_change, "profile-profile", lambda cell: cell.eer, eer),
             "LFW EER": entry(raw_lfw, lfw, lfw_change, "all", lambda cell: cell.eer, eer),
         }
+    if {"ensemble per_sample", "ensemble batch_stat"} <= set(methods):
+        sides = [pooled(net, f"ensemble {mode}", work, data)[0] for mode in ("batch_stat", "per_sample")]
+        change = paired_bootstrap(*sides, resamples=RESAMPLES)["frontal-profile"]
+        base, name = sides[0].cells["frontal-profile"], "per_sample against batch_stat, frontal-profile, in points"
+        found = {"EER": change.eer} | {f"FNMR@{point:g}": change.fnmr_own[point] for point in POINTS}
+        modes = {what: [100 * (end or 0) for end in (one.estimate, one.low, one.high)] for what, one in found.items()}
+        print(name, f"(batch_stat EER {100 * (eer(base) or 0):.2f}%)", json.dumps(modes))
     to.mkdir(parents=True, exist_ok=True)
     (to / f"training_{net}.json").write_text(json.dumps(results, indent=1) + "\n")
     (to / f"training_{net}.md").write_text(markdown(results))

@@ -27,9 +27,9 @@ from storage.tables import Snapshot
 from storage.tombstones import Tombstones
 from tasks.erase import Erased, erase, find_forgotten
 from tasks.evaluate import evaluate
-from tasks.pairs import read_pairs
 from tasks.gate import gated
 from tasks.index import Previous, index_mode, open_ids
+from tasks.pairs import read_pairs
 from tasks.release_report import write_report
 
 log = logging.getLogger("frontalis.forget")

@@ -5,29 +5,26 @@ any point leaves the served release untouched; the next one finds what is done b
 """
 
 import logging
-import os
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from prefect import flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.schemas.objects import State
-from prefect.futures import as_completed
 from prefect.states import Completed, Failed
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import opaque
 from pydantic import BaseModel, Field
 
 from flows.progress import tell_progress
+from flows.runner import check_runner, reweight_all
 from schemas.errors import FrontalisError, SettingsError, StoreError
 from schemas.features import digest_of
 from schemas.releases import ModelRef, Release, release_name
 from schemas.reports import DataQuality, Estimate, Evaluation, GateDecision, ShardFault
-from schemas.settings import PipelineSettings, RunnerSettings, load_pipeline
+from schemas.settings import PipelineSettings, load_pipeline
 from storage.features import features_table
 from storage.location import Location
 from storage.lock import store_lock
@@ -39,8 +36,7 @@ from tasks.plan import Plan
 from tasks.publish import Published
 from tasks.release_report import write_report
 from tasks.report import markdown_table
-from tasks.reweight import ReweightSpec, ShardResult, one_thread_each, stopping
-from tasks.stages import evaluate_task, index_task, models_task, plan_task, publish_task, reweight_task
+from tasks.stages import evaluate_task, index_task, models_task, plan_task, publish_task
 
 log = logging.getLogger("frontalis.reprocess")
 
@@ -102,7 +98,7 @@ def reprocess(config: str | None = None, settings: PipelineSettings | None = Non
 def run(settings: PipelineSettings) -> Outcome:
     """Do the work of `reprocess`, inside its flow run."""
     started = time.monotonic()
-    _check_runner(settings.runner)
+    check_runner(settings.runner)
     store = Location(settings.store)
     with store_lock(store, "reprocess", settings.wait):
         models = models_task(settings)
@@ -136,44 +132,6 @@ def run(settings: PipelineSettings) -> Outcome:
                 "warnings": warnings,
             }
         )
-
-
-def reweight_all(settings: PipelineSettings, plan: Plan, models: Mapping[str, ModelRef]) -> list[ShardResult]:
-    """Reweight every group of the plan on the runner of the settings, telling how far it has come."""
-    spec = ReweightSpec.of(settings, models, plan.schema)
-    total = sum(work.rows for work in plan.work)
-    workers = settings.runner.workers or os.cpu_count() or 1
-    stop = threading.Event()
-    stopping.set(stop)
-
-    @flow(name="reweight", task_runner=_runner(settings.runner, workers), validate_parameters=False)
-    def reweight() -> list[ShardResult]:
-        started = last = time.monotonic()
-        results: list[ShardResult] = []
-        done = 0
-        try:
-            futures = {}
-            for number, group in enumerate(plan.groups):
-                named = reweight_task.with_options(task_run_name=f"reweight-{number + 1:04d}-of-{len(plan.groups):04d}")
-                futures[named.submit(opaque(group), opaque(spec))] = sum(work.rows for work in group)
-            for future in as_completed(list(futures)):
-                results += future.result()
-                done += futures[future]
-                now = time.monotonic()
-                if now - last > 1 or done == total:
-                    rate = done / max(now - started, 1e-9)
-                    log.info("reweight: %s of %s rows, %s rows/s, %.0f s left", f"{done:,}", f"{total:,}",
-                             f"{rate:,.0f}", (total - done) / rate)  # fmt: skip
-                    last = now
-        except BaseException:  # Ctrl-C, SIGTERM, a cancelled run, a group that failed for good
-            stop.set()
-            log.warning("reweight: stopped; %s of %s rows are done and kept", f"{done:,}", f"{total:,}")
-            raise
-        return results
-
-    threads = workers if settings.runner.kind == "threads" else 1
-    with one_thread_each(threads):
-        return reweight()
 
 
 def release_content(settings: PipelineSettings, paths: Iterable[str], bad_shards: Sequence[str]) -> str:
@@ -305,26 +263,6 @@ def _unchanged(settings: PipelineSettings, release: Release, faults: Sequence[Sh
         gated=release.gated,
         report=f"{Location(settings.store).uri}/{release.report}" if release.report else None,
     )
-
-
-def _check_runner(runner: RunnerSettings) -> None:
-    if runner.kind == "dask" and not os.environ.get("PREFECT_API_URL"):
-        raise SettingsError(
-            "runner dask: PREFECT_API_URL is not set, so every worker would start a Prefect server of its own; start "
-            "`prefect server start` and set PREFECT_API_URL here and on the workers."
-        )
-
-
-def _runner(runner: RunnerSettings, workers: int) -> TaskRunner[Any]:
-    if runner.kind == "threads":
-        return ThreadPoolTaskRunner(max_workers=workers)
-    from prefect_dask.task_runners import DaskTaskRunner
-
-    if runner.address:
-        dask: TaskRunner[Any] = DaskTaskRunner(address=runner.address)
-    else:
-        dask = DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1})
-    return dask
 
 
 def _artifacts(settings: PipelineSettings, release: Release, evaluation: Evaluation) -> None:

@@ -55,6 +55,10 @@ def _start(
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
+    # What Prefect says of a failed run is the error again, with a traceback: `main` prints it once, in one line.
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: not record.name.startswith("prefect"))
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     logging.getLogger("frontalis").setLevel(logging.WARNING if quiet else logging.INFO)
     # Prefect's own log would repeat ours and hide it; the server keeps its record of the run all the same.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")

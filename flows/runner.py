@@ -1,0 +1,128 @@
+"""Where shard groups are worked on: threads of this process, or the workers of a Dask cluster.
+
+The groups come from `tasks.plan`; what is done with one is `tasks.reweight`. Both runners write the same files under
+the same names, so it does not matter to the store which one did the work, or whether they took turns.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import flow
+from prefect.futures import as_completed
+from prefect.settings import PREFECT_API_URL
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.utilities.annotations import opaque
+
+from schemas.errors import SettingsError
+from schemas.releases import ModelRef
+from schemas.settings import PipelineSettings, RunnerSettings
+from tasks.plan import Plan, ShardWork
+from tasks.reweight import ReweightSpec, ShardResult, one_thread_each, stopping
+from tasks.stages import reweight_task
+
+log = logging.getLogger("frontalis.reprocess")
+
+CONNECT_SECONDS = 10
+TELL_SECONDS = 1.0
+
+
+def check_runner(runner: RunnerSettings) -> None:
+    """Refuse a runner that cannot work, before anything is done.
+
+    Raises:
+        SettingsError: Dask without a Prefect server for all workers, or without a scheduler that answers.
+    """
+    if runner.kind != "dask":
+        return
+    if not PREFECT_API_URL.value():
+        raise SettingsError(
+            "runner dask: PREFECT_API_URL is not set, so every worker would start a Prefect server of its own; start "
+            "`prefect server start` and set PREFECT_API_URL to an address that the workers reach, too."
+        )
+    if runner.address:
+        from distributed import Client
+
+        try:
+            Client(runner.address, timeout=CONNECT_SECONDS, set_as_default=False).close()
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"runner.address {runner.address}: no Dask scheduler answers ({str(error).splitlines()[0]}); start "
+                "`dask scheduler`, or leave the address out for a cluster on this machine."
+            ) from error
+
+
+def reweight_all(settings: PipelineSettings, plan: Plan, models: Mapping[str, ModelRef]) -> list[ShardResult]:
+    """Reweight every group of the plan on the runner of the settings, telling how far it has come.
+
+    Raises:
+        FrontalisError: as `tasks.reweight.reweight_group`; what is complete is kept.
+    """
+    workers = settings.runner.workers or os.cpu_count() or 1
+    stop = threading.Event()
+    stopping.set(stop)
+    _job.set(_Job(plan.groups, ReweightSpec.of(settings, models, plan.schema), stop))
+    run = _reweight_flow.with_options(task_runner=_task_runner(settings.runner, workers))
+    with one_thread_each(workers if settings.runner.kind == "threads" else 1):
+        return run()
+
+
+@dataclass(frozen=True)
+class _Job:
+    groups: Sequence[Sequence[ShardWork]]
+    spec: ReweightSpec
+    stop: threading.Event
+
+
+# Prefect sends a flow and its parameters to Dask with every one of its tasks. What only the flow needs is handed over
+# here, and its function is importable under its own name, so that a task carries its own group and nothing else.
+_job: ContextVar[_Job] = ContextVar("job")
+
+
+def _reweight() -> list[ShardResult]:
+    job = _job.get()
+    total = sum(work.rows for group in job.groups for work in group)
+    started = last = time.monotonic()
+    results: list[ShardResult] = []
+    done = 0
+    try:
+        futures = {}
+        for number, group in enumerate(job.groups):
+            named = reweight_task.with_options(task_run_name=f"reweight-{number + 1:04d}-of-{len(job.groups):04d}")
+            futures[named.submit(opaque(group), opaque(job.spec))] = sum(work.rows for work in group)
+        for future in as_completed(list(futures)):
+            results += future.result()
+            done += futures[future]
+            now = time.monotonic()
+            if now - last > TELL_SECONDS or done == total:
+                rate = done / max(now - started, 1e-9)
+                log.info("reweight: %s of %s rows, %s rows/s, %.0f s left", f"{done:,}", f"{total:,}", f"{rate:,.0f}",
+                         (total - done) / rate)  # fmt: skip
+                last = now
+    except BaseException:  # Ctrl-C, SIGTERM, a cancelled run, a group that failed for good
+        job.stop.set()
+        log.warning("reweight: stopped; %s of %s rows are done and kept", f"{done:,}", f"{total:,}")
+        raise
+    return results
+
+
+_reweight_flow = flow(name="reweight", validate_parameters=False)(_reweight)
+
+
+def _task_runner(runner: RunnerSettings, workers: int) -> TaskRunner[Any]:
+    if runner.kind == "threads":
+        return ThreadPoolTaskRunner(max_workers=workers)
+    from prefect_dask.task_runners import DaskTaskRunner
+
+    logging.getLogger("distributed").setLevel(logging.WARNING)  # it would tell each connection of each worker
+    if runner.address:
+        dask: TaskRunner[Any] = DaskTaskRunner(address=runner.address)
+    else:
+        local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+        dask = DaskTaskRunner(cluster_kwargs=local)
+    return dask

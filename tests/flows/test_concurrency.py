@@ -1,0 +1,216 @@
+"""Two at once: runs, a run and readers, a run and a rollback. One wins, nobody sees a half, and the other is told."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from flows.forget import forget
+from flows.query import answer
+from flows.verify import check
+from schemas.errors import StoreBusyError
+from schemas.features import feature_schema
+from schemas.reports import GateDecision
+from storage.features import features_table
+from storage.location import Location
+from storage.lock import store_lock
+from storage.releases import Releases
+from storage.tables import LiveFile
+
+
+def command(source: Path, store: Path, models: list[str], *more: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "frontalis",
+        "reprocess",
+        "--source",
+        str(source),
+        "--store",
+        str(store),
+        *models,
+        *more,
+    ]
+
+
+def test_the_second_run_is_refused_or_waits(prefect_server, tiny_source, tiny_models, tmp_path) -> None:
+    store = tmp_path / "store"
+    started = [
+        subprocess.Popen(
+            command(tiny_source, store, tiny_models.arguments, *more), env=prefect_server.env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for more in ([], [], ["--wait", "100"], ["--wait", "100"])
+    ]  # fmt: skip
+    ended = [(process.communicate(timeout=170), process.returncode) for process in started]
+    codes = [code for _, code in ended]
+    for (_, stderr), code in ended:
+        assert "Traceback" not in stderr
+        assert code == 0 or (code == 3 and "held by another run (reprocess, process" in stderr), stderr
+    assert codes[2:] == [0, 0], "those that wait get their turn"
+    assert [old.number for old in Releases(Location(str(store))).all()] == [1], "the others found nothing to do"
+    assert check(str(store)).problems == []
+
+
+def test_readers_never_fail_or_see_a_half_while_runs_publish(
+    prefect_server, tiny_source, make_checkpoint, tmp_path
+) -> None:
+    """Every answer is one of a promoted release as a whole; here each release is told by its features."""
+    store = tmp_path / "store"
+    env = prefect_server.env
+    ids = None
+    stop = threading.Event()
+    answers: list[tuple[str, str]] = []
+    failures: list[str] = []
+
+    def ask() -> None:
+        while not stop.is_set():
+            try:
+                for mode in ("raw", "per_sample"):
+                    found = answer(str(store), mode, ids=ids, k=3)
+                    answers.append((found.release, found.model_dump_json(exclude={"store", "k"})))
+                frame = pl.scan_delta(str(store / "features")).group_by("mode").agg(pl.col("id").sort()).collect()
+                assert len({tuple(row) for row in frame["id"].to_list()}) == 1
+            except Exception as error:
+                failures.append(repr(error))
+
+    def publish(number: int) -> None:
+        model = make_checkpoint(tmp_path / f"{number}.safetensors", seed=number)
+        done = subprocess.run(
+            command(tiny_source, store, ["--model", f"per_sample={model}"], "--json"), env=env, capture_output=True,
+            text=True, check=False, timeout=170,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["status"] == "promoted"
+
+    publish(1)
+    ids = pl.scan_delta(str(store / "features")).select("id").head(1).collect()["id"].to_list()
+    with ThreadPoolExecutor(2) as readers:
+        asking = [readers.submit(ask) for _ in range(2)]
+        for number in (2, 3):
+            publish(number)
+        time.sleep(0.5)
+        stop.set()
+        for one in asking:
+            one.result()
+    assert failures == []
+    seen = {release for release, _ in answers}
+    assert len(seen) == 3, "the readers have seen the change"
+    by_release = {}
+    for release, text in answers:
+        by_release.setdefault((release, json.loads(text)["mode"]), set()).add(text)
+    assert all(len(texts) == 1 for texts in by_release.values()), "one release gives one answer"
+
+
+@pytest.fixture
+def release(published):
+    store = published()
+    return store, Releases(Location(str(store))).all()[0]
+
+
+def another(release, number: int, name: str):
+    gate = GateDecision(promoted=True, reason="test")
+    return release.model_copy(update={"release": name, "number": number, "gate": gate})
+
+
+def test_of_two_records_on_one_history_one_wins(release) -> None:
+    """As on object storage, where no lock keeps two runs apart."""
+    store, first = release
+    barrier = threading.Barrier(8)
+    outcomes, refused = [], []
+
+    def record(number: int) -> None:
+        history = Releases(Location(str(store)))
+        seen = history.all()
+        barrier.wait()
+        try:
+            history.record(another(first, 2, f"r00002-{number}"), seen)
+            outcomes.append(number)
+        except StoreBusyError as error:
+            refused.append(str(error))
+
+    with ThreadPoolExecutor(8) as writers:
+        list(writers.map(record, range(8)))
+    assert len(outcomes) == 1
+    assert len(refused) == 7
+    assert all("run again" in message.lower() for message in refused)
+    history = Releases(Location(str(store))).all()
+    assert [old.release for old in history] == [first.release, f"r00002-{outcomes[0]}"]
+    assert [old.serving for old in history] == [False, True]
+
+
+def test_a_rollback_in_between_is_not_overwritten(release) -> None:
+    store, first = release
+    history = Releases(Location(str(store)))
+    history.record(another(first, 2, "r00002-x"), history.all())
+    seen = history.all()
+    Releases(Location(str(store))).serve(first.release)
+    with pytest.raises(StoreBusyError, match="changed the releases"):
+        history.record(another(first, 3, "r00003-x"), seen)
+    assert history.serving().release == first.release
+
+
+@pytest.mark.parametrize("second", ["the same file", "another file"])
+def test_of_two_commits_on_one_version_one_wins(tmp_path, second) -> None:
+    table = features_table(Location(str(tmp_path)))
+    schema = feature_schema(pa.string())
+    mine, theirs = ("a", "a") if second == "the same file" else ("a", "b")
+
+    def file(name: str) -> LiveFile:
+        path = f"mode=raw/shard={name}/x.parquet"
+        (table.place / path).write_bytes(b"-")
+        return LiveFile(path, 1, 1, {"mode": "raw", "shard": name})
+
+    base = table.commit(table.snapshot(), schema, [file("first")], [])
+    after = table.commit(base, schema, [file(mine)], [])
+    with pytest.raises(StoreBusyError, match="another run committed first"):
+        table.commit(base, schema, [file(theirs)], [])
+    assert table.snapshot().files == after.files
+
+
+def test_two_tables_made_at_once_are_one(tmp_path) -> None:
+    barrier = threading.Barrier(4)
+    outcomes = []
+
+    def make(number: int) -> None:
+        table = features_table(Location(str(tmp_path)))
+        base = table.snapshot()
+        path = f"mode=raw/shard=s{number}/x.parquet"
+        (table.place / path).write_bytes(b"-")
+        barrier.wait()
+        try:
+            table.commit(
+                base, feature_schema(pa.string()), [LiveFile(path, 1, 1, {"mode": "raw", "shard": f"s{number}"})], []
+            )
+            outcomes.append(path)
+        except StoreBusyError:
+            pass
+
+    with ThreadPoolExecutor(4) as writers:
+        list(writers.map(make, range(4)))
+    assert len(outcomes) == 1
+    assert list(features_table(Location(str(tmp_path))).snapshot().files) == outcomes
+
+
+def test_the_lock_is_free_after_its_holder_died(tmp_path) -> None:
+    code = (
+        "import os, sys; from storage.location import Location; from storage.lock import store_lock\n"
+        "with store_lock(Location(sys.argv[1]), 'reprocess'): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    with store_lock(Location(str(tmp_path)), "reprocess"):
+        pass
+
+
+def test_forgetting_waits_for_its_turn(release, person) -> None:
+    store, _ = release
+    with store_lock(Location(str(store)), "reprocess"), pytest.raises(StoreBusyError, match="held by another run"):
+        forget(str(store), subject=person.subject)
+    assert not (store / "tombstones.json").exists()

@@ -1,0 +1,313 @@
+"""A night costs what changed: for each kind of change, what is computed, committed and done to the indexes.
+
+What a night leaves must be, byte for byte, what a new store would get from the same source: that is the reference here.
+Which files a plan wants is tested closer by in `tests/tasks/test_plan.py`.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import tasks.reweight
+from schemas.releases import IndexRef
+from storage.features import features_table, quarantine_table
+from storage.location import Location
+from storage.releases import Releases
+from tasks.synth import synthesize
+
+SHARDS = 20
+ROWS = 14
+ALL = {"raw", "per_sample", "batch_stat"}
+KEYS = [f"part-{number:03d}" for number in range(SHARDS)]
+SHARED = dict.fromkeys(ALL, "shared")
+UPDATED = dict.fromkeys(ALL, "updated")
+BUILT = dict.fromkeys(ALL, "built")
+
+Change = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Night:
+    """A change, and what the night after it does: `computed` has shard → modes, `indexes` mode → how it was made.
+
+    `commits` and `quarantine_commits` are new Delta versions; without any index the night publishes no release.
+    """
+
+    change: Change = lambda source: None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    computed: Mapping[str, set[str]] = field(default_factory=dict)
+    commits: int = 0
+    quarantine_commits: int = 0
+    indexes: Mapping[str, str] = field(default_factory=dict)
+
+
+def edit(source: Path, key: str, value: float = 1.5, row: int = 2) -> None:
+    """Change one number of one row."""
+    file = source / f"{key}.parquet"
+    table = pq.read_table(file)
+    matrix = np.stack(table["embedding"].to_numpy()).astype(np.float32)
+    matrix[row, 3] = value
+    column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+    at = table.schema.get_field_index("embedding")
+    pq.write_table(table.set_column(at, "embedding", column), file, compression="none")
+
+
+def edit_several(source: Path) -> None:
+    for key in KEYS[4:8]:
+        edit(source, key)
+
+
+def edit_secretly(source: Path) -> None:
+    """Change an id, and keep the size and the time of the file."""
+    file = source / "part-005.parquet"
+    before, content = file.stat(), file.read_bytes()
+    name = pq.read_table(file, columns=["id"])["id"][4].as_py().encode()
+    changed = content.replace(name, name[:-1] + b"X")
+    assert changed != content
+    file.write_bytes(changed)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def copy_over_itself(source: Path) -> None:
+    file = source / "part-005.parquet"
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+
+
+def add(source: Path) -> None:
+    table = pq.read_table(source / "part-005.parquet")
+    names = pa.array([f"new-{row}" for row in range(table.num_rows)])
+    pq.write_table(table.set_column(table.schema.get_field_index("id"), "id", names), source / "part-new.parquet")
+    edit(source, "part-new", 0.7)
+
+
+def rename(source: Path) -> None:
+    (source / "part-005.parquet").rename(source / "renamed.parquet")
+
+
+NIGHTS: dict[str, Night] = {
+    "nothing": Night(),
+    "a shard copied over itself": Night(copy_over_itself),
+    "one shard changed": Night(
+        lambda source: edit(source, "part-005"), computed={"part-005": ALL}, commits=1, indexes=UPDATED
+    ),
+    "one row turned bad": Night(
+        lambda source: edit(source, "part-005", float("nan")),
+        computed={"part-005": ALL},
+        commits=1,
+        quarantine_commits=1,
+        indexes=UPDATED,
+    ),
+    "a bad row mended": Night(
+        lambda source: edit(source, "part-001", 0.1),
+        computed={"part-001": ALL},
+        commits=1,
+        quarantine_commits=1,
+        indexes=UPDATED,
+    ),
+    "four of twenty shards changed": Night(
+        edit_several, computed=dict.fromkeys(KEYS[4:8], ALL), commits=1, indexes=BUILT
+    ),
+    "one shard more": Night(add, computed={"part-new": ALL}, commits=1, indexes=UPDATED),
+    "one shard vanished": Night(
+        lambda source: (source / "part-005.parquet").unlink(), commits=1, indexes=UPDATED
+    ),
+    "one shard renamed": Night(rename, commits=1, indexes=UPDATED),
+    "a shard rewritten with equal size and time": Night(
+        edit_secretly, computed={"part-005": ALL}, commits=1, indexes=UPDATED
+    ),
+    "another model": Night(
+        settings={"models": {"per_sample": "other"}},
+        computed=dict.fromkeys(KEYS, {"per_sample"}),
+        commits=1,
+        indexes=SHARED | {"per_sample": "built"},
+    ),
+    "the same model under another name": Night(settings={"models": {"per_sample": "again"}}),
+    "one mode less": Night(
+        settings={"models": {"batch_stat": None}}, commits=1, indexes={"raw": "shared", "per_sample": "shared"}
+    ),
+    "another statistic": Night(
+        settings={"reweight": {"statistic": "batch"}},
+        computed=dict.fromkeys(KEYS, {"batch_stat"}),
+        commits=1,
+        indexes=SHARED | {"batch_stat": "built"},
+    ),
+    "branches too": Night(
+        settings={"reweight": {"branches": True}},
+        computed=dict.fromkeys(KEYS, {"per_sample", "batch_stat"}),
+        commits=1,
+        indexes=SHARED | {"per_sample": "built", "batch_stat": "built"},
+    ),
+    # The new column joins the schema in a commit of its own, before the one that brings the files.
+    "another kept column": Night(
+        settings={"columns": {"keep": ["note"]}}, computed=dict.fromkeys(KEYS, ALL), commits=2, indexes=BUILT
+    ),
+    "more workers in smaller groups": Night(settings={"reweight": {"group_rows": 1}, "runner": {"workers": 3}}),
+    "another evaluation": Night(settings={"evaluation": {"resamples": 0, "seed": 1}}, indexes=SHARED),
+    "another gate": Night(settings={"gate": {"tolerance": 0.9}}, indexes=SHARED),
+    "another kind of index": Night(settings={"index": {"factory": "IVF4,Flat"}}, indexes=BUILT),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Twenty shards of one subject each, with a column to keep; `part-001` has a bad row."""
+    folder = tmp_path_factory.mktemp("incremental") / "source"
+    synthesize(folder, subjects=SHARDS, per_subject=ROWS, dim=32, shards=SHARDS, seed=11)
+    for file in folder.iterdir():
+        table = pq.read_table(file)
+        pq.write_table(table.append_column("note", pa.array([file.stem] * table.num_rows)), file)
+    edit(folder, "part-001", float("inf"))
+    assert sorted(file.stem for file in folder.iterdir()) == KEYS
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(source: Path, run_pipeline, tmp_path_factory) -> Path:
+    """A store with one release of the source."""
+    place = tmp_path_factory.mktemp("incremental-store") / "store"
+    outcome = run_pipeline(source, place)
+    assert (outcome.shards_computed, outcome.data.quarantined) == (SHARDS, {"not_finite": 1})
+    return place
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Shard → modes of all that is computed from here on, as seen where it is computed."""
+    seen: dict[str, set[str]] = {}
+    really = tasks.reweight.reweight_shard
+
+    def watched(work, spec):
+        seen.setdefault(work.shard.key, set()).update(work.paths)
+        return really(work, spec)
+
+    monkeypatch.setattr(tasks.reweight, "reweight_shard", watched)
+    return seen
+
+
+@pytest.mark.parametrize("name", NIGHTS)
+def test_night_does_what_is_needed_and_no_more(
+    name: str, source: Path, store: Path, tmp_path: Path, run_pipeline, night, quick_settings, tiny_models,
+    make_checkpoint, computed,
+) -> None:  # fmt: skip
+    expected = NIGHTS[name]
+    shutil.copytree(source, tmp_path / "source")
+    shutil.copytree(store, tmp_path / "store")
+    before, versions = newest(tmp_path / "store"), versions_of(tmp_path / "store")
+    settings = dict(expected.settings)
+    if "models" in settings:
+        files = {"other": make_checkpoint(tmp_path / "other", seed=5), "again": tmp_path / "again"}
+        shutil.copy(tiny_models.per_sample, files["again"])
+        changed = {mode: file and str(files[file]) for mode, file in settings["models"].items()}
+        settings["models"] = {mode: path for mode, path in {**tiny_models.by_mode, **changed}.items() if path}
+    expected.change(tmp_path / "source")
+
+    outcome = run_pipeline(tmp_path / "source", tmp_path / "store", **settings)
+
+    assert computed == expected.computed
+    assert outcome.shards_computed == len(expected.computed)
+    assert outcome.rows_computed == ROWS * len(expected.computed)
+    after = versions_of(tmp_path / "store")
+    assert [new - old for new, old in zip(after, versions, strict=True)] == [
+        expected.commits, expected.quarantine_commits,
+    ]  # fmt: skip
+    release = newest(tmp_path / "store")
+    assert outcome.status == ("promoted" if expected.indexes else "unchanged")
+    assert (release.release != before.release) == bool(expected.indexes)
+    if expected.indexes:
+        made = {mode: how_made(tmp_path / "store", before.indexes[mode], ref) for mode, ref in release.indexes.items()}
+        assert made == expected.indexes
+    night(quick_settings(tmp_path / "source", tmp_path / "fresh", **settings))
+    assert live_bytes(tmp_path / "store") == live_bytes(tmp_path / "fresh")
+
+
+def test_whole_night_without_a_change_opens_no_shard(
+    source: Path, store: Path, run_pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    really = Location.open_input
+
+    def counting(place: Location) -> pa.NativeFile:
+        opened.append(place.path)
+        return really(place)
+
+    monkeypatch.setattr(Location, "open_input", counting)
+    assert run_pipeline(source, store).status == "unchanged"
+    assert opened  # the store was looked at, so the counter counts
+    assert not [path for path in opened if path.startswith(str(source))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_row_of_changes_ends_as_a_new_store_would(
+    seed: int, source: Path, tmp_path: Path, night, pipeline_of
+) -> None:
+    """Renamed, returned, swapped, bad and mended shards in any order, with ids that move between them."""
+    folder, chance = tmp_path / "source", random.Random(seed)
+    folder.mkdir()
+    for key in KEYS[:6]:
+        shutil.copy(source / f"{key}.parquet", folder)
+    night(pipeline_of(folder, tmp_path / "store"))
+    for step in range(8):
+        for _ in range(chance.randint(1, 3)):
+            any_change(folder, source, chance)
+        night(pipeline_of(folder, tmp_path / "store"))
+        night(pipeline_of(folder, tmp_path / f"fresh-{step}"))
+        assert live_bytes(tmp_path / "store") == live_bytes(tmp_path / f"fresh-{step}"), f"step {step}"
+
+
+def any_change(folder: Path, source: Path, chance: random.Random) -> None:
+    present = sorted(folder.iterdir())
+    file = chance.choice(present)
+    kind = chance.choice(["edit", "bad row", "remove", "return", "rename", "copy", "swap"])
+    if kind == "edit":
+        edit(folder, file.stem, chance.random(), chance.randrange(ROWS))
+    elif kind == "bad row":
+        edit(folder, file.stem, float("nan"), chance.randrange(ROWS))
+    elif kind == "remove" and len(present) > 2:
+        file.unlink()
+    elif kind == "return":
+        shutil.copy(source / f"{chance.choice(KEYS[:6])}.parquet", folder)
+    elif kind == "rename":
+        file.rename(folder / f"z-{chance.randrange(100):02d}.parquet")
+    elif kind == "copy":  # the second of two equal shards holds nothing but duplicates
+        shutil.copy(file, folder / f"copy-{chance.randrange(100):02d}.parquet")
+    elif kind == "swap":
+        other = chance.choice(present)
+        ours, theirs = file.read_bytes(), other.read_bytes()
+        file.write_bytes(theirs)
+        other.write_bytes(ours)
+
+
+def newest(store: Path):
+    return Releases(Location(str(store))).all()[-1]
+
+
+def versions_of(store: Path) -> list[int]:
+    place = Location(str(store))
+    return [features_table(place).snapshot().version, quarantine_table(place).snapshot().version]
+
+
+def how_made(store: Path, old: IndexRef, new: IndexRef) -> str:
+    if (store / old.path).samefile(store / new.path):
+        return "shared"
+    return "updated" if new.changed > old.changed else "built"
+
+
+def live_bytes(store: Path) -> dict[str, bytes]:
+    """Every live file of both tables with its bytes."""
+    place = Location(str(store))
+    return {
+        f"{table.place.name}/{path}": (Path(table.place.path) / path).read_bytes()
+        for table in (features_table(place), quarantine_table(place))
+        for path in table.snapshot().files
+    }
