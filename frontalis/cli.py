@@ -94,9 +94,7 @@ def train(
     out: Annotated[str, typer.Option(help="Checkpoint to write (.safetensors); its card goes beside it.")],
     mode: Annotated[str, typer.Option(help="per_sample or batch_stat.")] = "per_sample",
     augment: Annotated[list[str] | None, typer.Option(help="Further views of the same subjects; repeat.")] = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="dual_branch_ensemble (default), dual_branch or se.")
-    ] = None,
+    architecture: Annotated[str | None, typer.Option(help="dual_branch_ensemble (default), dual_branch or se.")] = None,
     loss: Annotated[str | None, typer.Option(help="shared_bar (default), supcon or triplet.")] = None,
     seed: int = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="360 by default; validation may prefer fewer.")] = None,

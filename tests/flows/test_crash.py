@@ -171,7 +171,7 @@ def test_a_killed_run_is_carried_on(scenes, tmp_path, number) -> None:
 def test_the_kills_landed_and_in_every_stage() -> None:
     """What the kills above rest on. A run may be faster than its killer now and then."""
     assert len(LANDED) >= 0.75 * KILLS
-    assert set(LANDED) == set(STAGES) or KILLS < 2 * len(STAGES)
+    assert set(LANDED) == set(STAGES) or 2 * len(STAGES) > KILLS
 
 
 def _moment(chance: random.Random, run: Run, stage: str, seconds: float) -> Callable[[], bool]:

@@ -119,16 +119,14 @@ NIGHTS: dict[str, Night] = {
         edit_several, computed=dict.fromkeys(KEYS[4:8], ALL), commits=1, indexes=BUILT
     ),
     "one shard more": Night(add, computed={"part-new": ALL}, commits=1, indexes=UPDATED),
-    "one shard vanished": Night(
-        lambda source: (source / "part-005.parquet").unlink(), commits=1, indexes=UPDATED
-    ),
+    "one shard vanished": Night(lambda source: (source / "part-005.parquet").unlink(), commits=1, indexes=UPDATED),
     "one shard renamed": Night(rename, commits=1, indexes=UPDATED),
     "a shard rewritten with equal size and time": Night(
         edit_secretly, computed={"part-005": ALL}, commits=1, indexes=UPDATED
     ),
     "another model": Night(
         settings={"models": {"per_sample": "other"}},
-        computed=dict.fromkeys(KEYS, {"per_sample"}),
+        computed={key: {"per_sample"} for key in KEYS},
         commits=1,
         indexes=SHARED | {"per_sample": "built"},
     ),
@@ -138,13 +136,13 @@ NIGHTS: dict[str, Night] = {
     ),
     "another statistic": Night(
         settings={"reweight": {"statistic": "batch"}},
-        computed=dict.fromkeys(KEYS, {"batch_stat"}),
+        computed={key: {"batch_stat"} for key in KEYS},
         commits=1,
         indexes=SHARED | {"batch_stat": "built"},
     ),
     "branches too": Night(
         settings={"reweight": {"branches": True}},
-        computed=dict.fromkeys(KEYS, {"per_sample", "batch_stat"}),
+        computed={key: {"per_sample", "batch_stat"} for key in KEYS},
         commits=1,
         indexes=SHARED | {"per_sample": "built", "batch_stat": "built"},
     ),
