@@ -41,7 +41,7 @@ def tiny(**arguments: object) -> DualBranchEnsemble:
     return DualBranchEnsemble(**{"members": 2, "hidden_dim": 16, "feature_dim": DIM, "reduction": 4, **arguments})
 
 
-QUICK = Recipe(validate_every=20)
+QUICK = Recipe(validate_every=20, shares=(1.0, 0.8, 0.6))
 
 
 def batches(rows: LabelledTensor, recipe: Recipe, count: int = 12, seed: int = 0) -> list[torch.Tensor]:
