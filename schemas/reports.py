@@ -14,9 +14,12 @@ ALL = "all"
 
 
 class Record(BaseModel):
-    """Base of all records: unknown fields are refused, so that an old reader never misreads a newer file."""
+    """Base of all records: unknown fields are refused, so that an old reader never misreads a newer file.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    So are NaN and infinities, which JSON does not have: they would come back as missing, without a reason.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Estimate(Record):
