@@ -9,6 +9,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -90,9 +91,10 @@ class Location:
         if self.is_local:
             with self._naming():
                 try:
-                    return _local_entry(self.name, os.stat(self.path))  # noqa: PTH116 - beside os.scandir
+                    found = os.stat(self.path)  # noqa: PTH116 - beside os.scandir
                 except FileNotFoundError:
                     return None
+            return _local_entry(self.name, found) if stat.S_ISREG(found.st_mode) else None
         with self._naming():
             info = self.fs.get_file_info(self.path)
         if info.type != pafs.FileType.File:
@@ -151,16 +153,8 @@ class Location:
             file.write(content)
 
     def copy_to(self, target: "Location") -> None:
-        """Copy a file atomically (a hard link where both are local)."""
-        if self.is_local and target.is_local:
-            with target._naming():
-                Path(target.path).parent.mkdir(parents=True, exist_ok=True)
-                # A link cannot replace a file, a rename can: what lies there may be left over from another run.
-                temporary = Path(target.path).parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-                os.link(self.path, temporary)
-                os.replace(temporary, target.path)  # noqa: PTH105
-                temporary.unlink(missing_ok=True)  # renaming one link of a file over another leaves both
-                _sync_folder(Path(target.path).parent)
+        """Copy a file atomically: a hard link where both are local and the file system has such links."""
+        if self.is_local and target.is_local and target._link(self.path):
             return
         with self.open_input() as source, target.writing() as file:
             shutil.copyfileobj(source, file, 8 << 20)
@@ -218,21 +212,37 @@ class Location:
             metadata = stream.metadata() or {}
         return bytes(metadata.get(b"ETag", b"")).decode()
 
+    def _link(self, source: str) -> bool:
+        """Make the file another name of `source`; return False where that cannot be (another disk, no hard links)."""
+        with self._naming():
+            target, temporary = self._beside()
+            try:
+                os.link(source, temporary)  # a link cannot replace a file, the rename below can
+            except OSError:
+                return False
+            temporary.replace(target)
+            temporary.unlink(missing_ok=True)  # renaming one link of a file over another leaves both
+            _sync_folder(target.parent)
+        return True
+
     def _write_local(self) -> Iterator[BinaryIO]:
-        target = Path(self.path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
+        target, temporary = self._beside()
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101 - mkstemp made it private
-            os.replace(temporary, target)  # noqa: PTH105
+            temporary.replace(target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         _sync_folder(target.parent)
+
+    def _beside(self) -> tuple[Path, Path]:
+        """Return the file's path and a temporary one in the same folder, which is made."""
+        target = Path(self.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target, target.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
@@ -247,8 +257,8 @@ class Location:
             ) from error
 
 
-def _local_entry(name: str, stat: os.stat_result) -> Entry:
-    return Entry(name, stat.st_size, stat.st_mtime_ns, f"{stat.st_ctime_ns}-{stat.st_ino}")
+def _local_entry(name: str, found: os.stat_result) -> Entry:
+    return Entry(name, found.st_size, found.st_mtime_ns, f"{found.st_ctime_ns}-{found.st_ino}")
 
 
 def digest_file(place: Location, new: Callable[[], Any]) -> str:
@@ -274,12 +284,6 @@ def _s3() -> pafs.FileSystem:
     if region:
         options["region"] = region
     return pafs.S3FileSystem(**options)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:
