@@ -98,7 +98,7 @@ class Census:
         try:
             table = from_parquet((self.place / ENTRIES).read_bytes())
             self.entries = {row["key"]: Entry(**row) for row in table.to_pylist()}
-        except (FileNotFoundError, FrontalisError, pa.ArrowException, OSError, TypeError):
+        except (FileNotFoundError, FrontalisError, pa.ArrowException, OSError, TypeError, KeyError):
             self.entries = {}
         return self
 
