@@ -5,6 +5,8 @@ compress: they are stored plain, without dictionary and statistics, in row group
 page (measurements in `docs/decisions.md`). Which files are wanted is `tasks.plan`; committing them is `storage.tables`.
 """
 
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -59,26 +61,33 @@ def matrix_of(column: pa.Array | pa.ChunkedArray, what: str) -> npt.NDArray[np.f
     Raises:
         StoreError: rows differ in length, or a vector is null. `what` names the file.
     """
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):  # combine_chunks keeps chunks that together exceed 2 GiB
-        return np.concatenate([matrix_of(chunk, what) for chunk in array.chunks])
+    if isinstance(column, pa.ChunkedArray) and column.num_chunks != 1:
+        parts = [matrix_of(chunk, what) for chunk in column.chunks if len(chunk)]
+        if len({part.shape[1] for part in parts}) > 1:
+            raise _uneven(what)
+        return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+    array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     n = len(array)
     if n == 0:
         return np.zeros((0, 0), np.float32)
     offsets = array.offsets.to_numpy()
     dim = int(offsets[1] - offsets[0])
     if array.null_count or not (np.diff(offsets) == dim).all():
-        raise StoreError(f"{what}: the vectors differ in length or are missing; run `frontalis verify --store …`.")
+        raise _uneven(what)
     flat = array.values.to_numpy()[offsets[0] : offsets[-1]]
     return np.asarray(flat, dtype=np.float32).reshape(n, dim)
+
+
+def _uneven(what: str) -> StoreError:
+    return StoreError(f"{what}: the vectors differ in length or are missing; run `frontalis verify --store …`.")
 
 
 def read_rows(table: Table, file: LiveFile, columns: Sequence[str], rows: int = 65_536) -> Iterator[pa.RecordBatch]:
     """Yield the rows of one feature file in batches, checking the checksum of every page read.
 
     Raises:
-        StoreError: the file is missing or damaged. A damaged file is set aside (deleted), so that the next run of
-            `reprocess` computes it again.
+        StoreError: the file is missing, damaged, or cannot be read now. Only a file that is damaged beyond doubt is
+            deleted, so that the next run of `reprocess` computes it again.
     """
     place = table.place / file.path
     try:
@@ -90,10 +99,12 @@ def read_rows(table: Table, file: LiveFile, columns: Sequence[str], rows: int = 
     except FileNotFoundError as error:
         raise StoreError(f"{place.uri}: is missing; run `frontalis reprocess` to compute it again.") from error
     except (pa.ArrowException, OSError) as error:
+        why = (str(error).splitlines() or ["no reason given"])[0][:120]
+        if not _is_damaged(place, file.rows):
+            raise StoreError(f"{place.uri}: cannot be read now ({why}); run again.") from error
         place.delete()
         raise StoreError(
-            f"{place.uri}: is damaged ({str(error).splitlines()[0][:120]}) and was removed; run `frontalis reprocess` "
-            "to compute it again."
+            f"{place.uri}: is damaged ({why}) and was removed; run `frontalis reprocess` to compute it again."
         ) from error
 
 
@@ -117,7 +128,25 @@ def complete_rows(place: Location) -> int | None:
     """Return the rows of a file that lies under its final name, or None where it is truncated or damaged."""
     try:
         with place.open_input() as stream:
-            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
-            return sum(int(batch.num_rows) for batch in parquet.iter_batches())
+            return _count(stream)
     except (pa.ArrowException, OSError):
         return None
+
+
+def _is_damaged(place: Location, rows: int) -> bool:
+    """Return whether the bytes are wrong, and not only the storage slow to give them: by means of a local copy."""
+    with tempfile.TemporaryFile() as copy:
+        try:
+            with place.open_input() as stream:
+                shutil.copyfileobj(stream, copy, 8 << 20)
+        except (StoreError, OSError):
+            return False
+        try:
+            return _count(copy) != rows
+        except (pa.ArrowException, OSError):
+            return True
+
+
+def _count(stream: Any) -> int:
+    parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+    return sum(int(batch.num_rows) for batch in parquet.iter_batches())
