@@ -30,7 +30,7 @@ def store_lock(store: Location, what: str, wait: float = 0.0) -> Iterator[None]:
 
     Raises:
         StoreBusyError: another run holds it still after `wait` seconds; names that run.
-        StoreError: the store cannot be written.
+        StoreError: the store cannot be written, or lies on a disk without file locks.
     """
     if not store.is_local:
         yield
@@ -47,12 +47,14 @@ def store_lock(store: Location, what: str, wait: float = 0.0) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError as error:
+            except BlockingIOError as error:
                 if time.monotonic() >= deadline:
                     raise StoreBusyError(
                         f"{store.uri}: held by another run ({_holder(path)}); wait for it, or pass --wait SECONDS."
                     ) from error
                 time.sleep(POLL_SECONDS)
+            except OSError as error:
+                raise StoreError(f"{store.uri}: its disk has no file locks ({error.strerror}); use another.") from error
         with contextlib.suppress(OSError):  # a full disk must not stop a run that could free it
             file.truncate(0)
             file.write(json.dumps({"what": what, "pid": os.getpid(), "host": socket.gethostname()}))

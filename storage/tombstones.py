@@ -28,7 +28,7 @@ class Tombstones:
         self.marks: frozenset[str] = frozenset()
         try:
             content = json.loads(self.place.read_bytes())
-            self.salt, self.marks = str(content["salt"]), frozenset(content["marks"])
+            self.salt, self.marks = bytes.fromhex(content["salt"]).hex(), frozenset(_texts(content["marks"]))
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError) as error:
@@ -74,3 +74,9 @@ class Tombstones:
                 rows |= np.append(matched, False)[codes]
                 hits.update(mark for mark in marks if mark in self.marks and mark is not None)
         return rows, sorted(hits)
+
+
+def _texts(found: object) -> list[str]:
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise TypeError(f"'marks' is no list of texts but {found!r:.40}")
+    return found

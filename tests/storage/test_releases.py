@@ -1,0 +1,157 @@
+"""The release history: one release served, a change of the history refused to whoever did not see it."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from schemas.errors import SettingsError, StoreBusyError, StoreError
+from schemas.releases import Release
+from schemas.reports import DataQuality, GateDecision
+from storage.location import Location
+from storage.releases import Releases
+
+
+def release(number: int, promoted: bool = True, **more: object) -> Release:
+    values = {
+        "release": f"r{number:05d}-0123abcd",
+        "number": number,
+        "created": datetime(2026, 3, 14, 2, tzinfo=UTC) + timedelta(days=number),
+        "content": f"{number:032x}",
+        "source": "/faces",
+        "features_version": number,
+        "quarantine_version": None,
+        "models": {},
+        "indexes": {},
+        "data": DataQuality(shards=1, rows_read=1, rows_features=1, quarantined={}),
+        "gate": GateDecision(promoted=promoted, reason="better" if promoted else "worse"),
+        "gated": {},
+        "gated_name": "EER",
+        "report": None,
+    }
+    return Release.model_validate({**values, **more})
+
+
+@pytest.fixture
+def releases(tmp_path: Path) -> Releases:
+    return Releases(Location(str(tmp_path)))
+
+
+def served(releases: Releases) -> list[int]:
+    return [one.number for one in releases.all() if one.serving]
+
+
+def record(releases: Releases, *new: Release) -> None:
+    for one in new:
+        releases.record(one, releases.all())
+
+
+def test_a_store_without_releases_serves_none(releases: Releases) -> None:
+    assert releases.all() == []
+    with pytest.raises(StoreError, match="no release is served yet; run `frontalis reprocess`"):
+        releases.serving()
+    with pytest.raises(SettingsError, match=r"'r1' is not in .*; the latest are: none yet"):
+        releases.get("r1")
+
+
+def test_the_newest_promoted_release_is_served(releases: Releases) -> None:
+    record(releases, release(1), release(2), release(3, promoted=False))
+    assert [one.number for one in releases.all()] == [1, 2, 3]
+    assert releases.serving() == release(2, serving=True)
+    assert served(releases) == [2]
+    assert releases.get(release(1).release).number == 1
+
+
+def test_nothing_is_served_before_something_was_promoted(releases: Releases) -> None:
+    record(releases, release(1, promoted=False))
+    with pytest.raises(StoreError, match="no release is served yet"):
+        releases.serving()
+
+
+def test_a_release_that_finishes_what_it_began_takes_its_own_place(releases: Releases) -> None:
+    record(releases, release(1), release(2, promoted=False), release(2))
+    assert [one.number for one in releases.all()] == [1, 2]
+    assert served(releases) == [2]
+
+
+def test_an_older_release_can_be_served_again_and_a_new_one_takes_over(releases: Releases) -> None:
+    record(releases, release(1), release(2))
+    assert releases.serve(release(1).release).number == 1
+    assert served(releases) == [1]
+    record(releases, release(3, promoted=False))
+    assert served(releases) == [1]
+    record(releases, release(4))
+    assert served(releases) == [4]
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"), [("erased", "holds a person who was forgotten since"), ("vacuumed", "its files were removed")]
+)
+def test_a_release_that_lost_its_files_is_not_served(releases: Releases, mark: str, message: str) -> None:
+    record(releases, release(1, **{mark: True}), release(2))
+    with pytest.raises(SettingsError, match=f"{release(1).release}.*{message}.*; choose a later one"):
+        releases.serve(release(1).release)
+    assert served(releases) == [2]
+
+
+def test_a_change_planned_on_another_history_is_refused(releases: Releases) -> None:
+    record(releases, release(1))
+    seen = releases.all()
+    record(releases, release(2))
+    now = releases.all()
+    for change in (lambda: releases.record(release(3), seen), lambda: releases.rewrite([], seen)):
+        with pytest.raises(StoreBusyError, match="another run changed the releases meanwhile; nothing was published"):
+            change()
+    assert releases.all() == now
+
+
+def test_who_serves_an_older_release_meanwhile_counts_as_a_change(releases: Releases) -> None:
+    record(releases, release(1), release(2))
+    seen = releases.all()
+    releases.serve(release(1).release)
+    with pytest.raises(StoreBusyError):
+        releases.record(release(3), seen)
+    assert served(releases) == [1]
+
+
+def test_history_is_one_file_and_one_commit_a_change(releases: Releases) -> None:
+    record(releases, release(1))
+    before = releases.table.snapshot()
+    record(releases, release(2), release(3))
+    after = releases.table.snapshot()
+    assert after.version == before.version + 2
+    assert [file.rows for file in after.files.values()] == [3]
+    assert not set(before.files) & set(after.files)
+
+
+def test_the_same_history_again_is_written_without_harm(releases: Releases) -> None:
+    record(releases, release(1), release(2))
+    releases.serve(release(1).release)
+    releases.serve(release(2).release)
+    releases.serve(release(2).release)
+    assert served(releases) == [2]
+    assert [one.number for one in releases.all()] == [1, 2]
+
+
+def test_others_read_the_columns_without_the_record(releases: Releases, tmp_path: Path) -> None:
+    record(releases, release(1), release(2, promoted=False))
+    frame = pl.scan_delta(str(tmp_path / "releases")).sort("number").collect()
+    shown = frame.select("number", "serving", "promoted", "reason", "features_version").rows()
+    assert shown == [(1, True, True, "better", 1), (2, False, False, "worse", 2)]
+    assert frame["created"].to_list() == [release(1).created, release(2).created]
+
+
+@pytest.mark.parametrize("damage", ["gone", "truncated", "another record"])
+def test_a_damaged_history_is_no_empty_one(releases: Releases, damage: str) -> None:
+    record(releases, release(1))
+    (file,) = (Path(releases.table.place.path) / path for path in releases.table.snapshot().files)
+    if damage == "gone":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-50])
+    else:
+        pl.read_parquet(file).with_columns(record=pl.lit('{"release": 1}')).write_parquet(file)
+    for use in (releases.all, releases.serving, lambda: releases.record(release(2), [])):
+        with pytest.raises(StoreError, match=r"the release history cannot be read \(.*\); restore"):
+            use()
