@@ -32,7 +32,8 @@ SAMPLE_ROWS = 20_000
 class Explanation:
     """What was found, and the files that hold it.
 
-    `related` lists the channels most related to identity; `correlation` is, by branch, Spearman's rank correlation of
+    `related` lists the channels most related to identity, those without a finite ratio left out (they vary nowhere, or
+    never within a subject; `channels.csv` shows them); `correlation` is, by branch, Spearman's rank correlation of
     the learnt weights with that relatedness, None where it cannot be measured.
     """
 
@@ -66,7 +67,7 @@ def explain_model(model: str, source: str | None, out: str, k: int = 10) -> Expl
     correlation = {
         one.branch: None if related is None else _known(rank_correlation(np.array(one.mean), related)) for one in found
     }
-    top = [] if related is None else top_channels(np.nan_to_num(related, nan=-np.inf), k)
+    top = [] if related is None else _finite_top(related, k)
     place = Location(out)
     files = []
     for name, content in _files(found, related, correlation, top).items():
@@ -101,6 +102,11 @@ def _relatedness(rows: TrainingRows) -> np.ndarray | None:
         )
     except ValueError:  # fewer than two subjects were seen in two views
         return None
+
+
+def _finite_top(related: np.ndarray, k: int) -> list[tuple[int, float]]:
+    ranked = top_channels(np.where(np.isfinite(related), related, -np.inf), k)
+    return [(channel, ratio) for channel, ratio in ranked if np.isfinite(ratio)]
 
 
 def _files(
