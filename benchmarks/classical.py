@@ -32,8 +32,11 @@ def wccn(fold: Fold, shrink: float = 3.0) -> Transform:
     return lambda rows: (_unit(rows) - centre) @ whiten
 
 
-def lda(fold: Fold, shrink: float = 3.0, keep: float = 0.5) -> Transform:
-    """Fisher's linear discriminants on the same scatter: the better half of the directions."""
+def lda(fold: Fold, shrink: float = 3.0, keep: float = 0.25) -> Transform:
+    """Fisher's linear discriminants on the same scatter: the better quarter of the directions.
+
+    Half would be no cut: 99.9998% of the variance of these embeddings lies in half of the dimensions.
+    """
     _, centre, within, between = _scatters(fold)
     dim = len(within)
     whiten = _power(within + shrink * np.trace(within) / dim * np.eye(dim), -0.5)

@@ -6,8 +6,8 @@
 Seven official CFP folds share no subject. Each is tested once, by a model that was trained on five others (pictures,
 mirrored pictures, and LFW subjects of five sevenths) and chosen on the seventh. A method knows nothing of the fold that
 tests it. `run` leaves the features of the test folds in `--work`, one file a method and fold, and does not compute them
-twice; `report` pools the pairs within the folds, and compares every method with raw by the paired bootstrap over
-subjects. Research data, read from `../shared/data`; nothing of it is written but features in `--work`.
+twice; `report` takes the mean of the folds' rates, and compares every method with raw by the paired bootstrap over
+subjects within folds. Research data, read from `../shared/data`; nothing of it is written but features in `--work`.
 """
 
 import argparse
@@ -22,11 +22,9 @@ import numpy as np
 import torch
 
 from benchmarks.classical import CLASSICAL, Fold
-from metrics.allpairs import AllPairs, Cell, ClusterCounts, GlobalPoint, all_pairs
-from metrics.bootstrap import CellIntervals, Interval, paired_bootstrap
+from metrics.allpairs import AllPairs, all_pairs
+from metrics.bootstrap import _draw, _Figure, _figures, _multiplicities
 from metrics.poses import POSE_CLASSES
-from metrics.tally import ScoreTally
-from metrics.verification import rates_at, summarise
 from models.architectures import build
 from models.training import Candidate, LabelledTensor, Recipe, fit
 from schemas.models import Mode
@@ -38,12 +36,38 @@ from tasks.training_rows import TrainingRows, read_training_rows
 FOLDS = 7
 RESAMPLES = 2000
 POINTS = (1e-2, 1e-3)
-FRONTAL, PROFILES = POSE_CLASSES.index("frontal"), PROFILE
+RAW = "raw per_sample"
+CHOOSING = Recipe(validate_every=120, shares=(1.0, 0.8, 0.6))
+
+CELLS = {"FP": "frontal-profile", "FF": "frontal-frontal", "PP": "profile-profile", "LFW": "LFW"}
+Key = tuple[str, _Figure]  # a cell and a figure in it
+Row = dict[str, list[float | None]]
+COLUMNS: Mapping[str, Key] = {
+    **{f"{short} EER": (cell, _Figure("eer")) for short, cell in CELLS.items()},
+    **{
+        f"{short} FNMR@{point:g}{where}": (CELLS[short], _Figure(kind, point))
+        for short in ("FP", "FF")
+        for kind, where in (("fnmr_own", ""), ("fnmr_global", " global"))
+        for point in POINTS
+    },
+}
+LAST = "ensemble, last step, unscaled"
+DIRECT = (
+    (f"{LAST} per_sample", f"{LAST} batch_stat"),
+    ("ensemble per_sample", "ensemble batch_stat"),
+    (f"{LAST} per_sample", "ensemble per_sample"),
+    (f"{LAST} batch_stat", "ensemble batch_stat"),
+    ("ensemble per_sample", "single per_sample"),
+)
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and how it is trained; `choose=False` takes the last step whatever validation says."""
+    """A network and how it is trained.
+
+    With `choose`, validation chooses among raw, three steps and three lengths of the change; without, it is the last
+    step at full length whatever validation says.
+    """
 
     architecture: str
     loss: str = "shared_bar"
@@ -59,6 +83,7 @@ NETWORKS: Mapping[str, Network] = {
     "dual_branch, triplet": Network("dual_branch", loss="triplet"),
     "dual_branch, triplet, last step": Network("dual_branch", loss="triplet", choose=False),
     "dual_branch, supcon": Network("dual_branch", loss="supcon"),
+    "dual_branch, supcon, last step": Network("dual_branch", loss="supcon", choose=False),
     "se": Network("se"),
     "se, last step": Network("se", choose=False),
 }
@@ -119,7 +144,7 @@ def train(network: Network, mode: Mode, fold: Fold) -> tuple[Callable[[np.ndarra
     judge = Judge(fold.validation, mean_norm)
     calls = iter(range(10**6))
     last_wins: Callable[[torch.nn.Module], float] = lambda _model: -float(next(calls))  # noqa: E731
-    recipe = Recipe() if network.choose else Recipe(shares=(1.0,), validate_every=10**6)
+    recipe = CHOOSING if network.choose else Recipe(shares=(1.0,), validate_every=10**6)
     fitted = fit(
         model, rows, judge if network.choose else last_wins, steps=360, seed=0, loss=network.loss, recipe=recipe
     )
@@ -161,129 +186,83 @@ def joined(parts: list[TrainingRows]) -> TrainingRows:
 
 
 def report(net: str, work: Path, data: Path, to: Path) -> None:
-    methods = sorted(path.name for path in (work / net).iterdir() if is_whole(path))
-    raw_cfp, raw_lfw = pooled(net, "raw per_sample", work, data)
-    results: dict[str, dict[str, list[float | None]]] = {}
-    for method in sorted(methods, key=lambda name: (name != "raw per_sample", name)):
-        cfp, lfw = pooled(net, method, work, data)
-        cfp_change = paired_bootstrap(raw_cfp, cfp, resamples=RESAMPLES)
-        lfw_change = paired_bootstrap(raw_lfw, lfw, resamples=RESAMPLES)
-        results[method] = {
-            "FP EER": entry(raw_cfp, cfp, cfp_change, "frontal-profile", lambda cell: cell.eer, eer),
-            **{
-                f"{short} FNMR@{point:g}{where}": entry(
-                    raw_cfp, cfp, cfp_change, name, pick(kind, point), at(kind, point)
-                )
-                for short, name in (("FP", "frontal-profile"), ("FF", "frontal-frontal"))
-                for kind, where in (("own", ""), ("global", " global"))
-                for point in POINTS
-            },
-            "FF EER": entry(raw_cfp, cfp, cfp_change, "frontal-frontal", lambda cell: cell.eer, eer),
-            "PP EER": entry(raw_cfp, cfp, cfp_change, "profile-profile", lambda cell: cell.eer, eer),
-            "LFW EER": entry(raw_lfw, lfw, lfw_change, "all", lambda cell: cell.eer, eer),
-        }
-    if {"ensemble per_sample", "ensemble batch_stat"} <= set(methods):
-        sides = [pooled(net, f"ensemble {mode}", work, data)[0] for mode in ("batch_stat", "per_sample")]
-        change = paired_bootstrap(*sides, resamples=RESAMPLES)["frontal-profile"]
-        base, name = sides[0].cells["frontal-profile"], "per_sample against batch_stat, frontal-profile, in points"
-        found = {"EER": change.eer} | {f"FNMR@{point:g}": change.fnmr_own[point] for point in POINTS}
-        modes = {what: [100 * (end or 0) for end in (one.estimate, one.low, one.high)] for what, one in found.items()}
-        print(name, f"(batch_stat EER {100 * (eer(base) or 0):.2f}%)", json.dumps(modes))
-    to.mkdir(parents=True, exist_ok=True)
-    (to / f"training_{net}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (to / f"training_{net}.md").write_text(markdown(results))
-    print(markdown(results))
+    """Compare every method with raw, fold by fold, each fold at its own thresholds, and average over folds.
 
-
-def pooled(net: str, method: str, work: Path, data: Path) -> tuple[AllPairs, AllPairs]:
-    """Return CFP and LFW figures over the pairs within each test fold."""
-    cfp, lfw = [], []
-    for test in range(FOLDS):
-        with np.load(work / net / method / f"{test}.npz") as file:
-            fold = read_fold(data, net, test)
-            cfp.append((file["cfp"], fold.test.subjects, fold.test.classes))
-            lfw.append((file["lfw"], fold.lfw_test.subjects, np.zeros(len(fold.lfw_test), int)))
-    return pool(cfp, {"frontal-frontal": 0, "frontal-profile": 2, "profile-profile": 4}), pool(lfw, {})
-
-
-def pool(folds: list[tuple[np.ndarray, np.ndarray, np.ndarray]], cells: Mapping[str, int]) -> AllPairs:
-    """Return all figures of the pairs within folds: scores pooled, clusters of subjects side by side.
-
-    `cells` maps a name to the sum of both rows' class codes, which is unique for frontal (0) and profile (2).
+    Scores are never pooled over folds: seven models, stopped or scaled differently, share no threshold, as they never
+    would in use. Pooling them was tried, and it charges a method for the spread of its models' scales.
     """
-    scores: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in ("all", *cells)}
-    swept = []
-    for x, subjects, classes in folds:
-        _, codes = np.unique(subjects, return_inverse=True)
-        swept.append(all_pairs(x, codes, classes=classes, class_names=POSE_CLASSES, fmr_points=POINTS))
-        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-        first, second = np.triu_indices(len(x), 1)
-        score, genuine = (unit @ unit.T)[first, second], codes[first] == codes[second]
-        kind = classes[first] + classes[second]
-        for name in scores:
-            here = np.ones(len(score), bool) if name == "all" else kind == cells[name]
-            scores[name].append((score[here & genuine], score[here & ~genuine]))
-    tallies = {
-        name: ScoreTally.from_scores(*(np.concatenate(side) for side in zip(*parts, strict=True)))
-        for name, parts in scores.items()
+    methods = sorted(path.name for path in (work / net).iterdir() if is_whole(path))
+    raw = Measured.of(net, RAW, work, data)
+    measured = {method: raw if method == RAW else Measured.of(net, method, work, data) for method in methods}
+    results = {
+        method: compare(raw, measured[method]) for method in sorted(methods, key=lambda name: (name != RAW, name))
     }
-    overall = summarise(tallies["all"], POINTS)
-    thresholds = [point.threshold for point in overall.points]
-    made = {}
-    for name, tally in tallies.items():
-        parts = [sweep.overall if name == "all" else sweep.cells[name] for sweep in swept]
-        made[name] = Cell(
-            name=name,
-            verification=summarise(tally, POINTS),
-            at_global=tuple(
-                GlobalPoint(point, threshold, *rates_at(tally, threshold))
-                for point, threshold in zip(POINTS, thresholds, strict=True)
-                if threshold is not None
-            ),
-            det=parts[0].det,
-            histogram=parts[0].histogram,
-            counts=ClusterCounts(
-                np.concatenate([part.counts.genuine for part in parts]),
-                np.concatenate([part.counts.impostor_ends for part in parts]),
-            ),
-        )
-    sizes = np.cumsum([0, *(sweep.n_subjects for sweep in swept)])
-    clusters = np.concatenate([sweep.clusters + start for sweep, start in zip(swept, sizes, strict=False)])
-    return AllPairs(made.pop("all"), made, clusters, int(sizes[-1]), 0)
+    direct = {
+        f"{ours} against {base}": compare(measured[base], measured[ours])
+        for ours, base in DIRECT
+        if {ours, base} <= set(methods)
+    }
+    to.mkdir(parents=True, exist_ok=True)
+    (to / f"training_{net}.json").write_text(json.dumps({"raw": results, "direct": direct}, indent=1) + "\n")
+    text = markdown(results, RAW) + "\nDirectly, in percent of the second's rate:\n\n" + markdown(direct, None)
+    (to / f"training_{net}.md").write_text(text)
+    print(text)
 
 
-def entry(
-    raw: AllPairs,
-    ours: AllPairs,
-    change: Mapping[str, CellIntervals],
-    name: str,
-    interval_of: Callable[[CellIntervals], Interval],
-    rate_of: Callable[[Cell], float | None],
-) -> list[float | None]:
-    """Return the rate, and its change in percent of raw's with the ends of the 95% interval of the difference."""
-    before, after = (rate_of(pairs.overall if name == "all" else pairs.cells[name]) for pairs in (raw, ours))
-    found = interval_of(change[name])
-    scaled = [
-        None if one is None or not before else 100 * one / before for one in (found.estimate, found.low, found.high)
-    ]
-    return [after, *scaled]
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Figures of a method: exact, by fold, and in every draw of subjects within the folds, averaged over folds."""
+
+    exact: list[dict[Key, float | None]]
+    drawn: dict[Key, np.ndarray]
+
+    @classmethod
+    def of(cls, net: str, method: str, work: Path, data: Path) -> "Measured":
+        exact, draws = [], []
+        for test in range(FOLDS):
+            fold = read_fold(data, net, test)
+            with np.load(work / net / method / f"{test}.npz") as file:
+                cfp = swept(file["cfp"], fold.test.subjects, fold.test.classes)
+                lfw = swept(file["lfw"], fold.lfw_test.subjects, np.zeros(len(fold.lfw_test), int))
+            cells = {"all": cfp.overall, "LFW": lfw.overall, **cfp.cells}
+            exact.append(
+                {(name, figure): value for name, cell in cells.items() for figure, value in _figures(cell).items()}
+            )
+            # Equal seeds: a method's draws are those of raw, so that differences are paired.
+            drawn = _draw(cfp, _multiplicities(cfp, RESAMPLES, test, 0.95))
+            drawn["LFW"] = _draw(lfw, _multiplicities(lfw, RESAMPLES, FOLDS + test, 0.95))["all"]
+            draws.append({(name, figure): value for name, of in drawn.items() for figure, value in of.items()})
+        return cls(exact, {key: np.mean([draw[key] for draw in draws], axis=0) for key in draws[0]})
+
+    def rate(self, key: Key) -> float | None:
+        """Return the mean over folds, None where a fold lacks it."""
+        values = [fold[key] for fold in self.exact]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def eer(cell: Cell) -> float | None:
-    return cell.verification.eer.rate
+def swept(x: np.ndarray, subjects: np.ndarray, classes: np.ndarray) -> AllPairs:
+    _, codes = np.unique(subjects, return_inverse=True)
+    return all_pairs(x, codes, classes=classes, class_names=POSE_CLASSES, fmr_points=POINTS)
 
 
-def at(kind: str, point: float) -> Callable[[Cell], float | None]:
-    if kind == "own":
-        return lambda cell: cell.verification.at(point).fnmr
-    return lambda cell: next((one.fnmr for one in cell.at_global if one.target_fmr == point), None)
+def compare(base: Measured, ours: Measured) -> Row:
+    """Return for each column: the rate, its change in percent of base's, and the ends of the change's 95% interval."""
+    row: Row = {}
+    for column, key in COLUMNS.items():
+        before, after = base.rate(key), ours.rate(key)
+        if not before or after is None:
+            row[column] = [after, None, None, None]
+            continue
+        change = 100 * (ours.drawn[key] - base.drawn[key]) / before
+        low, high = np.nanquantile(change, [0.025, 0.975])
+        row[column] = [after, 100 * (after - before) / before, float(low), float(high)]
+    return row
 
 
-def pick(kind: str, point: float) -> Callable[[CellIntervals], Interval]:
-    return lambda cell: (cell.fnmr_own if kind == "own" else cell.fnmr_global)[point]
-
-
-def markdown(results: Mapping[str, Mapping[str, list[float | None]]]) -> str:
+def markdown(results: Mapping[str, Row], reference: str | None) -> str:
+    if not results:
+        return "(nothing to compare)\n"
     heads = list(next(iter(results.values())))
     lines = [f"| method | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for method, row in results.items():
@@ -291,7 +270,7 @@ def markdown(results: Mapping[str, Mapping[str, list[float | None]]]) -> str:
         for rate, change, low, high in row.values():
             if rate is None:
                 cells.append("n/e")
-            elif method.startswith("raw") or change is None:
+            elif method == reference or change is None:
                 cells.append(f"{100 * rate:.2f}%")
             else:
                 ends = "" if low is None or high is None else f" [{low:+.1f}, {high:+.1f}]"

@@ -106,8 +106,9 @@ def run(settings: PipelineSettings) -> Outcome:
         history = Releases(store)
         releases = history.all()
         content = release_content(settings, plan.wanted, [fault.shard for fault in plan.faults])
-        if not plan.groups and releases and releases[-1].content == content:
-            return _unchanged(settings, releases[-1], plan.faults, time.monotonic() - started)
+        latest = releases[-1] if releases and _is_indexed(store, releases[-1]) else None
+        if not plan.groups and latest and latest.content == content:
+            return _unchanged(settings, latest, plan.faults, time.monotonic() - started)
         work = plan.work
         log.info("plan: %d shards to compute, %d files to reuse, %d shards bad", len(work), len(plan.reused),
                  len(plan.faults))  # fmt: skip
@@ -116,8 +117,8 @@ def run(settings: PipelineSettings) -> Outcome:
         # A shard may turn out bad only while it is read; the name of the release must not promise it.
         faults = published.data.bad_shards
         content = release_content(settings, published.features.files, [fault.shard for fault in faults])
-        if releases and releases[-1].content == content:
-            return _unchanged(settings, releases[-1], faults, time.monotonic() - started)
+        if latest and latest.content == content:
+            return _unchanged(settings, latest, faults, time.monotonic() - started)
         release = _release(settings, plan, published, releases, content, models)
         outcome = _measure_and_record(settings, release, published, history, releases)
         warnings = [warning for result in results for warning in result.warnings]
@@ -248,6 +249,14 @@ def _snapshot(history: Releases, release: Release | None) -> Snapshot | None:
         return features_table(history.store).snapshot(release.features_version)
     except StoreError:
         return None
+
+
+def _is_indexed(store: Location, release: Release) -> bool:
+    """Return whether the index files of a release lie there; one that was lost is built again in a new release."""
+    return all(
+        (store / index.path).size() == index.size and (store / index.ids_path).size() is not None
+        for index in release.indexes.values()
+    )
 
 
 def _unchanged(settings: PipelineSettings, release: Release, faults: Sequence[ShardFault], seconds: float) -> Outcome:

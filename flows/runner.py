@@ -17,14 +17,13 @@ from prefect import flow
 from prefect.futures import as_completed
 from prefect.settings import PREFECT_API_URL
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
-from prefect.utilities.annotations import opaque
 
 from schemas.errors import SettingsError
 from schemas.releases import ModelRef
 from schemas.settings import PipelineSettings, RunnerSettings
 from tasks.plan import Plan, ShardWork
 from tasks.reweight import ReweightSpec, ShardResult, one_thread_each, stopping
-from tasks.stages import reweight_task
+from tasks.stages import Sealed, reweight_task
 
 log = logging.getLogger("frontalis.reprocess")
 
@@ -94,7 +93,7 @@ def _reweight() -> list[ShardResult]:
         futures = {}
         for number, group in enumerate(job.groups):
             named = reweight_task.with_options(task_run_name=f"reweight-{number + 1:04d}-of-{len(job.groups):04d}")
-            futures[named.submit(opaque(group), opaque(job.spec))] = sum(work.rows for work in group)
+            futures[named.submit(Sealed(group), Sealed(job.spec))] = sum(work.rows for work in group)
         for future in as_completed(list(futures)):
             results += future.result()
             done += futures[future]

@@ -151,7 +151,7 @@ class _Check:
                     f"the features hold {rows} rows, the release says {release.data.rows_features}",
                     "run `frontalis reprocess`",
                 )
-            self._index(f"{name}, mode {mode}", index, files)
+            self._index(f"{name}, mode {mode}", index, files, release.serving)
         quarantined = sum(file.rows for file in held.files.values())
         if quarantined != sum(release.data.quarantined.values()):
             self._wrong(
@@ -206,8 +206,12 @@ class _Check:
         self.rows += rows
         self.keys[file.path] = np.concatenate(keys) if keys else np.zeros(0, np.int64)
 
-    def _index(self, name: str, index: IndexRef, files: list[LiveFile]) -> None:
-        rebuild = f"delete the folder {index.path.rsplit('/', 1)[0]}, then run `frontalis reprocess`, or roll back"
+    def _index(self, name: str, index: IndexRef, files: list[LiveFile], served: bool) -> None:
+        rebuild = (
+            f"delete the folder {index.path.rsplit('/', 1)[0]}, then run `frontalis reprocess`, or roll back"
+            if served
+            else f"it is not served: `frontalis vacuum --store {self.store.uri} --keep 1` drops old releases"
+        )
         try:
             searched = open_index(self.store, index)
             ids = open_ids(self.store, index)

@@ -4,7 +4,8 @@ Arguments and results are settings, paths, digests and counts, never arrays. Onl
 does not answer) is tried again; bad input is not.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
@@ -13,9 +14,11 @@ from prefect.client.schemas.objects import State
 from schemas.errors import FrontalisError, StoreBusyError, StoreError
 from tasks.evaluate import evaluate
 from tasks.index import index_mode
-from tasks.plan import make_plan, prepare_models
+from tasks.plan import ShardWork, make_plan, prepare_models
 from tasks.publish import publish
-from tasks.reweight import reweight_group
+from tasks.reweight import ReweightSpec, ShardResult, reweight_group
+
+T = TypeVar("T")
 
 
 async def may_pass(task: Task[..., Any], run: object, state: State[Any]) -> bool:
@@ -35,6 +38,24 @@ async def may_pass(task: Task[..., Any], run: object, state: State[Any]) -> bool
     return False
 
 
+class Sealed(Generic[T]):
+    """An argument that is passed on as it is, to a thread or to another machine.
+
+    Prefect and Dask walk through lists and dataclasses in search of futures, which takes longer than the work where they
+    are large; and Dask turns Prefect's own `opaque` into a plain tuple on the way.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+
+def reweight_sealed(group: Sealed[Sequence[ShardWork]], spec: Sealed[ReweightSpec]) -> list[ShardResult]:
+    """Open the arguments and reweight the group; see `tasks.reweight.reweight_group`."""
+    return reweight_group(group.value, spec.value)
+
+
 def _stage(name: str, retries: int = 0) -> Any:
     return task(
         name=name,
@@ -49,7 +70,7 @@ def _stage(name: str, retries: int = 0) -> Any:
 
 models_task = _stage("models")(prepare_models)
 plan_task = _stage("plan")(make_plan)
-reweight_task = _stage("reweight", retries=2)(reweight_group)
+reweight_task = _stage("reweight", retries=2)(reweight_sealed)
 publish_task = _stage("publish")(publish)
 index_task = _stage("index", retries=1)(index_mode)
 evaluate_task = _stage("evaluate")(evaluate)
