@@ -272,15 +272,19 @@ def _sort_out(
 ) -> tuple[list[LiveFile], list[str]]:
     """Tell wanted files that lie complete, though not live yet, from those to compute.
 
-    A shard that was renamed has its file under the old name: equal file names hold equal bytes, so it is copied.
+    A shard that was renamed has its file under the old name: equal file names hold equal bytes, so it is copied. A
+    shard whose quarantined rows were lost is computed again.
     """
     place, held = features_table(store).place, quarantine_table(store).place
+    lost = _lost_quarantine(store)
     on_disk = {entry.name: entry.size for entry in place.files(".parquet")}
     elsewhere = {(file.partitions["mode"], path.rsplit("/", 1)[1]): file for path, file in base.files.items()}
     reused, missing = [], []
     for path, (mode, shard) in wanted.items():
         live = base.files.get(path)
         if live is not None and on_disk.get(path) == live.size:
+            if mode == RAW and quarantine_path(path) in lost:
+                missing.append(path)
             continue
         twin = elsewhere.get((mode, path.rsplit("/", 1)[1]))
         if live is None and path not in on_disk and twin is not None and on_disk.get(twin.path) == twin.size:
@@ -294,6 +298,12 @@ def _sort_out(
         else:
             reused.append(LiveFile(path, on_disk[path], rows, {"mode": mode, "shard": shard}))
     return reused, missing
+
+
+def _lost_quarantine(store: Location) -> set[str]:
+    table = quarantine_table(store)
+    on_disk = {entry.name: entry.size for entry in table.place.files(".parquet")}
+    return {path for path, file in table.snapshot().files.items() if on_disk.get(path) != file.size}
 
 
 def _by_shard(missing: Iterable[str], wanted: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, tuple[str, str]]]:

@@ -60,6 +60,16 @@ def run_pipeline(prefect_server, quick_settings) -> Iterator[Callable[..., Outco
 
 
 @pytest.fixture(scope="session")
+def plain_source(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny source with ids and embeddings only: a release of it has nothing to measure and is made quickly."""
+    folder = tmp_path_factory.mktemp("plain") / "shards"
+    folder.mkdir()
+    for file in tiny_source.glob("*.parquet"):
+        pq.write_table(pq.ParquetFile(file).read(["id", "embedding"]), folder / file.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def person(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Person:
     """The tiny source with a column `note` and a fourth shard, and somebody in it whom no model has seen.
 

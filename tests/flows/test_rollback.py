@@ -15,11 +15,11 @@ from tasks.query import answer
 
 
 @pytest.fixture(scope="module")
-def two_nights(run_pipeline, tiny_source, make_checkpoint, tmp_path_factory) -> Path:
+def two_nights(run_pipeline, plain_source, make_checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("nights")
     for number in range(2):
         model = make_checkpoint(folder / f"{number}.safetensors", seed=number)
-        assert run_pipeline(tiny_source, folder / "store", models={"per_sample": str(model)}).status == "promoted"
+        assert run_pipeline(plain_source, folder / "store", models={"per_sample": str(model)}).status == "promoted"
     return folder / "store"
 
 

@@ -2,9 +2,9 @@
 
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
-import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,6 +22,9 @@ KEEP = {"keep": ["note"]}
 
 def hurt(store: Path, pattern: str, damage: str) -> str:
     file = sorted(store.glob(pattern))[0]
+    if damage == "rows":
+        pq.write_table(pq.ParquetFile(file).read().slice(1), file)
+        return str(file.relative_to(store))
     content = bytearray(file.read_bytes())
     file.unlink()
     if damage == "flip":
@@ -31,9 +34,6 @@ def hurt(store: Path, pattern: str, damage: str) -> str:
         file.write_bytes(content[:-100])
     elif damage == "garbage":
         file.write_bytes(b"\0" * len(content))
-    elif damage == "rows":
-        table = pq.read_table(file)
-        pq.write_table(table.slice(1), file)
     return str(file.relative_to(store))
 
 
@@ -55,21 +55,23 @@ def test_a_sound_store_is_sound(published) -> None:
     assert {file: file.stat().st_mtime_ns for file in store.rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "garbage", "rows", "delete"])
+TABLES = (
+    "features/mode=per_sample/*/*.parquet",
+    "features/mode=raw/*/*.parquet",
+    "quarantine/shard=*/*.parquet",
+    "indexes/*/batch_stat/ids.parquet",
+)
+BLOBS = ("indexes/*/raw/index.faiss", "models/*.safetensors")
+
+
 @pytest.mark.parametrize(
-    "pattern",
+    ("pattern", "damage"),
     [
-        "features/mode=per_sample/*/*.parquet",
-        "features/mode=raw/*/*.parquet",
-        "quarantine/shard=*/*.parquet",
-        "indexes/*/raw/index.faiss",
-        "indexes/*/batch_stat/ids.parquet",
-        "models/*.safetensors",
+        *product(TABLES, ["flip", "truncate", "garbage", "rows", "delete"]),
+        *product(BLOBS, ["flip", "truncate", "garbage", "delete"]),
     ],
 )
 def test_damage_is_found_and_named(published, pattern, damage) -> None:
-    if damage == "rows" and not pattern.endswith(".parquet"):
-        pytest.skip("has no rows")
     store = published()
     name = hurt(store, pattern, damage)
     problems = check(str(store)).problems
