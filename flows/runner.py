@@ -122,6 +122,6 @@ def _task_runner(runner: RunnerSettings, workers: int) -> TaskRunner[Any]:
     if runner.address:
         dask: TaskRunner[Any] = DaskTaskRunner(address=runner.address)
     else:
-        local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+        local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}  # any free port
         dask = DaskTaskRunner(cluster_kwargs=local)
     return dask

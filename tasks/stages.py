@@ -41,8 +41,8 @@ async def may_pass(task: Task[..., Any], run: object, state: State[Any]) -> bool
 class Sealed(Generic[T]):
     """An argument that is passed on as it is, to a thread or to another machine.
 
-    Prefect and Dask walk through lists and dataclasses in search of futures, which takes longer than the work where they
-    are large; and Dask turns Prefect's own `opaque` into a plain tuple on the way.
+    Prefect and Dask walk through lists and dataclasses in search of futures, which takes longer than the work where
+    they are large; and Dask turns Prefect's own `opaque` into a plain tuple on the way.
     """
 
     __slots__ = ("value",)

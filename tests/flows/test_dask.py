@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from tasks.synth import synthesize
+
+pytestmark = pytest.mark.timeout(600)  # seven runs of the whole job in processes of their own
+
 DASK = [sys.executable, "-m", "dask"]
 
 
@@ -24,7 +28,10 @@ def cluster(prefect_server, tmp_path_factory) -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         processes = [
             subprocess.Popen(
-                [*DASK, *words, "--scheduler-file", str(file), "--no-dashboard"], stdout=log, stderr=log, **own
+                [*DASK, *words, "--scheduler-file", str(file), "--dashboard-address", "127.0.0.1:0"],
+                stdout=log,
+                stderr=log,
+                **own,
             )
             for words in (
                 ["scheduler", "--host", "127.0.0.1", "--port", "0"],
@@ -82,8 +89,6 @@ def test_a_cluster_started_for_the_run_makes_the_same_files(
 def test_a_bad_row_that_shall_fail_the_run_is_named_by_the_run_too(
     prefect_server, cluster, tmp_path, tiny_models
 ) -> None:
-    from tasks.synth import synthesize
-
     synthesize(tmp_path / "bad", subjects=20, per_subject=14, dim=32, shards=3, seed=11, bad_rows=1)
     runner = {"kind": "dask", "address": cluster}
     done = reprocess(prefect_server.env, tmp_path, tmp_path / "bad", tiny_models, runner, on_bad_rows="fail")
@@ -125,7 +130,7 @@ def reprocess(
         f'[reweight]\ngroup_rows = 1\non_bad_rows = "{on_bad_rows}"\n[evaluation]\nresamples = 0\n'
     )
     command = [sys.executable, "-m", "frontalis", "reprocess", "--config", str(config), "--json"]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=170, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
 
 
 def feature_files(folder: Path) -> dict[str, str]:
