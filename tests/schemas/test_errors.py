@@ -1,0 +1,26 @@
+"""How a value from the data stands in a message: recognisable, on one line, never endless."""
+
+import pytest
+
+from schemas.errors import FrontalisError, StoreBusyError, clipped
+
+
+@pytest.mark.parametrize("value", ["part-07", "a\nb\x1b[31m", "'", 17, None, "x" * 70])
+def test_a_short_value_is_shown_as_it_is_on_one_line(value: object) -> None:
+    shown = clipped(value)
+    assert shown == repr(value)
+    assert "\n" not in shown
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("value", ["x" * 10_000, "\n" * 10_000, "\x00é" * 5_000])
+def test_a_long_value_is_cut_and_its_length_told(value: str) -> None:
+    shown = clipped(value)
+    assert len(shown) < 100
+    assert shown.startswith(repr(value)[:50])
+    assert shown.endswith("(10,000 characters)")
+    assert shown.isprintable()
+
+
+def test_a_busy_store_can_be_told_from_other_refusals_by_exit_code() -> None:
+    assert StoreBusyError.exit_code != FrontalisError.exit_code != 0
