@@ -257,6 +257,15 @@ def _population(console: Console, population: Population, evaluation: Evaluation
             table.add_section()
     console.print(table)
     for mode, result in population.modes.items():
+        exact = ", ".join(f"FMR {fmr}: {'n/e' if at is None else repr(at)}" for fmr, at in result.thresholds.items())
+        _say(console, f"score >=   {mode}, {exact}")
+    for mode, result in population.modes.items():
+        for other, differences in result.versus_modes.items():
+            for cell in (ALL, "frontal-profile"):
+                if cell in differences:
+                    eer = _difference(differences[cell].get("eer"))
+                    _say(console, f"modes      {mode} − {other}, {cell_name(cell)} EER, points: {eer}")
+    for mode, result in population.modes.items():
         for one in result.pairs:
             accuracy = (
                 one.reason or "not estimable"

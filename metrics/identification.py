@@ -24,6 +24,10 @@ _BLOCK = (256, 32_768)  # probes, gallery rows: 64 MB of search keys
 _ROW_BITS = 39  # with the 24 bits of a score just within an int64
 
 
+Bounds = tuple[float, float] | None
+"""(low, high), or None where there is no interval."""
+
+
 @dataclass(frozen=True)
 class RankRate:
     """Share of mated probes whose subject is among the best `rank` subjects; None, with a `reason`, if unknown."""
@@ -82,32 +86,60 @@ def identify(
     Raises ValueError for shapes that do not fit, scores that rise or are not finite, and a non-mated probe whose
     subject is found in the gallery.
     """
-    n_probes, k = _check(candidate_subjects, candidate_scores, probe_subjects, mated)
-    present = candidate_subjects >= 0
-    scores = np.where(present, candidate_scores, -np.inf)
-    own = present & (candidate_subjects == probe_subjects[:, None])
-    if (own[~mated]).any():
-        probe = int(np.flatnonzero(own.any(axis=1) & ~mated)[0])
-        raise ValueError(
-            f"probe {probe} is called non-mated, but its subject {probe_subjects[probe]} is in the gallery"
-        )
-    best = present & _first_of_subject(candidate_subjects)
-    own_score = np.where(own, scores, -np.inf).max(axis=1, initial=-np.inf)
-    found = own.any(axis=1)
-    rank = np.where(found, (best & (scores >= own_score[:, None])).sum(axis=1), k + 1)
-    cut_off = mated & ~found & present.all(axis=1)
-    subjects_shown = best.sum(axis=1)
-
-    non_mated_scores, counts = np.unique(scores[~mated].max(axis=1, initial=-np.inf), return_counts=True)
-    tally = ScoreTally.from_counts(np.sort(own_score[mated]), non_mated_scores, counts)
+    probes = _outcomes(candidate_subjects, candidate_scores, probe_subjects, mated)
+    strangers, counts = np.unique(probes.best_score[~mated], return_counts=True)
+    tally = ScoreTally.from_counts(np.sort(probes.own_score[mated]), strangers, counts)
     return Identification(
         n_mated=int(mated.sum()),
-        n_non_mated=int(n_probes - mated.sum()),
+        n_non_mated=int((~mated).sum()),
         ranks=tuple(
-            _rank_rate(wanted, rank[mated], int((cut_off & (subjects_shown < wanted)).sum())) for wanted in ranks
+            _rank_rate(wanted, probes.rank[mated], int((probes.cut_off & (probes.shown < wanted)).sum()))
+            for wanted in ranks
         ),
         points=tuple(_search_point(tally, target) for target in fpir_points),
     )
+
+
+def identify_intervals(
+    candidate_subjects: NDArray[np.integer[Any]],
+    candidate_scores: NDArray[np.floating[Any]],
+    probe_subjects: NDArray[np.integer[Any]],
+    mated: NDArray[np.bool_],
+    *,
+    ranks: Sequence[int] = RANKS,
+    fpir_points: Sequence[float] = FPIR_POINTS,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[dict[int, Bounds], dict[float, Bounds]]:
+    """Return percentile intervals of rank rates and of FNIR by bootstrap over the probes' subjects.
+
+    Subjects are drawn with replacement, all probes of a subject together; the gallery stays as it is, and the threshold
+    of an FPIR is found anew in every draw. (low, high), or None where more than 5% of the draws lack the figure.
+    Arguments as for `identify`.
+
+    Raises ValueError as `identify`, and for fewer than two subjects or arguments out of range.
+    """
+    probes = _outcomes(candidate_subjects, candidate_scores, probe_subjects, mated)
+    _, subject = np.unique(probe_subjects, return_inverse=True)
+    n_subjects = int(subject.max(initial=-1)) + 1
+    if n_subjects < 2 or resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"{n_subjects} subjects, {resamples} resamples, level {level}: two, one, inside (0, 1) needed")
+    draws = np.random.default_rng(seed).multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), size=resamples)
+    of_mated, of_strangers = draws[:, subject[mated]], draws[:, subject[~mated]]
+    total = of_mated.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        by_rank = {
+            wanted: _bounds(of_mated[:, probes.rank[mated] <= wanted].sum(axis=1) / total, level) for wanted in ranks
+        }
+        by_point = {
+            target: _bounds(
+                _fnir_of_draws(probes.own_score[mated], of_mated, probes.best_score[~mated], of_strangers, target),
+                level,
+            )
+            for target in fpir_points
+        }
+    return by_rank, by_point
 
 
 def exact_search(
@@ -151,6 +183,76 @@ def recall_at_k(served: NDArray[np.integer[Any]], exact: NDArray[np.integer[Any]
         raise ValueError("the exact search found nothing to compare with")
     hits = sum(int(((wanted[:, [i]] == served[:, :k]).any(axis=1) & (wanted[:, i] >= 0)).sum()) for i in range(k))
     return hits / asked
+
+
+@dataclass(frozen=True, eq=False)
+class _Outcomes:
+    """What became of every probe, `[probes]`: its subject's rank and score, the best score of all, whether its list was
+    cut off before its subject came, and how many subjects the list shows."""
+
+    rank: NDArray[np.int64]
+    own_score: NDArray[np.floating[Any]]
+    best_score: NDArray[np.floating[Any]]
+    cut_off: NDArray[np.bool_]
+    shown: NDArray[np.int64]
+
+
+def _outcomes(
+    candidate_subjects: NDArray[np.integer[Any]],
+    candidate_scores: NDArray[np.floating[Any]],
+    probe_subjects: NDArray[np.integer[Any]],
+    mated: NDArray[np.bool_],
+) -> _Outcomes:
+    _, k = _check(candidate_subjects, candidate_scores, probe_subjects, mated)
+    present = candidate_subjects >= 0
+    scores = np.where(present, candidate_scores, -np.inf)
+    own = present & (candidate_subjects == probe_subjects[:, None])
+    if (own[~mated]).any():
+        probe = int(np.flatnonzero(own.any(axis=1) & ~mated)[0])
+        raise ValueError(
+            f"probe {probe} is called non-mated, but its subject {probe_subjects[probe]} is in the gallery"
+        )
+    best = present & _first_of_subject(candidate_subjects)
+    own_score = np.where(own, scores, -np.inf).max(axis=1, initial=-np.inf)
+    found = own.any(axis=1)
+    return _Outcomes(
+        rank=np.where(found, (best & (scores >= own_score[:, None])).sum(axis=1), k + 1),
+        own_score=own_score,
+        best_score=scores.max(axis=1, initial=-np.inf),
+        cut_off=mated & ~found & present.all(axis=1),
+        shown=best.sum(axis=1),
+    )
+
+
+def _fnir_of_draws(
+    own: NDArray[np.floating[Any]],
+    of_mated: NDArray[np.int64],
+    strangers: NDArray[np.floating[Any]],
+    of_strangers: NDArray[np.int64],
+    target: float,
+) -> NDArray[np.float64]:
+    """Return FNIR at FPIR at most `target` in every draw, NaN where not even one stranger may be let in."""
+    if not len(own) or not len(strangers):
+        return np.full(len(of_mated), np.nan)
+    levels, group = np.unique(-strangers, return_inverse=True)  # falling scores
+    weight = np.zeros((len(of_strangers), len(levels)))
+    np.add.at(weight.T, group, of_strangers.T)
+    let_in = weight.cumsum(axis=1)
+    allowed = target * let_in[:, -1]
+    refused = (let_in > allowed[:, None] + 1e-9).argmax(axis=1)  # the highest score at which too many would match
+    order = np.argsort(own, kind="stable")
+    missed = np.concatenate([np.zeros((len(of_mated), 1)), of_mated[:, order].cumsum(axis=1)], axis=1)
+    at = np.searchsorted(own[order], -levels[refused], side="right")
+    fnir = missed[np.arange(len(missed)), at] / missed[:, -1]
+    return np.where(allowed >= 1 - 1e-9, fnir, np.nan)
+
+
+def _bounds(values: NDArray[np.float64], level: float) -> Bounds:
+    known = values[np.isfinite(values)]
+    if len(known) < 0.95 * len(values):
+        return None
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _check(

@@ -115,6 +115,9 @@ class ModeResult(Record):
     versus_served: dict[str, dict[str, Estimate]] = Field(
         default_factory=dict, description="the same, this mode − the same mode of the release served until now"
     )
+    versus_modes: dict[str, dict[str, dict[str, Estimate]]] = Field(
+        default_factory=dict, description="by other mode: the same, this mode − the other"
+    )
     pairs: list[PairsResult] = Field(default_factory=list)
     identification: IdentificationResult | None = None
 

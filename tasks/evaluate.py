@@ -131,6 +131,11 @@ class _Measure:
                 cells=self._cells(swept[mode]),
                 difference={} if mode == RAW else self._difference(swept[RAW], swept[mode]),
                 versus_served=self._versus_served(sample, mode, served[mode]) if mode in served else {},
+                versus_modes={
+                    other: self._difference(swept[other], swept[mode])
+                    for other in modes[: modes.index(mode)]
+                    if other != RAW
+                },
                 pairs=self._pairs(sample, mode),
                 identification=identify_mode(
                     sample.features[mode], sample.subjects, sample.classes, self.index, self.settings

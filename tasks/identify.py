@@ -7,7 +7,7 @@ probes, ISO/IEC 19795-1). Probes are never rows of the gallery, so its recall is
 
 import numpy as np
 
-from metrics.identification import exact_search, identify, recall_at_k
+from metrics.identification import Bounds, exact_search, identify, identify_intervals, recall_at_k
 from metrics.poses import POSE_CLASSES
 from schemas.index import IndexSettings
 from schemas.reports import Estimate, IdentificationResult
@@ -54,6 +54,7 @@ def identify_mode(
     exact = identify(
         subjects[gallery][rows], scores, subjects[probes], mated, ranks=RANKS, fpir_points=tuple(map(float, FPIRS))
     )
+    by_rank, by_fpir = _intervals(subjects[gallery][rows], scores, subjects[probes], mated, settings)
     served = build(
         lambda: iter([(np.arange(len(gallery), dtype=np.int64), features[gallery])]),
         len(gallery),
@@ -71,11 +72,34 @@ def identify_mode(
         n_gallery_subjects=len(np.unique(subjects[gallery])),
         n_mated=exact.n_mated,
         n_non_mated=exact.n_non_mated,
-        rank={str(one.rank): Estimate(value=one.rate, reason=one.reason) for one in exact.ranks},
+        rank={str(one.rank): _estimate(one.rate, one.reason, by_rank.get(one.rank)) for one in exact.ranks},
         fnir={
-            name: Estimate(value=point.fnir, reason=point.reason)
+            name: _estimate(point.fnir, point.reason, by_fpir.get(point.target_fpir))
             for name, point in zip(FPIRS, exact.points, strict=True)
         },
         served_rank={str(one.rank): one.rate for one in through.ranks},
         recall={str(depth): recall_at_k(keys, rows, depth) for depth in (1, 10) if depth <= k},
     )
+
+
+def _intervals(
+    candidates: np.ndarray, scores: np.ndarray, subjects: np.ndarray, mated: np.ndarray, settings: EvaluationSettings
+) -> tuple[dict[int, Bounds], dict[float, Bounds]]:
+    if not settings.resamples or len(np.unique(subjects)) < 2:
+        return {}, {}
+    return identify_intervals(
+        candidates,
+        scores,
+        subjects,
+        mated,
+        ranks=RANKS,
+        fpir_points=tuple(map(float, FPIRS)),
+        resamples=settings.resamples,
+        seed=settings.seed,
+    )
+
+
+def _estimate(value: float | None, reason: str | None, bounds: Bounds) -> Estimate:
+    if value is None or bounds is None:
+        return Estimate(value=value, reason=reason)
+    return Estimate(value=value, low=bounds[0], high=bounds[1])

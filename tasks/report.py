@@ -30,6 +30,7 @@ from tasks.report_tables import (
     present,
     search_table,
     verdict_tiles,
+    versus_rows,
 )
 from tasks.theme import inline_svg, mode_rules, plot_rules, png_file, svg_file, variables
 from tasks.wording import (
@@ -89,6 +90,7 @@ def render_report(report: ReportInput) -> str:
         tables=[_main_table(one, report) for one in report.evaluation.populations.values() if one.modes],
         detail=detail_table(population, report.evaluation.fmrs) if population else None,
         search=search_table(population) if population else None,
+        versus=versus_rows(population) if population else [],
         accuracy=accuracy_rows(population) if population else [],
         figures=[
             (one, [Markup(inline_svg(panel.figure, panel.name, panel.alt)) for panel in one.panels])  # noqa: S704

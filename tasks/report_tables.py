@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from schemas.reports import RAW, Estimate, GatedMetric, Population
+from schemas.reports import ALL, RAW, Estimate, GatedMetric, Population
 from tasks.theme import mode_role
 from tasks.wording import (
     NOT_ESTIMABLE,
@@ -203,6 +203,30 @@ def accuracy_rows(population: Population) -> list[dict[str, Any]]:
         for mode in population.modes.values()
         for pairs in mode.pairs
     ]
+
+
+def versus_rows(population: Population) -> list[dict[str, Any]]:
+    """Return the rows of the table that sets the re-weighted modes against each other, in percentage points."""
+    return [
+        {
+            "mode": _mode_name(mode.mode, population),
+            "other": other,
+            "cell": cell_name(cell),
+            "eer": _points_with_interval(differences[cell].get("eer")),
+            "fnmr": _points_with_interval(differences[cell].get("fnmr@1e-3")),
+        }
+        for mode in population.modes.values()
+        for other, differences in mode.versus_modes.items()
+        for cell in (ALL, "frontal-frontal", "frontal-profile", "profile-profile")
+        if cell in differences
+    ]
+
+
+def _points_with_interval(difference: Estimate | None) -> str | None:
+    if difference is None or difference.value is None:
+        return None
+    between = points_interval(difference)
+    return points(difference.value) + (f" ({between}), {judge(difference)}" if between else "")
 
 
 def _mode_name(mode: str, population: Population) -> ModeName:

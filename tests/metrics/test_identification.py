@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics import identification
-from metrics.identification import exact_search, identify, recall_at_k
+from metrics.identification import exact_search, identify, identify_intervals, recall_at_k
 
 
 def test_ranks_by_hand() -> None:
@@ -144,3 +144,48 @@ def test_recall_by_hand() -> None:
         recall_at_k(exact[:, :2], exact, 3)
     with pytest.raises(ValueError, match="nothing to compare"):
         recall_at_k(exact, np.full((2, 3), -1), 2)
+
+
+def people(seed: int, subjects: int = 80) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return candidates and scores of three probes a subject, whose luck goes by the subject; a quarter is no mate."""
+    random = np.random.default_rng(seed)
+    probe_subjects = np.repeat(np.arange(subjects), 3)
+    mated = probe_subjects % 4 > 0
+    skill = random.normal(0.6, 0.1, subjects)[probe_subjects]
+    own = skill + random.normal(0, 0.1, len(probe_subjects))
+    other = random.normal(0.4, 0.1, len(probe_subjects))
+    candidates = np.full((len(own), 2), subjects)
+    scores = np.stack([other, np.full(len(own), -1.0)], axis=1)
+    candidates[mated, 1], scores[mated, 1] = probe_subjects[mated], own[mated]
+    candidates[~mated, 1] = subjects + 1
+    first = scores.argsort(axis=1)[:, ::-1]
+    return np.take_along_axis(candidates, first, 1), np.take_along_axis(scores, first, 1), probe_subjects, mated
+
+
+def test_intervals_are_those_of_searches_with_resampled_subjects() -> None:
+    candidates, scores, probe_subjects, mated = people(0)
+    by_rank, by_fpir = identify_intervals(
+        candidates, scores, probe_subjects, mated, ranks=(1,), fpir_points=(0.1,), resamples=200, seed=3
+    )
+    rates, fnirs = [], []
+    for draw in np.random.default_rng(3).multinomial(80, np.full(80, 1 / 80), size=200):
+        rows = np.repeat(np.arange(len(mated)), draw[probe_subjects])
+        # A subject drawn twice is two people with one face: the search itself does not change.
+        one = identify(
+            candidates[rows], scores[rows], probe_subjects[rows], mated[rows], ranks=(1,), fpir_points=(0.1,)
+        )
+        rates.append(one.ranks[0].rate)
+        fnirs.append(one.points[0].fnir)
+    np.testing.assert_allclose(by_rank[1], np.quantile(rates, [0.025, 0.975]))
+    np.testing.assert_allclose(by_fpir[0.1], np.quantile(fnirs, [0.025, 0.975]))
+
+
+def test_interval_of_a_rate_that_the_strangers_cannot_show_is_none() -> None:
+    _, by_fpir = identify_intervals(*people(0), resamples=50, fpir_points=(1e-3,))
+    assert by_fpir == {1e-3: None}
+
+
+def test_intervals_need_two_subjects() -> None:
+    one = np.zeros(3, dtype=np.int64)
+    with pytest.raises(ValueError, match="1 subjects"):
+        identify_intervals(one[:, None], np.ones((3, 1)), one, np.ones(3, dtype=bool))

@@ -10,6 +10,7 @@ from tasks.report_tables import (
     present,
     search_table,
     verdict_tiles,
+    versus_rows,
 )
 
 
@@ -119,3 +120,11 @@ def test_accuracy_is_printed_or_its_absence_explained(population: Population) ->
 
 def test_present_keeps_the_order_asked_for(population: Population) -> None:
     assert present(population, ["profile-profile", "nowhere", "all"]) == ["profile-profile", "all"]
+
+
+def test_modes_are_set_against_each_other(report_input) -> None:
+    population = next(one for one in report_input.evaluation.populations.values() if len(one.modes) > 1)
+    (row,) = versus_rows(population)
+    assert (row["mode"].name, row["other"], row["cell"]) == ("batch_stat", "per_sample", "all pairs")
+    assert row["eer"] == "+0.30 (+0.10 to +0.50), worse"
+    assert row["fnmr"] is None
