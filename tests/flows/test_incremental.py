@@ -24,6 +24,7 @@ from storage.location import Location
 from storage.parquet import from_parquet
 from storage.releases import Releases
 from tasks.index import Previous, index_mode
+from tasks.plan import make_plan, prepare_models
 from tasks.synth import synthesize
 
 SHARDS = 20
@@ -203,7 +204,9 @@ class Copies:
 
 
 @pytest.fixture
-def prepared(source: Path, store: Path, tmp_path: Path, tiny_models, make_checkpoint) -> Callable[[Night], Copies]:
+def prepared(
+    source: Path, store: Path, tmp_path: Path, quick_settings, tiny_models, make_checkpoint
+) -> Callable[[Night], Copies]:
     def prepare(expected: Night) -> Copies:
         shutil.copytree(source, tmp_path / "source")
         shutil.copytree(store, tmp_path / "store")
@@ -214,6 +217,9 @@ def prepared(source: Path, store: Path, tmp_path: Path, tiny_models, make_checkp
             changed = {mode: file and str(files[file]) for mode, file in settings["models"].items()}
             settings["models"] = {mode: path for mode, path in {**tiny_models.by_mode, **changed}.items() if path}
         place = tmp_path / "store"
+        # A copied source is a new one to the census, which would look at every shard whatever has changed.
+        usual = quick_settings(tmp_path / "source", place)
+        assert not make_plan(usual, prepare_models(usual)).work
         expected.change(tmp_path / "source")
         return Copies(tmp_path / "source", place, settings, newest(place), versions_of(place))
 
