@@ -43,7 +43,7 @@ types: $(READY)
 check: lint types test
 
 torture: $(READY)
-	FRONTALIS_KILLS=60 $(BIN)/python -m pytest tests/flows/test_crash.py --timeout 7200
+	FRONTALIS_KILLS=60 $(BIN)/python -m pytest tests/flows/test_crash.py tests/flows/test_object_storage.py --timeout 7200
 
 # Resolves the ranges of pyproject.toml anew, in an environment of its own, and writes every version down. torch is
 # named here because the release with a CPU-only build at hand is wanted, and a CUDA build is several GB.

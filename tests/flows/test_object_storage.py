@@ -1,0 +1,271 @@
+"""The whole job on S3 (moto's server on the loopback): source and store, nights, kills, two writers, forgetting.
+
+FRONTALIS_KILLS says how many runs are killed (2 by default, at most 12).
+"""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flows.forget import forget
+from flows.rollback import roll_back
+from flows.vacuum import clean
+from flows.verify import check
+from schemas.errors import FrontalisError, SettingsError, StoreBusyError
+from storage.features import features_table, read_table
+from storage.location import Location
+from storage.releases import Releases
+from tasks.query import answer
+
+KILLS = min(int(os.environ.get("FRONTALIS_KILLS", "2")), 12)
+LONGEST = 120
+
+pytestmark = pytest.mark.timeout(180 + 60 * KILLS)
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """An S3 of its own on a free port, and this process's environment pointing to it, as an operator would set it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("moto") / "moto.log"
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=file, stderr=file
+        )
+    env = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        try:
+            _wait_for(env["AWS_ENDPOINT_URL"], server, log)
+            _make_bucket(env["AWS_ENDPOINT_URL"])
+            yield env
+        finally:
+            server.kill()
+            server.wait()
+
+
+@pytest.fixture(scope="module")
+def shards(s3, plain_source) -> str:
+    """The plain source on S3."""
+    for file in plain_source.glob("*.parquet"):
+        (Location("s3://faces/shards") / file.name).write_bytes(file.read_bytes())
+    return "s3://faces/shards"
+
+
+@pytest.fixture(scope="module")
+def first_night(run_pipeline, shards) -> str:
+    """A store with one release."""
+    outcome = run_pipeline(shards, "s3://faces/store")
+    assert (outcome.status, outcome.shards_computed) == ("promoted", 3)
+    return "s3://faces/store"
+
+
+@pytest.fixture
+def store(first_night, request) -> str:
+    """A copy of that store, for one test."""
+    name = f"s3://faces/copy-{abs(hash(request.node.nodeid))}"
+    for entry in Location(first_night).files(hidden=True):
+        (Location(first_night) / entry.name).copy_to(Location(name) / entry.name)
+    return name
+
+
+def names(store: str) -> set[str]:
+    return {entry.name for entry in Location(store).files(hidden=True)}
+
+
+def features(store: str) -> dict[str, bytes]:
+    table = features_table(Location(store))
+    return {path: (table.place / path).read_bytes() for path in table.snapshot().files}
+
+
+def test_the_store_is_the_one_that_a_local_disk_gets(first_night, run_pipeline, plain_source, tmp_path) -> None:
+    run_pipeline(plain_source, tmp_path / "store")
+    assert features(first_night) == features(str(tmp_path / "store"))
+    checked = check(first_night)
+    assert (checked.problems, checked.leftovers) == ([], [])
+
+
+def test_other_tools_read_it(first_night, s3) -> None:
+    options = {**Location(first_night).delta_options, "aws_region": s3["AWS_REGION"]}
+    frame = pl.scan_delta(f"{first_night}/features", storage_options=options).collect()
+    assert frame.group_by("mode").len()["len"].n_unique() == 1
+    assert set(frame["mode"]) == {"raw", "per_sample", "batch_stat"}
+
+
+def test_a_query_is_answered(first_night, shards) -> None:
+    first = features_table(Location(first_night))
+    some = read_table(first, list(first.snapshot().files.values())[:1], ["id"])["id"][0].as_py()
+    found = answer(first_night, "per_sample", ids=[some], k=5)
+    assert len(found.results[0].neighbours) == 5
+
+
+def test_a_second_night_opens_nothing_and_a_changed_shard_is_computed(run_pipeline, store, shards) -> None:
+    assert run_pipeline(shards, store).status == "unchanged"
+    before = names(store)
+    source = f"{store}-shards"
+    for entry in Location(shards).files():
+        table = pq.ParquetFile(pa.BufferReader((Location(shards) / entry.name).read_bytes())).read()
+        changed = table.slice(1) if entry.name == "part-001.parquet" else table
+        sink = pa.BufferOutputStream()
+        pq.write_table(changed, sink)
+        content = sink.getvalue().to_pybytes() if entry.name == "part-001.parquet" else None
+        (Location(source) / entry.name).write_bytes(content or (Location(shards) / entry.name).read_bytes())
+    outcome = run_pipeline(source, store)
+    assert (outcome.status, outcome.shards_computed) == ("promoted", 1)
+    assert len({name for name in names(store) - before if name.startswith("features/mode=")}) == 3
+
+
+def test_of_two_runs_at_once_one_wins(prefect_server, tiny_models, shards, s3) -> None:
+    store = "s3://faces/two"
+    runs = [_start(shards, store, tiny_models.arguments, prefect_server.env, s3) for _ in range(2)]
+    ended = [(run.communicate(timeout=LONGEST)[1], run.returncode) for run in runs]
+    assert [code for _, code in ended].count(0) >= 1
+    for stderr, code in ended:
+        assert code == 0 or (code == 3 and "run again" in stderr.lower()), stderr
+        assert "Traceback" not in stderr
+    assert [release.number for release in Releases(Location(store)).all()] == [1]
+    assert check(store).problems == []
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_killed_run_is_carried_on(store, shards, prefect_server, make_checkpoint, tmp_path, s3, number) -> None:
+    """New models, so that everything is computed again; killed when a random number of objects has appeared."""
+    chance = random.Random(f"s3-{number}")
+    models = []
+    for mode in ("per_sample", "batch_stat"):
+        models += ["--model", f"{mode}={make_checkpoint(tmp_path / f'{mode}.safetensors', mode, seed=9)}"]
+    before, served = names(store), Releases(Location(store)).serving()
+    undisturbed = 30  # about so many objects appear in a whole run
+    wanted = chance.randint(1, undisturbed)
+    run = _start(shards, store, models, prefect_server.env, s3)
+    deadline = time.monotonic() + LONGEST
+    while run.poll() is None and len(names(store) - before) < wanted:
+        assert time.monotonic() < deadline
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+
+    appeared = names(store) - before
+    for name in appeared:
+        if name.endswith(".parquet"):
+            content = (Location(store) / name).read_bytes()
+            assert content[:4] == content[-4:] == b"PAR1", "an object is visible whole or not at all"
+    now = Releases(Location(store)).serving()
+    assert now.release == served.release or now.number == served.number + 1
+    done = {name: _change(store, name) for name in appeared if name.startswith("features/mode=")}
+    again = _start(shards, store, models, prefect_server.env, s3)
+    stderr = again.communicate(timeout=LONGEST)[1]
+    assert again.returncode == 0, stderr
+    assert {name: _change(store, name) for name in done} == done, "what was complete must not be written again"
+    assert Releases(Location(store)).serving().number == 2
+    clean(store, grace_hours=0)
+    checked = check(store)
+    assert (checked.problems, checked.leftovers) == ([], [])
+
+
+def test_forgetting_and_vacuum(run_pipeline, store, shards) -> None:
+    table = features_table(Location(store))
+    some = read_table(table, list(table.snapshot().files.values())[:1], ["id"])["id"][3].as_py()
+    done = forget(store, id_=some)
+    assert done.rows == 1
+    waiting = clean(store)
+    assert waiting.files == []
+    assert waiting.waiting > 0, "without a lock young files are left"
+    clean(store, grace_hours=0)
+    assert check(store).problems == []
+    for name in names(store):
+        assert str(some).encode() not in (Location(store) / name).read_bytes(), name
+    assert run_pipeline(shards, store).status == "unchanged"
+    with pytest.raises(SettingsError, match="forgotten"):
+        roll_back(store, done.erased_releases[0])
+
+
+def test_a_run_that_began_before_somebody_was_forgotten_cannot_bring_them_back(store) -> None:
+    """Without a lock a run may read the history, lose time, and record after `forget`."""
+    history = Releases(Location(store))
+    seen = history.all()
+    table = features_table(Location(store))
+    some = read_table(table, list(table.snapshot().files.values())[:1], ["id"])["id"][3].as_py()
+    forget(store, id_=some)
+    late = seen[0].model_copy(update={"release": "r00002-late", "number": 2})
+    with pytest.raises(StoreBusyError, match="changed the releases"):
+        history.record(late, seen)
+
+
+def test_two_histories_written_at_once_are_one(store) -> None:
+    first = Releases(Location(store)).all()
+    barrier = threading.Barrier(4)
+    won = []
+
+    def record(number: int) -> None:
+        history = Releases(Location(store))
+        release = first[0].model_copy(update={"release": f"r00002-{number}", "number": 2})
+        barrier.wait()
+        with contextlib.suppress(StoreBusyError):
+            history.record(release, first)
+            won.append(number)
+
+    threads = [threading.Thread(target=record, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert [release.release for release in Releases(Location(store)).all()][1:] == [f"r00002-{won[0]}"]
+
+
+@pytest.mark.parametrize("uri", ["s3://no-such-bucket/store", "s3://faces/nothing-here"])
+def test_what_is_not_there_is_said_in_one_line(s3, uri) -> None:
+    with pytest.raises(FrontalisError, match=uri):
+        check(uri)
+
+
+def _start(source: str, store: str, models: list[str], env, s3) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "frontalis", "reprocess", "--source", source, "--store", store, *models]
+    return subprocess.Popen(
+        command, env={**env, **s3}, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def _change(store: str, name: str) -> int:
+    entry = (Location(store) / name).entry()
+    assert entry is not None
+    return entry.mtime_ns
+
+
+def _make_bucket(endpoint: str) -> None:
+    request = urllib.request.Request(f"{endpoint}/faces", method="PUT")
+    with urllib.request.urlopen(request, timeout=10) as answered:
+        assert answered.status == 200
+
+
+def _wait_for(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/moto-api/", timeout=5):
+            return
+        time.sleep(0.2)
+    pytest.fail(f"moto did not start:\n{log.read_text()[-2000:]}")
