@@ -33,7 +33,7 @@ def evaluate(
     tell_progress()
     place = Location(store)
     history = Releases(place)
-    record = history.get(release) if release else history.serving()
+    record = history.servable(release) if release else history.serving()
     settings = PipelineSettings.model_validate({**record.settings, "store": store})
     changed = {key: value for key, value in {"pairs": pairs, "resamples": resamples}.items() if value is not None}
     evaluation: EvaluationSettings = settings.evaluation.model_copy(update=changed)

@@ -152,7 +152,8 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
         table.add_column(name, justify="right" if name in ("rows", *modes) else "left")
     table.add_column("decision", no_wrap=True, overflow="ignore")
     for release in releases:
-        served = "served" if release.serving else "erased" if release.erased else ""
+        gone = "erased" if release.erased else "vacuumed" if release.vacuumed else ""
+        served = "served" if release.serving else gone
         table.add_row(
             release.release,
             f"{release.created:%Y-%m-%d %H:%M}",

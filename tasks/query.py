@@ -84,7 +84,7 @@ def answer(
     if bool(ids) == bool(vectors):
         raise SettingsError("pass either --id or --vectors.")
     place = Location(store)
-    record = Releases(place).get(release) if release else Releases(place).serving()
+    record = Releases(place).servable(release) if release else Releases(place).serving()
     reference = record.indexes.get(mode)
     if reference is None:
         known = ", ".join(record.indexes)

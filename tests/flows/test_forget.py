@@ -113,6 +113,8 @@ def test_nothing_of_a_forgotten_subject_is_left(published, run_pipeline, person,
     assert person.subject not in {one.subject for one in everyone}
     with pytest.raises(SettingsError, match="forgotten"):
         roll_back(str(store), done.erased_releases[0])
+    with pytest.raises(SettingsError, match="forgotten"):
+        answer(str(store), "per_sample", ids=[person.photograph], release=done.erased_releases[0])
 
     clean(str(store))
 
