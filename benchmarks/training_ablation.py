@@ -66,18 +66,21 @@ class Network:
     """A network and how it is trained.
 
     With `choose`, validation chooses among raw, three steps and three lengths of the change; without, it is the last
-    step at full length whatever validation says.
+    step whatever validation says, its change scaled by `share`.
     """
 
     architecture: str
     loss: str = "shared_bar"
     arguments: Mapping[str, int] = ()  # type: ignore[assignment]
     choose: bool = True
+    share: float = 1.0
 
 
 NETWORKS: Mapping[str, Network] = {
     "ensemble": Network("dual_branch_ensemble"),
     "ensemble, last step, unscaled": Network("dual_branch_ensemble", choose=False),
+    "ensemble, last step, 0.9": Network("dual_branch_ensemble", choose=False, share=0.9),
+    "ensemble, last step, 0.8": Network("dual_branch_ensemble", choose=False, share=0.8),
     "single": Network("dual_branch_ensemble", arguments={"members": 1}),
     "dual_branch": Network("dual_branch"),
     "dual_branch, triplet": Network("dual_branch", loss="triplet"),
@@ -144,7 +147,7 @@ def train(network: Network, mode: Mode, fold: Fold) -> tuple[Callable[[np.ndarra
     judge = Judge(fold.validation, mean_norm)
     calls = iter(range(10**6))
     last_wins: Callable[[torch.nn.Module], float] = lambda _model: -float(next(calls))  # noqa: E731
-    recipe = CHOOSING if network.choose else Recipe(shares=(1.0,), validate_every=10**6)
+    recipe = CHOOSING if network.choose else Recipe(shares=(network.share,), validate_every=10**6)
     fitted = fit(
         model, rows, judge if network.choose else last_wins, steps=360, seed=0, loss=network.loss, recipe=recipe
     )
