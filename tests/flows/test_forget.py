@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -298,3 +300,30 @@ def rows_with(store: Path, id_: str) -> pl.DataFrame:
 
 def _stop(*_: object) -> str:
     raise StoreError("power cut")
+
+
+def test_on_the_command_line(published, person) -> None:
+    """As the operations guide has it: forget, look, vacuum, verify; needs no Prefect server."""
+    store = published()
+    first = Releases(Location(str(store))).serving().release
+
+    def shell(*words: str, code: int = 0) -> str:
+        command = [sys.executable, "-m", "frontalis", *words, "--store", str(store)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+        return done.stdout if code in (0, 1) else done.stderr
+
+    told = shell("forget", "--subject", person.subject)
+    assert f"{person.rows} rows with features and {person.quarantined} in quarantine, in 2 shards" in told
+    assert f"erased     {first}" in told
+    assert not any(secret in told for secret in person.secrets)
+    assert "no row of this id was found" in shell("forget", "--id", "nobody")
+    listed = shell("vacuum", "--dry-run")
+    assert f"indexes/{first}/raw/index.faiss" in listed
+    assert (store / f"indexes/{first}/raw/index.faiss").exists()
+    assert json.loads(shell("vacuum", "--json"))["removed_releases"] == [first]
+    assert "all is well" in shell("verify")
+    next((store / "indexes").glob("*/raw/index.faiss")).write_bytes(b"x")
+    problems = json.loads(shell("verify", "--json", code=1))["problems"]
+    assert [problem["thing"].endswith("mode raw") for problem in problems] == [True]
+    assert "pass either --subject or --id" in shell("forget", code=2)
