@@ -39,6 +39,7 @@ log = logging.getLogger("frontalis.index")
 INDEXES = "indexes"
 IDS_LIMIT = 1 << 36
 AUDIT_QUERIES = 256
+JOINED_ROWS = 16_384  # measured in docs/decisions.md, Incremental
 REFERENCE = b"frontalis.index"
 
 
@@ -258,10 +259,23 @@ def _ids_of(table: Table, files: Iterable[LiveFile]) -> pa.Table:
 
 
 def _batches(table: Table, files: Iterable[LiveFile]) -> Iterator[Batch]:
+    """Yield keys and vectors in the order of the files, small files joined: each search or addition costs by itself."""
+    keys: list[np.ndarray] = []
+    vectors: list[np.ndarray] = []
     for file in files:
         for batch in read_rows(table, file, ["id", "front"]):
             if batch.num_rows:
-                yield id_keys(batch.column("id")), matrix_of(batch.column("front"), file.path)
+                keys.append(id_keys(batch.column("id")))
+                vectors.append(matrix_of(batch.column("front"), file.path))
+            if sum(map(len, keys)) >= JOINED_ROWS:
+                yield _joined(keys), _joined(vectors)
+                keys, vectors = [], []
+    if keys:
+        yield _joined(keys), _joined(vectors)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _dim(table: Table, files: Iterable[LiveFile]) -> int:
