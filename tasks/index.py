@@ -262,14 +262,16 @@ def _batches(table: Table, files: Iterable[LiveFile]) -> Iterator[Batch]:
     """Yield keys and vectors in the order of the files, small files joined: each search or addition costs by itself."""
     keys: list[np.ndarray] = []
     vectors: list[np.ndarray] = []
+    rows = 0
     for file in files:
         for batch in read_rows(table, file, ["id", "front"]):
             if batch.num_rows:
                 keys.append(id_keys(batch.column("id")))
                 vectors.append(matrix_of(batch.column("front"), file.path))
-            if sum(map(len, keys)) >= JOINED_ROWS:
+                rows += batch.num_rows
+            if rows >= JOINED_ROWS:
                 yield _joined(keys), _joined(vectors)
-                keys, vectors = [], []
+                keys, vectors, rows = [], [], 0
     if keys:
         yield _joined(keys), _joined(vectors)
 
