@@ -367,6 +367,26 @@ def test_refusal(name: str, tmp_path: Path, night, pipeline_of, tiny_models, mak
     assert features_table(Location(str(tmp_path / "store"))).snapshot().version == -1
 
 
+def test_the_document_says_the_same() -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "bad-input.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")][1:]
+    told = {name: (outcome, says) for name, outcome, says in rows}
+    assert list(told) == [*CASES, *REFUSALS]
+    for name, case in CASES.items():
+        outcome, says = told[name]
+        if isinstance(case.outcome, Row):
+            assert (outcome, set(says.split(", "))) == ("quarantined row", {f"`{one}`" for one in case.outcome.reasons})
+        elif isinstance(case.outcome, Bad):
+            assert (outcome, says) == ("bad shard", f"… {case.outcome.says} …")
+        elif case.outcome.rows == 0 and name != "no row":
+            assert outcome == "passed over"
+        else:
+            assert outcome == "accepted"
+            assert case.outcome.warns in says
+    for name, (_, error, says) in REFUSALS.items():
+        assert told[name] == (f"refused (`{error.__name__}`)", f"… {says} …")
+
+
 def _check_table(store: Path, published: object, plan: object) -> None:
     """Other readers see what was counted, finite, and the same rows in every mode."""
     table = pl.scan_delta(str(store / "features")).collect()

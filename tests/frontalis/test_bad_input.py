@@ -1,0 +1,91 @@
+"""Bad input at the command line: what is said, the exit code, and what is served afterwards."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from storage.location import Location
+from storage.releases import Releases
+
+Shell = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def reprocess(prefect_server, tiny_models) -> Shell:
+    """Run `frontalis reprocess …` with the tiny models unless others are given; no traceback is ever shown."""
+
+    def run(source: Path, store: Path, *more: object, models: list[str] | None = None, code: int) -> object:
+        words = ["reprocess", "--source", source, "--store", store, *(models or tiny_models.arguments), *more]
+        done = subprocess.run(
+            [sys.executable, "-m", "frontalis", *map(str, words)],
+            env=prefect_server.env, capture_output=True, text=True, timeout=170, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+def test_bad_shards_end_with_4_and_the_others_are_served(reprocess, tiny_source: Path, tmp_path: Path) -> None:
+    source, store = tmp_path / "source", tmp_path / "store"
+    shutil.copytree(tiny_source, source)
+    good = pq.read_table(source / "part-001.parquet")
+    (source / "part-001.parquet").write_bytes((source / "part-001.parquet").read_bytes()[:-100])
+    (source / "page.parquet").write_bytes(b"<html>" * 100)
+    rows = pq.read_table(source / "part-002.parquet").to_pylist()
+    rows[3]["embedding"] = [float("nan")] * 32
+    pq.write_table(pa.Table.from_pylist(rows, schema=good.schema), source / "part-002.parquet")
+
+    done = reprocess(source, store, "--json", code=4)
+
+    outcome = json.loads(done.stdout)
+    data = outcome["data"]
+    assert {fault["shard"]: fault["kept"] for fault in data["bad_shards"]} == {"part-001": False, "page": False}
+    assert data["quarantined"] == {"not_finite": 1}
+    assert data["rows_read"] == data["rows_features"] + 1 == 280 - good.num_rows
+    assert "completed with bad shards: page, part-001" in done.stderr
+    assert "run again" in done.stderr
+    [release] = Releases(Location(str(store))).all()
+    assert release.serving
+    assert pl.scan_delta(str(store / "features")).select("shard").unique().collect().height == 2
+
+
+def test_bad_row_and_fail_publishes_nothing(reprocess, tiny_source: Path, tmp_path: Path, tiny_models) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_source, source)
+    rows = pq.read_table(source / "part-002.parquet")
+    zeroed = rows.to_pylist()
+    zeroed[5]["embedding"] = [0.0] * 32
+    pq.write_table(pa.Table.from_pylist(zeroed, schema=rows.schema), source / "part-002.parquet")
+    config = tmp_path / "pipeline.toml"
+    models = "".join(f"{mode} = '{path}'\n" for mode, path in tiny_models.by_mode.items())
+    config.write_text(f"source = 'source'\nstore = 'store'\n[models]\n{models}[reweight]\non_bad_rows = 'fail'\n")
+
+    done = reprocess(source, tmp_path / "store", "--config", config, code=2)
+
+    assert done.stdout == ""
+    assert "shard part-002, row 5" in done.stderr
+    assert "zero_norm; mend it, or set on_bad_rows" in done.stderr
+    assert not Releases(Location(str(tmp_path / "store"))).all()
+
+
+def test_hostile_model_is_refused_and_not_run(reprocess, tiny_source: Path, tmp_path: Path) -> None:
+    touched = tmp_path / "touched"
+    pickle = tmp_path / "model.safetensors"
+    pickle.write_bytes(f"cposix\nsystem\n(S'touch {touched}'\ntR.".encode() + b"\0" * 64)
+
+    done = reprocess(tiny_source, tmp_path / "store", models=[f"--model=per_sample={pickle}"], code=2)
+
+    assert str(pickle) in done.stderr
+    assert "safetensors" in done.stderr
+    assert not touched.exists()
+    assert not (tmp_path / "store" / "features").exists()
