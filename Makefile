@@ -30,8 +30,9 @@ demo: $(READY)
 	  --model per_sample=$(DEMO)/per_sample.safetensors --model batch_stat=$(DEMO)/batch_stat.safetensors
 	$(BIN)/frontalis query --store $(DEMO)/store --mode per_sample --id $(DEMO_ID) -k 5
 
+# A file of tests stays on one worker, which has a Prefect server of its own.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
