@@ -24,8 +24,11 @@ def train(
     steps: int | None = None,
     validation: float | None = None,
     test: float | None = None,
+    columns: dict[str, str] | None = None,
 ) -> Trained:
     """Train a model on labelled shards and write its checkpoint; see `tasks.train`. What is None is by default.
+
+    `columns` maps a role of `schemas.settings.ColumnNames` to the column's name in the sources.
 
     Raises:
         SettingsError: an option cannot be used.
@@ -43,6 +46,7 @@ def train(
         "steps": steps,
         "validation": validation,
         "test": test,
+        "columns": columns,
     }
     given = {name: value for name, value in values.items() if value is not None}
     trained = train_task(checked(TrainingSettings, given))

@@ -28,6 +28,9 @@ app = typer.Typer(
 )
 
 Store = Annotated[str, typer.Option("--store", help="The store: a folder or s3://bucket/prefix.")]
+Columns = Annotated[
+    list[str] | None, typer.Option("--column", help="ROLE=NAME, such as subject=person; repeat for each column.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -100,6 +103,7 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="360 by default; validation may prefer fewer.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of subjects that choose the model; 0.1.")] = None,
     test: Annotated[float | None, typer.Option(help="Share of subjects that only measure it; 0.1.")] = None,
+    column: Columns = None,
     as_json: AsJson = False,
 ) -> None:
     """Train one checkpoint and measure it on subjects it has not seen."""
@@ -118,6 +122,7 @@ def train(
         steps=steps,
         validation=validation,
         test=test,
+        columns=_columns(column),
     )
     print_trained(trained, as_json)
     if trained.interrupted:
@@ -132,6 +137,7 @@ def reprocess(
     config: Annotated[str | None, typer.Option(help="pipeline.toml; the other options win over it.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Parquet of pairs with folds, to measure accuracy on.")] = None,
     keep_columns: Annotated[list[str] | None, typer.Option(help="Further column to pass through; repeat.")] = None,
+    column: Columns = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker threads; one a core by default.")] = None,
     wait: Annotated[float | None, typer.Option(min=0, help="Seconds to wait for another run.")] = None,
     as_json: AsJson = False,
@@ -151,6 +157,7 @@ def reprocess(
     changes: dict[str, Any] = settings.model_dump()
     if pairs is not None:
         changes["evaluation"]["pairs"] = pairs
+    changes["columns"] |= _columns(column)
     if keep_columns:
         changes["columns"]["keep"] = tuple(keep_columns)
     if workers is not None:
@@ -216,13 +223,16 @@ def explain(
     out: Annotated[str, typer.Option(help="Folder for plots and tables.")],
     source: Annotated[str | None, typer.Option(help="Shards to weigh; needed for per_sample models.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Top channels to list.")] = 10,
+    column: Columns = None,
     as_json: AsJson = False,
 ) -> None:
     """Plot and list the channels that a model weighs most."""
     from frontalis.printing import print_explanation
+    from schemas.settings import ColumnNames, checked
     from tasks.explain import explain_model
 
-    print_explanation(explain_model(model, source, out, k), as_json)
+    columns = checked(ColumnNames, _columns(column))
+    print_explanation(explain_model(model, source, out, k, columns), as_json)
 
 
 @app.command()
@@ -290,15 +300,30 @@ def verify(store: Store, as_json: AsJson = False) -> None:
 
 
 def _models(pairs: list[str] | None) -> dict[str, str]:
-    models: dict[str, str] = {}
+    return _named("--model", pairs, "mode=FILE, such as per_sample=per_sample.safetensors")
+
+
+def _columns(pairs: list[str] | None) -> dict[str, str]:
+    from schemas.settings import COLUMN_ROLES
+
+    columns = _named("--column", pairs, "ROLE=NAME, such as subject=person")
+    for role in columns:
+        if role not in COLUMN_ROLES:
+            raise SettingsError(f"--column {role}={columns[role]}: {role} is no role; use {', '.join(COLUMN_ROLES)}.")
+    return columns
+
+
+def _named(option: str, pairs: list[str] | None, form: str) -> dict[str, str]:
+    """Read a repeatable option of the form name=value."""
+    found: dict[str, str] = {}
     for pair in pairs or []:
-        mode, sign, file = pair.partition("=")
-        if not sign or not file:
-            raise SettingsError(f"--model {pair}: write mode=FILE, such as per_sample=per_sample.safetensors.")
-        if mode in models:
-            raise SettingsError(f"--model {pair}: mode {mode} is given twice.")
-        models[mode] = file
-    return models
+        name, sign, value = pair.partition("=")
+        if not (name and sign and value):
+            raise SettingsError(f"{option} {pair}: write {form}.")
+        if name in found:
+            raise SettingsError(f"{option} {pair}: {name} is given twice.")
+        found[name] = value
+    return found
 
 
 def _run_flow(flow: Any, **parameters: Any) -> Any:

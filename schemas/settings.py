@@ -26,6 +26,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+WRITTEN_BESIDE = ("front", "identity", "pose_branch", "mode", "shard")
+COLUMN_ROLES = ("id", "embedding", "subject", "pose", "yaw", "pitch", "roll")
+
+
 class ColumnNames(Settings):
     """How the columns of the source shards are called, and which others pass through."""
 
@@ -40,22 +44,11 @@ class ColumnNames(Settings):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        reserved = {
-            "id",
-            "subject",
-            "pose",
-            "yaw",
-            "pitch",
-            "roll",
-            "front",
-            "identity",
-            "pose_branch",
-            "mode",
-            "shard",
-        }
-        taken = [name for name in self.keep if name in reserved or self.keep.count(name) > 1]
-        if taken:
-            raise ValueError(f"columns.keep: {taken[0]!r} is written already; leave it out")
+        written = {*COLUMN_ROLES, *WRITTEN_BESIDE} - {"embedding"}  # without regard to case, as Delta takes names
+        for name in self.keep:
+            if name.lower() in written:
+                raise ValueError(f"columns.keep: {name!r} is written already; leave it out")
+            written.add(name.lower())
         return self
 
 

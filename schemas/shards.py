@@ -61,7 +61,9 @@ def check_shard(shard: str, schema: pa.Schema, columns: ColumnNames) -> ShardSch
         if found != 1:
             there = ", ".join(schema.names[:12]) or "no column at all"
             what = "is missing" if found == 0 else f"appears {found} times"
-            raise BadShardError(f"shard {shard}: column {name!r} {what}; found {there}. Name it under [columns].")
+            raise BadShardError(
+                f"shard {shard}: column {name!r} {what}; found {there}. Name it under [columns], or with --column."
+            )
     id_type = _plain(schema.field(columns.id).type)
     if not (_is_string(id_type) or pa.types.is_integer(id_type)) or id_type == pa.uint64():
         raise BadShardError(f"shard {shard}: column {columns.id!r} has type {id_type}, wanted string or int64.")

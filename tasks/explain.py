@@ -43,7 +43,9 @@ class Explanation:
     files: list[str]
 
 
-def explain_model(model: str, source: str | None, out: str, k: int = 10) -> Explanation:
+def explain_model(
+    model: str, source: str | None, out: str, k: int = 10, columns: ColumnNames | None = None
+) -> Explanation:
     """Write plots, a table of all channels and a summary of one checkpoint into a folder.
 
     Args:
@@ -52,6 +54,7 @@ def explain_model(model: str, source: str | None, out: str, k: int = 10) -> Expl
             it, identity-relatedness is measured too.
         out: folder for `channels.csv`, `explanation.json` and the plots.
         k: how many top channels are listed.
+        columns: how the columns of the source are called, where not by their own names.
 
     Raises:
         SettingsError: no such file, or a source is needed and missing.
@@ -61,7 +64,7 @@ def explain_model(model: str, source: str | None, out: str, k: int = 10) -> Expl
         checkpoint = load(Location(model).read_bytes())
     except FileNotFoundError as error:
         raise SettingsError(f"--model {model}: there is no such file.") from error
-    rows = _rows(checkpoint, model, source)
+    rows = _rows(checkpoint, model, source, columns or ColumnNames())
     found = model_weights(checkpoint, checkpoint.card.mode, rows.x[:SAMPLE_ROWS], k)
     related = _relatedness(rows) if source is not None else None
     correlation = {
@@ -76,7 +79,7 @@ def explain_model(model: str, source: str | None, out: str, k: int = 10) -> Expl
     return Explanation(found, top, correlation, files)
 
 
-def _rows(checkpoint: Checkpoint, model: str, source: str | None) -> TrainingRows:
+def _rows(checkpoint: Checkpoint, model: str, source: str | None, columns: ColumnNames) -> TrainingRows:
     dim = checkpoint.card.embedding_dim
     if source is None:
         blocks = [block for block in checkpoint.model.modules() if isinstance(block, SEBlock)]
@@ -86,7 +89,7 @@ def _rows(checkpoint: Checkpoint, model: str, source: str | None) -> TrainingRow
             )
         # Under a frozen statistic any row gives the one weight vector there is.
         return TrainingRows(np.ones((1, dim), np.float32), np.array(["-"], object), np.array([UNKNOWN]), "", 0)
-    rows = read_training_rows([source], ColumnNames())
+    rows = read_training_rows([source], columns, labelled=False)
     if rows.x.shape[1] != dim:
         raise SettingsError(f"--source {source}: embeddings have {rows.x.shape[1]} numbers, the model wants {dim}.")
     order = np.random.default_rng(0).permutation(len(rows))
@@ -94,7 +97,7 @@ def _rows(checkpoint: Checkpoint, model: str, source: str | None) -> TrainingRow
 
 
 def _relatedness(rows: TrainingRows) -> np.ndarray | None:
-    known = rows.classes != UNKNOWN
+    known = (rows.classes != UNKNOWN) & (rows.subjects != "")
     unit = rows.x[known] / np.linalg.norm(rows.x[known].astype(np.float64), axis=1, keepdims=True)
     try:
         return identity_relatedness(

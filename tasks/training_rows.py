@@ -53,11 +53,14 @@ class TrainingRows:
         return self if share >= 1 else self.take(_sampled(self.subjects, share, _TAKE_SALT))
 
 
-def read_training_rows(sources: Sequence[str], columns: ColumnNames, max_rows: int | None = None) -> TrainingRows:
+def read_training_rows(
+    sources: Sequence[str], columns: ColumnNames, max_rows: int | None = None, *, labelled: bool = True
+) -> TrainingRows:
     """Read the good, labelled rows of all shards of all sources, the same vector only once.
 
     Rows without a subject, with a bad embedding, or read before are left out and counted. With more rows than
-    `max_rows` in the shards, a sample of the subjects is read, whole, about so many rows; the log says so.
+    `max_rows` in the shards, a sample of the subjects is read, whole, about so many rows; the log says so. Unless
+    `labelled`, rows without a subject are read too; their subject is empty.
 
     Raises:
         TrainingError: a shard lacks the subject column, has another D than those before, or breaks the contract;
@@ -71,7 +74,7 @@ def read_training_rows(sources: Sequence[str], columns: ColumnNames, max_rows: i
     matrices, subjects, classes, skipped = [], [], [], 0
     dim: int | None = None
     for shard in shards:
-        for width, block in _blocks(shard, columns):
+        for width, block in _blocks(shard, columns, labelled):
             dim = dim or width
             if width != dim:
                 raise TrainingError(
@@ -90,9 +93,11 @@ def read_training_rows(sources: Sequence[str], columns: ColumnNames, max_rows: i
             digest.update("\0".join(subjects[-1]).encode())
             digest.update(classes[-1].tobytes())
     if not sum(map(len, matrices)):
-        raise TrainingError(f"{', '.join(sources)}: no row with a subject and a usable embedding.")
+        what = "a subject and a usable embedding" if labelled else "a usable embedding"
+        raise TrainingError(f"{', '.join(sources)}: no row with {what}.")
     if skipped:
-        log.warning("train: %d rows without a subject, with a bad embedding or read before were left out", skipped)
+        which = "without a subject, with a bad embedding" if labelled else "with a bad embedding"
+        log.warning("%d rows %s or read before were left out", skipped, which)
     return TrainingRows(
         np.concatenate(matrices), np.concatenate(subjects), np.concatenate(classes), digest.hexdigest(), skipped
     )
@@ -115,36 +120,40 @@ def _share(shards: Sequence[Shard], max_rows: int | None) -> float:
 Block = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
 
-def _blocks(shard: Shard, columns: ColumnNames) -> Iterator[tuple[int, Block]]:
+def _blocks(shard: Shard, columns: ColumnNames, labelled: bool) -> Iterator[tuple[int, Block]]:
     """Yield D and (x, subjects, classes, how many rows were bad) of each block of a shard."""
     try:
         schema = check_shard(shard.key, read_schema(shard)[0], columns)
-        if "subject" not in schema.present:
+        if labelled and "subject" not in schema.present:
             raise TrainingError(
-                f"shard {shard.key}: has no column {columns.subject!r}, so nobody knows who is who; name it under "
-                "[columns], or train on labelled shards."
+                f"shard {shard.key}: has no column {columns.subject!r}, so nobody knows who is who; name it with "
+                "--column subject=NAME, or train on labelled shards."
             )
         wanted = [columns.embedding, *(getattr(columns, role) for role in schema.present)]
         width = schema.dim
         for _, block in stream_blocks(shard, wanted, BLOCK_ROWS):
             width = width or _usual_length(block.column(columns.embedding))
             if width is not None:
-                yield width, _block(block, schema, columns, width)
+                yield width, _block(block, schema, columns, width, labelled)
     except BadShardError as error:
         raise _refusal(error) from error
 
 
-def _block(block: pa.RecordBatch, schema: ShardSchema, columns: ColumnNames, dim: int) -> Block:
+def _block(block: pa.RecordBatch, schema: ShardSchema, columns: ColumnNames, dim: int, labelled: bool) -> Block:
     matrix, reasons = embedding_matrix(block.column(columns.embedding), dim)
-    names = text_column(block.column(columns.subject))
-    good = (reasons == None) & names.is_valid().to_numpy(zero_copy_only=False)  # noqa: E711
+    good = reasons == None  # noqa: E711
+    names = (
+        text_column(block.column(columns.subject)) if "subject" in schema.present else pa.nulls(len(good), pa.string())
+    )
+    if labelled:
+        good &= names.is_valid().to_numpy(zero_copy_only=False)
     pose = text_column(block.column(columns.pose)).to_pylist() if "pose" in schema.present else None
     yaw = None
     if "yaw" in schema.present:
         yaw = angle_column(block.column(columns.yaw))[0].to_numpy(zero_copy_only=False).astype(np.float64)
     unlabelled = pose is None and yaw is None
     classes = np.full(len(good), UNKNOWN, np.int64) if unlabelled else pose_classes(pose, yaw)
-    subjects = np.array(names.to_pylist(), dtype=object)
+    subjects = np.array(names.fill_null("").to_pylist(), dtype=object)
     return np.ascontiguousarray(matrix[good]), subjects[good], classes[good], int((~good).sum())
 
 

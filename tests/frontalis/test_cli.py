@@ -114,6 +114,24 @@ def test_explain_writes_plots_and_tables(shell, job, tmp_path) -> None:
     assert table.height == 32
 
 
+def test_columns_of_other_names_are_named_to_every_command_that_reads_shards(shell, job, tmp_path) -> None:
+    (tmp_path / "shards").mkdir()
+    for file in (job / "shards").glob("*.parquet"):
+        renamed = pl.read_parquet(file).rename({"subject": "person", "embedding": "vector"})
+        renamed.write_parquet(tmp_path / "shards" / file.name)
+    named = ["--column", "subject=person", "--column", "embedding=vector"]
+    model = tmp_path / "model.safetensors"
+    source = tmp_path / "shards"
+    told = shell("train", source, "--out", model, "--steps", 2, *named[2:], code=2).stderr
+    assert "has no column 'subject', so nobody knows who is who; name it with --column subject=NAME" in told
+    shell("train", source, "--out", model, "--steps", 2, *named)
+    shell("explain", "--model", model, "--source", source, "--out", tmp_path / "out", *named)
+    assert pl.read_csv(tmp_path / "out/channels.csv")["identity relatedness"].null_count() == 0
+    shell("reprocess", "--source", source, "--store", tmp_path / "store", "--model", f"per_sample={model}", *named)
+    features = pl.scan_delta(str(tmp_path / "store/features")).select("subject").collect()
+    assert features["subject"].n_unique() > 1
+
+
 def test_report_is_written(job) -> None:
     (page,) = (job / "store" / "reports").glob("*/index.html")
     assert "frontal–profile" in page.read_text()
@@ -131,6 +149,9 @@ def test_report_is_written(job) -> None:
         (["reprocess", "--store", "{store}"], "--source is missing"),
         (["reprocess", "--config", "{tmp}/none.toml"], "cannot be read"),
         (["reprocess", "--source", "{tmp}", "--store", "{store}", "--model", "per_sample"], "write mode=FILE"),
+        (["explain", "--model", "m", "--out", "{tmp}", "--column", "person=subject"], "person is no role; use id, emb"),
+        (["train", "{tmp}", "--out", "{tmp}/x", "--column", "subject"], "--column subject: write ROLE=NAME"),
+        (["train", "{tmp}", "--out", "{tmp}/x", "--column", "id=a", "--column", "id=b"], "id is given twice"),
         (["evaluate", "--store", "{store}", "--pairs", "{tmp}/none.parquet"], "there is no such file"),
         (["rollback", "--store", "ftp://x/y", "r1"], "scheme 'ftp' is not supported"),
     ],

@@ -69,6 +69,8 @@ def test_what_is_typed_wins_and_stays_as_typed(toml: Path) -> None:
         ({"reweight": {"batch_size": 0}}, "reweight.batch_size: Input should be greater than or equal to 1 (found 0)"),
         ({"columns": {"keep": ["camera", "camera"]}}, "columns.keep: 'camera' is written already"),
         ({"columns": {"keep": ["front"]}}, "columns.keep: 'front' is written already; leave it out"),
+        ({"columns": {"keep": ["Front"]}}, "columns.keep: 'Front' is written already; leave it out"),
+        ({"columns": {"keep": ["Camera", "cameRA"]}}, "columns.keep: 'cameRA' is written already"),
         ({"evaluation": {"fmrs": ["1e-3", "never"]}}, "'never' is no rate between 0 and 1"),
         ({"evaluation": {"fmrs": ["1"]}}, "'1' is no rate between 0 and 1"),
         ({"evaluation": {"fmrs": ["nan"]}}, "'nan' is no rate between 0 and 1"),

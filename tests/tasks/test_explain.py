@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 
 from models.checkpoint import load, save
 from schemas.errors import BadModelError, SettingsError, TrainingError
+from schemas.settings import ColumnNames
 from tasks.explain import explain_model
 
 DIM = 32
@@ -107,6 +108,40 @@ def test_a_frozen_statistic_weighs_any_rows_alike(tiny_models, people, tmp_path:
     assert with_rows.related
 
 
+def test_columns_of_other_names_are_named(tiny_models, people, tmp_path: Path) -> None:
+    x, subjects, poses = people
+    model = str(tiny_models.per_sample)
+    own = explain_model(model, shard(tmp_path / "own", x, subject=subjects, pose=poses), str(tmp_path / "a"))
+    other = shard(tmp_path / "other", x, person=subjects, view=poses)
+    named = explain_model(model, other, str(tmp_path / "b"), columns=ColumnNames(subject="person", pose="view"))
+    assert named.related == own.related
+    assert named.correlation == own.correlation
+
+
+def test_rows_without_subjects_are_weighed_and_relatedness_is_left_out(tiny_models, people, tmp_path: Path) -> None:
+    x, subjects, poses = people
+    model = str(tiny_models.per_sample)
+    with_them = explain_model(model, shard(tmp_path / "a", x, subject=subjects, pose=poses), str(tmp_path / "out"))
+    for columns in ({}, {"pose": poses}, {"pose": poses, "subject": pa.nulls(len(x), pa.string())}):
+        found = explain_model(model, shard(tmp_path / "b", x, **columns), str(tmp_path / "out"))
+        assert found.weights == with_them.weights
+        assert (found.related, found.correlation) == ([], {"identity": None, "pose": None})
+
+
+def test_a_row_without_a_subject_counts_for_weights_only(tiny_models, people, tmp_path: Path) -> None:
+    x, subjects, poses = people
+    model = str(tiny_models.per_sample)
+    partly = [name if row % 6 else None for row, name in enumerate(subjects)]
+    known = np.array([name is not None for name in partly])
+    found = explain_model(model, shard(tmp_path / "a", x, subject=partly, pose=poses), str(tmp_path / "out"))
+    for one in found.weights:
+        wanted = weights_of(tiny_models.per_sample, one.branch, x.astype(np.float64))
+        np.testing.assert_allclose(one.mean, wanted.mean(axis=0), atol=1e-5)
+    named = {"subject": list(np.array(subjects)[known]), "pose": list(np.array(poses)[known])}
+    labelled = explain_model(model, shard(tmp_path / "b", x[known], **named), str(tmp_path / "out"))
+    assert dict(found.related) == pytest.approx(dict(labelled.related), rel=1e-4)
+
+
 def test_relatedness_is_left_out_where_nobody_was_seen_twice(tiny_models, people, tmp_path: Path) -> None:
     x, subjects, _ = people
     source = shard(tmp_path / "source", x, subject=subjects, pose=["frontal"] * len(x))
@@ -154,8 +189,8 @@ def test_what_cannot_be_explained_is_refused_before_anything_is_written(
     source = shard(tmp_path / "labelled", x, subject=subjects)
     with pytest.raises(SettingsError, match=r"--source .*labelled: embeddings have 32 numbers, the model wants 16"):
         explain_model(str(other), source, out)
-    with pytest.raises(TrainingError, match="subject"):
-        explain_model(str(tiny_models.per_sample), shard(tmp_path / "unlabelled", x), out)
+    with pytest.raises(TrainingError, match="no row with a usable embedding"):
+        explain_model(str(tiny_models.per_sample), shard(tmp_path / "nothing", 0 * x), out)
     assert not Path(out).exists()
 
 

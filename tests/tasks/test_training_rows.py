@@ -88,7 +88,7 @@ def test_more_rows_than_fit_are_sampled_by_whole_subjects(tmp_path, caplog):
 
 def test_shard_without_subjects_is_refused(tmp_path):
     shard(tmp_path / "faces.parquet", vectors(3), None)
-    with pytest.raises(TrainingError, match=r"shard faces: has no column 'subject'.*\[columns\]"):
+    with pytest.raises(TrainingError, match=r"shard faces: has no column 'subject'.*--column subject=NAME"):
         read(tmp_path)
 
 
