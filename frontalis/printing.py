@@ -17,7 +17,18 @@ from rich.text import Text
 from schemas.releases import Release
 from schemas.reports import ALL, RAW, Estimate, Evaluation, Population
 from tasks.model_card import change_interval
-from tasks.wording import cell_name, difference_of, interval, judge, percent, points, points_interval, visible
+from tasks.report_tables import filled
+from tasks.wording import (
+    cell_name,
+    difference_of,
+    figure_of,
+    interval,
+    judge,
+    percent,
+    points,
+    points_interval,
+    visible,
+)
 
 if TYPE_CHECKING:
     from flows.forget import Forgotten
@@ -28,7 +39,7 @@ if TYPE_CHECKING:
     from tasks.query import QueryAnswer
     from tasks.train import Trained
 
-CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")
+CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")  # first, in this order
 POPULATIONS = {"all": "all labelled subjects", "held_out": "subjects that no model has seen"}
 
 
@@ -41,12 +52,12 @@ def print_trained(trained: "Trained", as_json: bool) -> None:
     console = _console()
     subjects = trained.parts[trained.measured_on]
     table = _table(console, f"{trained.card.mode} on {subjects} {trained.measured_on} subjects, in percent")
-    for name in ("cell", "mode", "EER", "FNMR @ FMR 1e-2", "FNMR @ FMR 1e-3", "EER - raw [95%]"):
+    for name in ("cell", "mode", "EER", "FNMR @ global FMR 1e-2", "FNMR @ global FMR 1e-3", "EER - raw [95%]"):
         table.add_column(name, justify="left" if name in ("cell", "mode") else "right")
     for cell in CELLS:
         for mode, cells in trained.table.items():
             if cell in cells:
-                values = [cells[cell][name] for name in ("eer", "fnmr@1e-2", "fnmr@1e-3")]
+                values = [cells[cell][name] for name in ("eer", "global fnmr@1e-2", "global fnmr@1e-3")]
                 change = change_interval(trained.difference.get(cell, {}).get("eer")) if mode != RAW else ""
                 table.add_row(
                     cell_name(cell), mode, *("n/e" if one is None else percent(one) for one in values), change
@@ -236,30 +247,29 @@ def _population(console: Console, population: Population, evaluation: Evaluation
     title = f"{POPULATIONS.get(population.name, population.name)}: {population.n_subjects:,} subjects{left_out}, "
     table = _table(console, title + f"{population.n_rows:,} rows, {evaluation.release}")
     points_shown = [fmr for fmr in ("1e-2", "1e-3") if fmr in evaluation.fmrs]
-    headings = ["cell", "mode", "EER %", *(f"FNMR % @ FMR {fmr}" for fmr in points_shown)]
-    compared = len(population.modes) > 1
-    for name in [*headings, *(["EER − raw, points"] if compared else []), "genuine", "impostor"]:
+    columns = {"eer": "EER %", **{f"fnmr_global@{fmr}": f"FNMR % @ global FMR {fmr}" for fmr in points_shown}}
+    compared = {"eer": "EER − raw, points", "fnmr_global@1e-3": "FNMR @ 1e-3 − raw, points"}
+    compared = {metric: name for metric, name in compared.items() if metric in columns and len(population.modes) > 1}
+    for name in ["cell", "mode", *columns.values(), *compared.values(), "genuine", "impostor"]:
         table.add_column(name, justify="left" if name in ("cell", "mode") else "right")
-    for cell in CELLS:
-        rows = [(mode, result) for mode, result in population.modes.items() if cell in result.cells]
-        for mode, result in rows:
+    cells = filled(population)
+    for cell in sorted(cells, key=lambda name: CELLS.index(name) if name in CELLS else len(CELLS)):
+        for mode, result in population.modes.items():
             figures = result.cells[cell]
-            difference = difference_of(result, cell, "eer") if mode != RAW else None
             table.add_row(
-                cell_name(cell) if mode == rows[0][0] else "",
+                cell_name(cell) if mode == RAW else "",
                 mode,
-                _with_interval(figures.eer),
-                *(_with_interval(figures.fnmr[fmr]) for fmr in points_shown),
-                *([_difference(difference)] if compared else []),
+                *(_with_interval(figure_of(figures, metric)) for metric in columns),
+                *(_difference(difference_of(result, cell, metric)) for metric in compared),
                 f"{figures.n_genuine:,}",
                 f"{figures.n_impostor:,}",
             )
-        if rows:
-            table.add_section()
+        table.add_section()
     console.print(table)
+    _say(console, "FNMR at one threshold a mode for all cells: that at which so many of all impostor pairs match")
     for mode, result in population.modes.items():
         exact = ", ".join(f"FMR {fmr}: {'n/e' if at is None else repr(at)}" for fmr, at in result.thresholds.items())
-        _say(console, f"score >=   {mode}, {exact}")
+        _say(console, f"score >=   {mode}, global {exact}")
     for mode, result in population.modes.items():
         for other, differences in result.versus_modes.items():
             for cell in (ALL, "frontal-profile"):
@@ -286,8 +296,8 @@ def _population(console: Console, population: Population, evaluation: Evaluation
     console.print()
 
 
-def _with_interval(estimate: Estimate) -> str:
-    if estimate.value is None:
+def _with_interval(estimate: Estimate | None) -> str:
+    if estimate is None or estimate.value is None:
         return "n/e"
     between = interval(estimate)
     return percent(estimate.value) + (f" [{between.replace(' to ', ', ')}]" if between else "")

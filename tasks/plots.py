@@ -77,7 +77,7 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> l
     reach = 115 * max(abs(bound) for estimate in found for bound in bounds(estimate)) or 1
     panels = []
     for metric in metrics:
-        figure, axes = canvas(f"{metric_name(metric)}, difference to raw", 360, 236, left=94, bottom=60)
+        figure, axes = canvas(f"{metric_name(metric)}, minus raw", 360, 236, left=94, bottom=60)
         axes.axvline(0, color=light("ink"), lw=1)
         said = []
         for place, mode in enumerate(shown):

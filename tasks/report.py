@@ -26,9 +26,11 @@ from tasks.report_tables import (
     Table,
     accuracy_rows,
     detail_table,
+    filled,
     pose_table,
     present,
     search_table,
+    threshold_table,
     verdict_tiles,
     versus_rows,
 )
@@ -47,7 +49,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _MAIN_CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")
 
 
-_MAIN_METRICS = ("eer", "fnmr@1e-2", "fnmr@1e-3")
+_MAIN_METRICS = ("eer", "fnmr_global@1e-2", "fnmr_global@1e-3")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def render_report(report: ReportInput) -> str:
         else [],
         gated_name=f"{metric_name(report.gated.metric)}, {cell_name(report.gated.cell)}",
         tables=[_main_table(one, report) for one in report.evaluation.populations.values() if one.modes],
+        other_poses=_other_poses(population, report) if population else None,
+        thresholds=threshold_table(population, report.evaluation.fmrs) if population else None,
         detail=detail_table(population, report.evaluation.fmrs) if population else None,
         search=search_table(population) if population else None,
         versus=versus_rows(population) if population else [],
@@ -131,7 +135,8 @@ def markdown_table(evaluation: Evaluation) -> str:
     notes = [f"{number}. {_escape_markdown(note)}" for number, note in enumerate(table.notes, 1)]
     people = f"{population.n_subjects:,} subjects, {population.n_rows:,} rows"
     left_out = f"; {population.left_out_subjects:,} subjects left out" if population.left_out_subjects else ""
-    head = f"{_escape_markdown(population.name)}: {people}{left_out}. 95% intervals in brackets, then mode − raw."
+    head = f"{_escape_markdown(population.name)}: {people}{left_out}. 95% intervals in brackets, then mode − raw. "
+    head += "FNMR at one threshold a mode, that of the global FMR."
     return "\n".join([head, "", *lines, *([""] if notes else []), *notes, ""])
 
 
@@ -142,7 +147,7 @@ def _population(evaluation: Evaluation, wanted: str) -> Population | None:
 
 
 def _metrics(evaluation: Evaluation) -> list[str]:
-    return [one for one in _MAIN_METRICS if one == "eer" or one.removeprefix("fnmr@") in evaluation.fmrs]
+    return [one for one in _MAIN_METRICS if one == "eer" or one.partition("@")[2] in evaluation.fmrs]
 
 
 def _shown_cells(report: ReportInput, population: Population) -> list[str]:
@@ -152,6 +157,13 @@ def _shown_cells(report: ReportInput, population: Population) -> list[str]:
 
 def _main_table(population: Population, report: ReportInput) -> tuple[Population, Table]:
     return population, pose_table(population, _shown_cells(report, population), _metrics(report.evaluation))
+
+
+def _other_poses(population: Population, report: ReportInput) -> Table | None:
+    """Return the table of the pose pairs that the main table leaves out, None where there are none."""
+    shown = _shown_cells(report, population)
+    others = [cell for cell in filled(population) if cell not in shown]
+    return pose_table(population, others, _metrics(report.evaluation)) if others else None
 
 
 def _figures(report: ReportInput) -> list[FigureView]:
@@ -174,7 +186,7 @@ def _figures(report: ReportInput) -> list[FigureView]:
             "det",
             "Errors at every threshold",
             "How many genuine pairs are missed (up) for how many impostor pairs are let in (right), on normal-deviate "
-            "axes: the lower curve is better. Marks stand at FMR 0.1% and 1%, with 95% intervals.",
+            "axes: the lower curve is better. Marks stand at the pose pair's own FMR 0.1% and 1%, with 95% intervals.",
             plots.det_curves(modes, cells),
         ),
         FigureView(

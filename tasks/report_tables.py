@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from schemas.reports import ALL, RAW, Estimate, GatedMetric, Population
+from schemas.reports import ALL, RAW, Estimate, GatedMetric, ModeResult, Population
 from tasks.theme import mode_role
 from tasks.wording import (
     NOT_ESTIMABLE,
@@ -23,6 +23,7 @@ from tasks.wording import (
     percent_of,
     points,
     points_interval,
+    threshold,
 )
 
 _SIGNS: dict[Judgement, str] = {"better": "↓", "worse": "↑", "no difference": "=", "no interval": "?"}
@@ -86,14 +87,28 @@ class Table:
         )
 
 
+def filled(population: Population) -> list[str]:
+    """Return the cells that hold any pair, as they come."""
+    return list(
+        dict.fromkeys(
+            name
+            for mode in population.modes.values()
+            for name, cell in mode.cells.items()
+            if cell.n_genuine or cell.n_impostor
+        )
+    )
+
+
 def present(population: Population, cells: Sequence[str]) -> list[str]:
-    """Return those of `cells` that any mode was measured in."""
-    return [cell for cell in cells if any(cell in mode.cells for mode in population.modes.values())]
+    """Return those of `cells` that hold any pair."""
+    there = filled(population)
+    return [cell for cell in cells if cell in there]
 
 
 def pose_table(population: Population, cells: Sequence[str], metrics: Sequence[str]) -> Table:
     """Build the table of modes within pose pairs, with differences to raw."""
-    table = Table(f"Modes by pose pair, population {population.name}", [metric_name(metric) for metric in metrics])
+    title = "Modes by pose pair" if ALL in cells else "Modes by other pose pairs"
+    table = Table(f"{title}, population {population.name}", [metric_name(metric) for metric in metrics])
     for cell in cells:
         rows, sizes = [], ""
         for mode in population.modes.values():
@@ -124,11 +139,10 @@ def verdict_tiles(population: Population, gated: GatedMetric) -> list[tuple[Mode
 
 
 def detail_table(population: Population, fmrs: Sequence[str]) -> Table:
-    """Build the folded table: every pose pair, AUC, d′ and every operating point."""
-    heads = ["AUC, %", "d\N{PRIME}", "EER", *(f"FNMR at {percent_of(fmr)}" for fmr in fmrs)]
-    table = Table("Every pose pair and operating point", heads)
-    cells = dict.fromkeys(cell for mode in population.modes.values() for cell in mode.cells)
-    for cell in cells:
+    """Build the folded table: every pose pair, AUC, d′ and every operating point at the pose pair's own threshold."""
+    heads = ["AUC, %", "d\N{PRIME}", "EER", *(metric_name(f"fnmr@{fmr}") for fmr in fmrs)]
+    table = Table("Every pose pair at thresholds of its own", heads)
+    for cell in filled(population):
         rows, sizes = [], ""
         for mode in population.modes.values():
             result = mode.cells.get(cell)
@@ -140,6 +154,27 @@ def detail_table(population: Population, fmrs: Sequence[str]) -> Table:
             shown += [table.show(result.fnmr.get(fmr)) for fmr in fmrs]
             rows.append((_mode_name(mode.mode, population), shown))
         table.groups.append((cell_name(cell), sizes, rows))
+    return table
+
+
+def threshold_table(population: Population, fmrs: Sequence[str]) -> Table:
+    """Build the folded table of each mode's global thresholds, and the FMR at them within each pose pair."""
+    table = Table("Global thresholds, and the FMR at them by pose pair", [f"global FMR {percent_of(f)}" for f in fmrs])
+    modes = [(_mode_name(mode.mode, population), mode) for mode in population.modes.values() if ALL in mode.cells]
+
+    def score(mode: ModeResult, fmr: str) -> Shown:
+        at = mode.thresholds.get(fmr)
+        return table.show(mode.cells[ALL].fnmr_global.get(fmr)) if at is None else Shown(threshold(at))
+
+    def rate(mode: ModeResult, cell: str, fmr: str) -> Shown:
+        found = Estimate(value=mode.cells[cell].fmr_global.get(fmr), reason="not estimable: there is no impostor pair")
+        return score(mode, fmr) if mode.thresholds.get(fmr) is None else table.show(found)
+
+    rows = [(name, [score(mode, fmr) for fmr in fmrs]) for name, mode in modes]
+    table.groups.append(("threshold", "a pair matches from this score on", rows))
+    for cell in filled(population):
+        rows = [(name, [rate(mode, cell, fmr) for fmr in fmrs]) for name, mode in modes if cell in mode.cells]
+        table.groups.append((cell_name(cell), "FMR, %", rows))
     return table
 
 
@@ -213,7 +248,7 @@ def versus_rows(population: Population) -> list[dict[str, Any]]:
             "other": other,
             "cell": cell_name(cell),
             "eer": _points_with_interval(differences[cell].get("eer")),
-            "fnmr": _points_with_interval(differences[cell].get("fnmr@1e-3")),
+            "fnmr": _points_with_interval(differences[cell].get("fnmr_global@1e-3")),
         }
         for mode in population.modes.values()
         for other, differences in mode.versus_modes.items()

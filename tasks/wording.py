@@ -91,10 +91,11 @@ def pose_pair(cell: str) -> tuple[str, str] | None:
 
 
 def metric_name(metric: str) -> str:
-    """Name a metric for people: `fnmr@1e-3` is FNMR at FMR 0.1%."""
-    if metric.startswith("fnmr@"):
-        return f"FNMR at FMR {percent_of(metric.removeprefix('fnmr@'))}"
-    return metric.upper()
+    """Name a metric for people: `fnmr_global@1e-3` is FNMR at global FMR 0.1%, `fnmr@1e-3` is that at own FMR 0.1%."""
+    kind, _, fmr = metric.partition("@")
+    if not fmr:
+        return metric.upper()
+    return f"FNMR at {'global' if kind == 'fnmr_global' else 'own'} FMR {percent_of(fmr)}"
 
 
 def percent_of(rate: str) -> str:
@@ -103,8 +104,16 @@ def percent_of(rate: str) -> str:
 
 
 def figure_of(cell: CellResult, metric: str) -> Estimate | None:
-    """Return the estimate of `eer` or `fnmr@<fmr>` of a cell, None where it was not measured."""
-    return cell.eer if metric == "eer" else cell.fnmr.get(metric.removeprefix("fnmr@"))
+    """Return the estimate of `eer`, `fnmr@<fmr>` or `fnmr_global@<fmr>` of a cell, None where it was not measured."""
+    kind, _, fmr = metric.partition("@")
+    if kind == "eer":
+        return cell.eer
+    return (cell.fnmr_global if kind == "fnmr_global" else cell.fnmr).get(fmr)
+
+
+def threshold(score: float) -> str:
+    """Print a threshold, rounded down to seven decimals: scores lie 2.4e-7 apart, so it decides every pair alike."""
+    return minus(f"{np.floor(1e7 * score) / 1e7:.7f}")
 
 
 def difference_of(mode: ModeResult, cell: str, metric: str) -> Estimate | None:

@@ -52,11 +52,11 @@ def _eer(genuine: np.ndarray, impostor: np.ndarray) -> float:
     return float(fnmr[at] + fmr[at]) / 2
 
 
-def _metrics(genuine: np.ndarray, impostor: np.ndarray) -> dict[str, float | None]:
+def _metrics(genuine: np.ndarray, impostor: np.ndarray, thresholds: dict[str, float | None]) -> dict[str, float | None]:
     values: dict[str, float | None] = {"eer": _eer(genuine, impostor)}
-    for fmr in FMRS:
-        threshold = _threshold(impostor, float(fmr))
-        values[f"fnmr@{fmr}"] = None if threshold is None else float((genuine < threshold).mean())
+    for kind, at in (("fnmr", {fmr: _threshold(impostor, float(fmr)) for fmr in FMRS}), ("fnmr_global", thresholds)):
+        for fmr, threshold in at.items():
+            values[f"{kind}@{fmr}"] = None if threshold is None else float((genuine < threshold).mean())
     return values
 
 
@@ -79,16 +79,17 @@ def _mode_results(rng: np.random.Generator) -> dict[str, ModeResult]:
         cells["all"] = tuple(np.concatenate([cell[side] for cell in cells.values()]) for side in (0, 1))
     picks = {cell: [rng.integers(0, n, n) for _ in range(RESAMPLES)] for cell in GENUINE for n in (1500,)}
     picks["all"] = [rng.integers(0, 9000, 9000) for _ in range(RESAMPLES)]
+    thresholds = {mode: {f: _threshold(cells["all"][1], float(f)) for f in FMRS} for mode, cells in scores.items()}
     bootstrap = {
-        mode: {cell: [_metrics(g[pick], i) for pick in picks[cell]] for cell, (g, i) in cells.items()}
+        mode: {cell: [_metrics(g[pick], i, thresholds[mode]) for pick in picks[cell]] for cell, (g, i) in cells.items()}
         for mode, cells in scores.items()
     }
     results = {}
     for mode, cells in scores.items():
-        thresholds = {fmr: _threshold(cells["all"][1], float(fmr)) for fmr in FMRS}
         found, difference = {}, {}
         for cell, (genuine, impostor) in cells.items():
-            point, raw = _metrics(genuine, impostor), _metrics(*scores[RAW][cell])
+            point = _metrics(genuine, impostor, thresholds[mode])
+            raw = _metrics(*scores[RAW][cell], thresholds[RAW])
             reason = f"not estimable: {len(impostor)} impostor pairs are too few"
             edges = np.linspace(-0.5, 1.2, 81)
             sweep = np.linspace(0.9, -0.4, 200)
@@ -104,14 +105,14 @@ def _mode_results(rng: np.random.Generator) -> dict[str, ModeResult]:
                     for f in FMRS
                 },
                 fnmr_global={
-                    f: Estimate(value=None, reason=reason)
-                    if threshold is None
-                    else Estimate(value=float((genuine < threshold).mean()))
-                    for f, threshold in thresholds.items()
+                    f: _estimate(
+                        point[f"fnmr_global@{f}"], [one[f"fnmr_global@{f}"] for one in bootstrap[mode][cell]], reason
+                    )
+                    for f in FMRS
                 },
                 fmr_global={
                     f: None if threshold is None else float((impostor >= threshold).mean())
-                    for f, threshold in thresholds.items()
+                    for f, threshold in thresholds[mode].items()
                 },
                 det=Curve(fmr=fmr.tolist(), fnmr=(np.searchsorted(np.sort(genuine), sweep) / len(genuine)).tolist()),
                 histogram=Histogram(
@@ -138,7 +139,7 @@ def _mode_results(rng: np.random.Generator) -> dict[str, ModeResult]:
         results[mode] = ModeResult(
             mode=mode,
             model_digest=None if mode == RAW else f"{place}c0ffee5eed{place}",
-            thresholds=thresholds,
+            thresholds=thresholds[mode],
             cells=found,
             difference=difference,
             versus_served={"frontal-profile": {"eer": Estimate(value=0.0012, low=-0.004, high=0.006)}}

@@ -140,5 +140,5 @@ def test_empty_cell_falls_back_to_all_pairs() -> None:
 def test_other_metrics_can_be_gated() -> None:
     settings = GateSettings(metric="fnmr@1e-3")
     model = mode("per_sample", 0.13, difference(0.02, 0.01, 0.03))
-    assert gated(evaluation(RAW_MODE, model), settings).name == "frontal–profile FNMR at FMR 0.1%"
+    assert gated(evaluation(RAW_MODE, model), settings).name == "frontal–profile FNMR at own FMR 0.1%"
     assert not decide(evaluation(RAW_MODE, model), settings, None).promoted

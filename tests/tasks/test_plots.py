@@ -20,6 +20,7 @@ from schemas.reports import (
 from tasks import plots
 from tasks.panels import Panel
 from tasks.theme import inline_svg, light
+from tasks.wording import spoken
 
 CELLS = ["all", "frontal-frontal", "frontal-profile", "profile-profile"]
 POINT = "1e-3"
@@ -217,5 +218,5 @@ def test_single_points_without_intervals_can_be_drawn(report_input: ReportInput)
 def test_alternative_texts_tell_the_key_figure(modes: dict[str, ModeResult]) -> None:
     eer = modes["per_sample"].cells["frontal-profile"].eer.value
     assert f"per_sample EER {100 * eer:.2f}% (95% interval" in plots.det_curves(modes, ["frontal-profile"])[0].alt
-    miss = modes[RAW].cells["all"].fnmr_global[POINT].value
-    assert f"raw {100 * miss:.2f}% of genuine pairs below" in plots.score_histograms(modes, ["all"], POINT)[0].alt
+    miss = spoken(modes[RAW].cells["all"].fnmr_global[POINT])
+    assert f"raw {miss} of genuine pairs below" in plots.score_histograms(modes, ["all"], POINT)[0].alt

@@ -24,6 +24,7 @@ from schemas.reports import (
 )
 from tasks.report import markdown_table, plot_files, render_report
 from tasks.theme import PALETTE
+from tasks.wording import threshold
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "\"'></td></svg><script>pwned=1</script><img src=x onerror=pwned=1>{{7*7}}</style></title>\u202e&amp;$\\frac{"
@@ -165,6 +166,17 @@ def test_ids_are_unique_and_every_link_leads_somewhere(page_text: str) -> None:
     assert {"figures", "provenance", "definitions"} <= links
 
 
+def test_tables_say_whose_threshold_they_use_and_print_it(page_text: str, report_input: ReportInput) -> None:
+    text = re.sub(r"\s+", " ", Elements(page_text).text)
+    assert "FNMR at global FMR 0.1%" in text
+    assert "one threshold a mode for all pose pairs" in text
+    assert "Other pose pairs: frontal–half, half–half, half–profile" in text
+    for mode in report_input.evaluation.populations["held_out"].modes.values():
+        assert threshold(mode.thresholds["1e-3"]) in text
+    main = page_text[page_text.index('aria-label="Modes by pose pair, population held_out"') :]
+    assert "own FMR" not in main[: main.index("</table>")]
+
+
 def test_every_figure_has_an_alternative_text(page_text: str) -> None:
     images = re.findall(r"<svg [^>]*>", page_text)
     # 3 metrics, DET and scores of 4 cells, 3 maps of poses, 2 of search, 4 SE blocks, 3 modes over time
@@ -212,8 +224,8 @@ def test_a_store_without_subjects_has_a_report(bare_input: ReportInput) -> None:
 def test_another_gated_cell_joins_the_table(brief_input: ReportInput) -> None:
     gated = GatedMetric(population="held_out", cell="half-half", metric="fnmr@1e-2")
     page = render_report(brief_input.model_copy(update={"gated": gated}))
-    assert "FNMR at FMR 1%, half–half: the figure that decides" in page
-    main, detail = page.split("Every pose pair and operating point</summary>")
+    assert "FNMR at own FMR 1%, half–half: the figure that decides" in page
+    main, detail = page.split("Every pose pair at thresholds of its own</summary>")
     assert "<bdi>half–half</bdi>" in main[main.index("<nav") :]
     assert "<bdi>half–half</bdi>" in detail
 

@@ -6,12 +6,15 @@ from tasks.report_tables import (
     Table,
     accuracy_rows,
     detail_table,
+    filled,
     pose_table,
     present,
     search_table,
+    threshold_table,
     verdict_tiles,
     versus_rows,
 )
+from tasks.wording import percent
 
 
 @pytest.fixture
@@ -50,8 +53,8 @@ def test_a_missing_value_is_never_given_a_difference() -> None:
 
 
 def test_pose_table_holds_every_mode_of_every_cell_with_raw_as_its_baseline(population: Population) -> None:
-    table = pose_table(population, ["all", "frontal-profile"], ["eer", "fnmr@1e-3"])
-    assert table.heads == ["EER", "FNMR at FMR 0.1%"]
+    table = pose_table(population, ["all", "frontal-profile"], ["eer", "fnmr_global@1e-3"])
+    assert table.heads == ["EER", "FNMR at global FMR 0.1%"]
     assert [title for title, _, _ in table.groups] == ["all pairs", "frontal–profile"]
     _, sizes, rows = table.groups[1]
     assert sizes == "1,500 genuine, 12,000 impostor pairs"
@@ -61,6 +64,9 @@ def test_pose_table_holds_every_mode_of_every_cell_with_raw_as_its_baseline(popu
     value = population.modes["per_sample"].cells["frontal-profile"].eer.value
     assert rows[1][1][0].value == f"{100 * value:.2f}"
     assert rows[1][1][0].judgement == "better"
+    at_the_one_threshold = population.modes["per_sample"].cells["frontal-profile"].fnmr_global["1e-3"]
+    assert rows[1][1][1].value == f"{100 * at_the_one_threshold.value:.2f}"
+    assert rows[1][1][1].judgement == "better"
 
 
 def test_verdict_tiles_tell_the_difference_to_raw_and_to_the_served_release(population: Population) -> None:
@@ -93,6 +99,17 @@ def test_detail_table_holds_every_cell_and_operating_point(population: Populatio
     ]
 
 
+def test_threshold_table_holds_each_modes_threshold_and_the_fmr_of_each_cell(population: Population) -> None:
+    table = threshold_table(population, ["1e-3", "1e-5"])
+    assert table.heads == ["global FMR 0.1%", "global FMR 0.001%"]
+    assert [title for title, _, _ in table.groups][:3] == ["threshold", "frontal–frontal", "frontal–profile"]
+    mode = population.modes["per_sample"]
+    printed, missing = table.groups[0][2][1][1]
+    assert 0 <= mode.thresholds["1e-3"] - float(printed.value) <= 1e-7
+    assert (missing.value, table.notes) == ("n/e", ["not estimable: 72000 impostor pairs are too few"])
+    assert table.groups[2][2][1][1][0].value == percent(mode.cells["frontal-profile"].fmr_global["1e-3"])
+
+
 def test_search_table_sets_the_served_index_beside_the_exact_search(population: Population) -> None:
     found = search_table(population)
     assert found is not None
@@ -120,6 +137,15 @@ def test_accuracy_is_printed_or_its_absence_explained(population: Population) ->
 
 def test_present_keeps_the_order_asked_for(population: Population) -> None:
     assert present(population, ["profile-profile", "nowhere", "all"]) == ["profile-profile", "all"]
+
+
+def test_a_cell_without_a_pair_is_not_shown(population: Population) -> None:
+    raw = population.modes["raw"]
+    empty = raw.cells["half-half"].model_copy(update={"n_genuine": 0, "n_impostor": 0})
+    some = population.model_copy(
+        update={"modes": {"raw": raw.model_copy(update={"cells": {**raw.cells, "half-half": empty}})}}
+    )
+    assert set(filled(population)) - set(filled(some)) == {"half-half"}
 
 
 def test_modes_are_set_against_each_other(report_input) -> None:

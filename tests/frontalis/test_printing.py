@@ -1,0 +1,66 @@
+"""What the evaluation tables say on a terminal: which threshold a rate belongs to, and every pose that was measured."""
+
+import re
+
+import pytest
+
+from frontalis.printing import print_evaluation
+from schemas.reports import RAW, CellResult, Estimate, Evaluation, ModeResult, Population
+
+OWN, AT_ONE_THRESHOLD = 0.7179, 0.4667
+
+
+def cell(n_genuine: int = 200, n_impostor: int = 4000) -> CellResult:
+    return CellResult(
+        n_genuine=n_genuine,
+        n_impostor=n_impostor,
+        eer=Estimate(value=0.12, low=0.1, high=0.14),
+        auc=Estimate(value=0.9),
+        d_prime=2.0,
+        fnmr={"1e-3": Estimate(value=OWN)},
+        fnmr_global={"1e-3": Estimate(value=AT_ONE_THRESHOLD, low=0.4, high=0.5)},
+        fmr_global={"1e-3": 0.0054},
+    )
+
+
+def mode(name: str, **values: object) -> ModeResult:
+    cells = {"frontal-profile": cell(), "half-unknown": cell(7, 1234), "unknown-unknown": cell(0, 0), "all": cell()}
+    return ModeResult(**{"mode": name, "model_digest": None, "thresholds": {"1e-3": 0.4375}, "cells": cells, **values})
+
+
+def evaluation(**values: object) -> Evaluation:
+    worse = {"eer": Estimate(value=-0.02, low=-0.03, high=-0.01)}
+    worse["fnmr_global@1e-3"] = Estimate(value=0.05, low=0.02, high=0.08)
+    worse["fnmr@1e-3"] = Estimate(value=-0.3, low=-0.4, high=-0.2)
+    modes = {RAW: mode(RAW, **values), "per_sample": mode("per_sample", difference={"frontal-profile": worse})}
+    population = Population(name="held_out", n_rows=90, n_subjects=9, left_out_subjects=0, left_out_rows=0, modes=modes)
+    return Evaluation(
+        release="r1", resamples=10, seed=0, fmrs=["1e-3"], unlabelled_rows=0, duplicate_rows=0,
+        populations={"held_out": population},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    print_evaluation(evaluation(), as_json=False)
+    return [re.sub(r" +", " ", line).strip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_rates_belong_to_the_thresholds_printed_below_them(printed: list[str]) -> None:
+    assert "FNMR % @ global FMR 1e-3" in printed[1]
+    raw = next(line for line in printed if line.startswith("frontal–profile"))
+    assert "46.67 [40.00, 50.00]" in raw
+    assert "71.79" not in "\n".join(printed)
+    assert any(line.startswith("score >= raw, global FMR 1e-3: 0.4375") for line in printed)
+    assert any("one threshold a mode for all cells" in line for line in printed)
+
+
+def test_harm_at_the_one_threshold_is_seen_beside_the_gain_in_eer(printed: list[str]) -> None:
+    (line,) = (line for line in printed if line.startswith("per_sample") and "better" in line)
+    assert "−2.00 [−3.00, −1.00] better +5.00 [+2.00, +8.00] worse" in line
+
+
+def test_every_pose_pair_that_holds_pairs_is_printed(printed: list[str]) -> None:
+    names = [line.split(" raw ")[0] for line in printed if " raw " in line and "[" in line]
+    assert names == ["all pairs", "frontal–profile", "half–unknown"]
+    assert any(line.startswith("half–unknown") and line.endswith("7 1,234") for line in printed)
