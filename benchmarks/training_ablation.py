@@ -1,16 +1,18 @@
 """What training is worth, cross-validated on real embeddings: our networks beside classical transforms and ablations.
 
-    python -m benchmarks.training_ablation run --net fr512 --mode per_sample --methods ensemble,single [--folds 0,1]
+    python -m benchmarks.training_ablation run --net fr512 --mode per_sample --methods 'default|single' [--folds 0,1]
     python -m benchmarks.training_ablation report --net fr512 --to docs/…
 
 Seven official CFP folds share no subject. Each is tested once, by a model that was trained on five others (pictures,
 mirrored pictures, and LFW subjects of five sevenths) and chosen on the seventh. A method knows nothing of the fold that
 tests it. `run` leaves the features of the test folds in `--work`, one file a method and fold, and does not compute them
-twice; `report` takes the mean of the folds' rates, and compares every method with raw by the paired bootstrap over
-subjects within folds. Research data, read from `../shared/data`; nothing of it is written but features in `--work`.
+twice; the method "default" leaves those of its `READINGS` besides. `report` takes the mean of the folds' rates, and
+compares every method with raw by the paired bootstrap over subjects within folds. Research data, read from
+`../shared/data`; nothing of it is written but features in `--work`.
 """
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -21,16 +23,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.classical import CLASSICAL, Fold
+from benchmarks.classical import CLASSICAL, Fold, Transform
 from metrics.allpairs import AllPairs, all_pairs
 from metrics.bootstrap import _draw, _Figure, _figures, _multiplicities
 from metrics.poses import POSE_CLASSES
 from models.architectures import build
+from models.dual_branch import DualBranchEnsemble, scale_change
 from models.training import Candidate, LabelledTensor, Recipe, fit
 from schemas.models import Mode
 from schemas.settings import ColumnNames
 from schemas.split import subject_key
-from tasks.train import PROFILE, Judge, features
+from tasks.train import PROFILE, WHITENING, Judge, features
 from tasks.training_rows import TrainingRows, read_training_rows
 
 FOLDS = 7
@@ -51,13 +54,21 @@ COLUMNS: Mapping[str, Key] = {
         for point in POINTS
     },
 }
-LAST = "ensemble, last step, unscaled"
 DIRECT = (
-    (f"{LAST} per_sample", f"{LAST} batch_stat"),
+    ("default per_sample", "default batch_stat"),
+    *(
+        (f"default {mode}", f"{other} {mode}")
+        for mode in ("per_sample", "batch_stat")
+        for other in ("ensemble", "WCCN")
+    ),
+    *(
+        (f"ensemble, {share} {mode}", f"ensemble {mode}")
+        for mode in ("per_sample", "batch_stat")
+        for share in (0.9, 0.8)
+    ),
     ("ensemble per_sample", "ensemble batch_stat"),
-    (f"{LAST} per_sample", "ensemble per_sample"),
-    (f"{LAST} batch_stat", "ensemble batch_stat"),
-    ("ensemble per_sample", "single per_sample"),
+    ("ensemble per_sample", "ensemble, chosen per_sample"),
+    ("ensemble, chosen per_sample", "single, chosen per_sample"),
 )
 
 
@@ -66,29 +77,51 @@ class Network:
     """A network and how it is trained.
 
     With `choose`, validation chooses among raw, three steps and three lengths of the change; without, it is the last
-    step whatever validation says, its change scaled by `share`.
+    step whatever validation says.
     """
 
     architecture: str
     loss: str = "shared_bar"
-    arguments: Mapping[str, int] = ()  # type: ignore[assignment]
-    choose: bool = True
-    share: float = 1.0
+    arguments: Mapping[str, float] = ()  # type: ignore[assignment]
+    choose: bool = False
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One training kept in another form: the change scaled by `share`, the whitened row mixed in with `strength`.
+
+    With `or_raw` raw takes its place where it scores better on validation, as `frontalis train` does.
+    """
+
+    share: float
+    strength: float
+    or_raw: bool = False
 
 
 NETWORKS: Mapping[str, Network] = {
-    "ensemble": Network("dual_branch_ensemble"),
-    "ensemble, last step, unscaled": Network("dual_branch_ensemble", choose=False),
-    "ensemble, last step, 0.9": Network("dual_branch_ensemble", choose=False, share=0.9),
-    "ensemble, last step, 0.8": Network("dual_branch_ensemble", choose=False, share=0.8),
-    "single": Network("dual_branch_ensemble", arguments={"members": 1}),
-    "dual_branch": Network("dual_branch"),
+    "default": Network("dual_branch_ensemble", arguments={"whitening": WHITENING}),
+    "ensemble, chosen": Network("dual_branch_ensemble", choose=True),
+    "single, chosen": Network("dual_branch_ensemble", arguments={"members": 1}, choose=True),
+    "dual_branch, chosen": Network("dual_branch", choose=True),
+    "dual_branch, triplet, chosen": Network("dual_branch", loss="triplet", choose=True),
     "dual_branch, triplet": Network("dual_branch", loss="triplet"),
-    "dual_branch, triplet, last step": Network("dual_branch", loss="triplet", choose=False),
+    "dual_branch, supcon, chosen": Network("dual_branch", loss="supcon", choose=True),
     "dual_branch, supcon": Network("dual_branch", loss="supcon"),
-    "dual_branch, supcon, last step": Network("dual_branch", loss="supcon", choose=False),
+    "se, chosen": Network("se", choose=True),
     "se": Network("se"),
-    "se, last step": Network("se", choose=False),
+}
+LONGER = Recipe.lengthening
+READINGS: Mapping[str, Reading] = {
+    "default": Reading(LONGER, WHITENING, or_raw=True),
+    "ensemble": Reading(1.0, 0.0),
+    "ensemble, 0.9": Reading(0.9, 0.0),
+    "ensemble, 0.8": Reading(0.8, 0.0),
+    **{
+        f"length {share:g}, whitening {strength:g}": Reading(share, strength)
+        for share in (1.0, LONGER, 1.5)
+        for strength in (0.25, WHITENING, 1.0)
+        if (share, strength) != (LONGER, WHITENING)
+    },
 }
 
 
@@ -97,7 +130,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--net", choices=("fr512", "mfn192"), default="fr512")
     parser.add_argument("--mode", choices=("per_sample", "batch_stat"), default="per_sample")
-    parser.add_argument("--methods", default="ensemble", help="names, separated by |, or 'classical'")
+    parser.add_argument("--methods", default="default", help="names, separated by |, or 'classical'")
     parser.add_argument("--folds", default=",".join(map(str, range(FOLDS))))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("/tmp/training_ablation"))
@@ -118,22 +151,46 @@ def run(name: str, net: str, mode: Mode, folds: list[int], options: argparse.Nam
             continue
         fold = read_fold(options.data, net, test)
         start = time.perf_counter()
-        if name == "raw":
-            apply: Callable[[np.ndarray], np.ndarray] = lambda x: x  # noqa: E731
-            chosen = None
-        elif name in CLASSICAL:
-            apply, chosen = CLASSICAL[name](fold), None
-        else:
-            apply, chosen = train(NETWORKS[name], mode, fold)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part.npz")
-        np.savez(unfinished, cfp=apply(fold.test.x).astype(np.float32), lfw=apply(fold.lfw_test.x).astype(np.float32))
-        unfinished.replace(path)
-        spent = time.perf_counter() - start
-        print(f"{net} {mode} {name} fold {test}: {spent:.0f} s {chosen or ''}", flush=True)
+        for kept, (apply, told) in transforms(name, mode, fold).items():
+            keep(features_file(options.work, net, kept, mode, test), fold, apply)
+            print(f"{net} {mode} {kept} fold {test}: {time.perf_counter() - start:.0f} s {told}", flush=True)
 
 
-def train(network: Network, mode: Mode, fold: Fold) -> tuple[Callable[[np.ndarray], np.ndarray], Candidate]:
+def transforms(name: str, mode: Mode, fold: Fold) -> dict[str, tuple[Transform, str]]:
+    """Return what a method gives on a fold, by the name it is kept under, and what there is to tell of it."""
+    if name == "raw":
+        return {name: (lambda x: x, "")}
+    if name in CLASSICAL:
+        return {name: (CLASSICAL[name](fold), "")}
+    model, scale, judge, best = train(NETWORKS[name], mode, fold)
+    if name != "default":
+        return {name: (applying(model, scale), str(best))}
+    found = {}
+    for kept, reading in READINGS.items():
+        form = copy.deepcopy(model)
+        scale_change(form, reading.share)
+        assert isinstance(form, DualBranchEnsemble)
+        assert form.whitening is not None
+        form.whitening.strength = reading.strength
+        score = judge(form)
+        raw = reading.or_raw and score >= 0
+        found[kept] = ((lambda x: x) if raw else applying(form, scale), f"{score:+.4f}{', raw is better' * raw}")
+    return found
+
+
+def applying(model: torch.nn.Module, scale: float) -> Transform:
+    return lambda x: features(model, torch.from_numpy(x) * scale)
+
+
+def keep(path: Path, fold: Fold, apply: Transform) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part.npz")
+    np.savez(unfinished, cfp=apply(fold.test.x).astype(np.float32), lfw=apply(fold.lfw_test.x).astype(np.float32))
+    unfinished.replace(path)
+
+
+def train(network: Network, mode: Mode, fold: Fold) -> tuple[torch.nn.Module, float, Judge, Candidate]:
+    """Return a network whose change is as long as it learnt, the scale of its input, its judge, and the choice."""
     torch.set_num_threads(1)
     learn = fold.train
     dim = learn.x.shape[1]
@@ -147,11 +204,11 @@ def train(network: Network, mode: Mode, fold: Fold) -> tuple[Callable[[np.ndarra
     judge = Judge(fold.validation, mean_norm)
     calls = iter(range(10**6))
     last_wins: Callable[[torch.nn.Module], float] = lambda _model: -float(next(calls))  # noqa: E731
-    recipe = CHOOSING if network.choose else Recipe(shares=(network.share,), validate_every=10**6)
+    recipe = CHOOSING if network.choose else Recipe(lengthening=1.0, validate_every=10**6)
     fitted = fit(
         model, rows, judge if network.choose else last_wins, steps=360, seed=0, loss=network.loss, recipe=recipe
     )
-    return lambda x: features(fitted.model, torch.from_numpy(x) * (dim**0.5 / mean_norm)), fitted.best
+    return fitted.model, dim**0.5 / mean_norm, judge, fitted.best
 
 
 def read_fold(data: Path, net: str, test: int) -> Fold:

@@ -100,7 +100,7 @@ def train(
     architecture: Annotated[str | None, typer.Option(help="dual_branch_ensemble (default), dual_branch or se.")] = None,
     loss: Annotated[str | None, typer.Option(help="shared_bar (default), supcon or triplet.")] = None,
     seed: int = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="360 by default; validation may prefer fewer.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="360 by default; the last one is kept, or raw.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of subjects that choose the model; 0.1.")] = None,
     test: Annotated[float | None, typer.Option(help="Share of subjects that only measure it; 0.1.")] = None,
     column: Columns = None,

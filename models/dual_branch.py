@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.se import SEBlock
+from models.whitening import Whitening
 from schemas.errors import SettingsError
 
 Branches = tuple[Tensor, Tensor, Tensor]
@@ -80,19 +81,27 @@ class DualBranchSENet(nn.Module):
 class DualBranchEnsemble(nn.Module):
     """The mean of several dual-branch networks that were trained apart: of their fronts, identities and poses.
 
-    A plain mean, since a sum of L2-normalised outputs measured the same (docs/training.md) and is not linear.
+    A plain mean, since a sum of L2-normalised outputs measured the same (docs/training.md) and is not linear. Into
+    front, not into the branches, the whitened row may be mixed: one more member, as it were, that was not trained.
 
     Args:
         members: how many networks; `SettingsError` for less than one.
         hidden_dim: width inside a branch; three members of 128 cost what one of 512 costs.
+        whitening: the strength of `models.whitening.Whitening`; 0 for none, `SettingsError` for less.
         arguments: of each member, see `DualBranchSENet`.
     """
 
-    def __init__(self, members: int = 3, hidden_dim: int | None = 128, **arguments: Any) -> None:
+    def __init__(
+        self, members: int = 3, hidden_dim: int | None = 128, whitening: float = 0.0, **arguments: Any
+    ) -> None:
         super().__init__()
         if members < 1:
             raise SettingsError(f"members is {members}; an ensemble needs at least one")
+        if whitening < 0:
+            raise SettingsError(f"whitening is {whitening}; choose 0 for none, or more")
         self.members = nn.ModuleList(DualBranchSENet(hidden_dim=hidden_dim, **arguments) for _ in range(members))
+        dims = {member.feature_dim for member in self.members if isinstance(member, DualBranchSENet)}
+        self.whitening = Whitening(dims.pop(), whitening) if whitening else None
 
     def forward(self, x: Tensor, return_branches: bool = False) -> Tensor | Branches:
         """Return front, or (front, identity, pose) with `return_branches`; all `[batch, feature_dim]` as x."""
@@ -100,6 +109,8 @@ class DualBranchEnsemble(nn.Module):
         front, identity, pose = (
             x + torch.stack([one - x for one in part]).mean(dim=0) for part in zip(*outputs, strict=True)
         )
+        if self.whitening is not None:
+            front = self.whitening(front, x)
         return (front, identity, pose) if return_branches else front
 
 
@@ -108,10 +119,16 @@ def members_of(model: nn.Module) -> list[nn.Module]:
     return list(model.members) if isinstance(model, DualBranchEnsemble) else [model]
 
 
+def whitening_of(model: nn.Module) -> Whitening | None:
+    """Return the map whose output is mixed into front, or None where the model has none."""
+    return model.whitening if isinstance(model, DualBranchEnsemble) else None
+
+
 def scale_change(model: nn.Module, share: float) -> None:
     """Make every residual branch of the model, in place, go only so far from x: `x + share · (branch(x) − x)`.
 
-    Front follows, since it is linear in the branches. A model without residual branches is left as it is.
+    Front follows, since it is linear in the branches; what is mixed into it is left as it is. So is a model without
+    residual branches.
     """
     with torch.no_grad():
         for module in model.modules():

@@ -14,8 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.dual_branch import Branches, DualBranchEnsemble, DualBranchSENet, ResidualBranch, members_of
+from models.dual_branch import (
+    Branches,
+    DualBranchEnsemble,
+    DualBranchSENet,
+    ResidualBranch,
+    members_of,
+    whitening_of,
+)
 from models.se import SEBlock
+from models.whitening import Whitening
 from schemas.errors import BadModelError
 from schemas.models import Statistic
 
@@ -75,6 +83,8 @@ class FoldedDualBranch(nn.Module):
         )
         self.identity = FoldedProjection(identity, even)
         self.pose = FoldedProjection(pose, even)
+        whitening = whitening_of(model)
+        self.whitening = FoldedWhitening(whitening) if whitening is not None else None
 
     def forward(self, x: Tensor, return_branches: bool = False) -> Tensor | Branches:
         """Return front, or (front, identity, pose), for `[n, D]` embeddings; each `[n, D]`."""
@@ -83,7 +93,8 @@ class FoldedDualBranch(nn.Module):
         for block in _blocks(x):
             rows = x[block]
             hidden = torch.cat([branch(rows, one) for branch, one in zip(self.hidden, squeezed, strict=True)], dim=1)
-            outputs[0][block] = self.front(hidden, rows)
+            front = self.front(hidden, rows)
+            outputs[0][block] = front if self.whitening is None else self.whitening(front, rows)
             if return_branches:
                 half = hidden.shape[1] // 2
                 outputs[1][block] = self.identity(hidden[:, :half], rows)
@@ -128,6 +139,18 @@ class FoldedProjection(nn.Module):
     def forward(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Return rows plus their change, `[n, D]`."""
         return _affine(hidden, self.project, self.project_bias, "none").add_(rows)
+
+
+class FoldedWhitening(Whitening):
+    """`Whitening` with the fast product."""
+
+    def __init__(self, whitening: Whitening) -> None:
+        super().__init__(len(whitening.offset), whitening.strength)
+        self.load_state_dict(whitening.state_dict())
+
+    def forward(self, front: Tensor, x: Tensor) -> Tensor:
+        """Return the mixture, `[n, D]`."""
+        return self.mix(front, x, _affine(x, self.weight, None, "none"))
 
 
 class FoldedGate(nn.Module):

@@ -55,10 +55,12 @@ class DualBranchArguments(_Arguments):
 
 
 class DualBranchEnsembleArguments(DualBranchArguments):
-    """Arguments of `models.dual_branch.DualBranchEnsemble`: how many members, and what each is built from."""
+    """Arguments of `models.dual_branch.DualBranchEnsemble`: how many members, what each is built from, and how much of
+    the whitened row is mixed in."""
 
     members: Annotated[int, Field(ge=1, le=MAX_MEMBERS)] = 3
     hidden_dim: Dim | None = 128
+    whitening: Annotated[float, Field(ge=0, le=10)] = 0.0
 
 
 class ModelCard(BaseModel):

@@ -161,7 +161,12 @@ class TrainingSettings(Settings):
     salt: str = Field(default="frontalis", min_length=1, max_length=64, description="of the subject split")
     validation: float = Field(default=0.1, gt=0, lt=1, description="share of subjects that choose the model")
     test: float = Field(default=0.1, ge=0, lt=1, description="share of subjects that only measure it")
-    steps: int = Field(default=360, ge=1, le=1_000_000, description="validation may prefer an earlier step")
+    steps: int = Field(
+        default=360,
+        ge=1,
+        le=1_000_000,
+        description="the network of the last step is kept, or raw where that is better on validation",
+    )
     device: Device = "auto"
     max_rows: int = Field(default=500_000, ge=100, description="more labelled rows are sampled by subject")
     resamples: int = Field(default=1000, ge=0, le=100_000)

@@ -34,6 +34,7 @@ from tasks.training_rows import BLOCK_ROWS, TrainingRows, read_training_rows
 log = logging.getLogger("frontalis.train")
 
 FEWEST_SUBJECTS = 10
+WHITENING = 0.5  # chosen on validation folds of either network, with Recipe.lengthening (docs/training.md)
 JUDGED_ROWS = 20_000  # all pairs of these take a second; more would not choose better
 PROFILE = POSE_CLASSES.index("profile")
 TURNED, FRONTAL = "frontal-profile", "frontal-frontal"
@@ -100,14 +101,19 @@ def train_model(settings: TrainingSettings) -> Trained:
     model = build(settings.architecture, arguments)
     fitted = _fit(settings, model, learn, Judge(parts["validation"].at_most(JUDGED_ROWS), mean_norm), mean_norm)
     improved = fitted.best.score < 0
+    if fitted.interrupted:
+        log.warning("train: interrupted; step %d is kept, and the part to measure is measured", fitted.best.step)
     if not improved:
         log.warning(
-            "train: NO STEP WAS BETTER THAN RAW on the validation subjects (score %+.4f, 0 is raw). %s Train on more "
-            "subjects or views.",
+            "train: %s (score %+.4f, 0 is raw). %s %s",
+            "interrupted BEFORE IT WAS BETTER THAN RAW on the validation subjects"
+            if fitted.interrupted
+            else "NO STEP WAS BETTER THAN RAW on the validation subjects",
             fitted.best.score,
             "The model written gives raw embeddings back."
             if fitted.best.score == 0
             else "The model written is WORSE than raw: do not serve it.",
+            "Let it train longer." if fitted.interrupted else "Train on more subjects or views.",
         )
     measured_on = "test" if _has_pairs(parts["test"]) else "validation"
     table, difference = _measure(fitted.model, parts[measured_on].at_most(JUDGED_ROWS), mean_norm, settings)
@@ -287,6 +293,8 @@ def _split(rows: TrainingRows, rule: SplitRule) -> dict[str, TrainingRows]:
 
 def _arguments(settings: TrainingSettings, dim: int) -> dict[str, JsonValue]:
     size: dict[str, JsonValue] = {"channels": dim} if settings.architecture == "se" else {"feature_dim": dim}
+    if settings.architecture == "dual_branch_ensemble":
+        size["whitening"] = WHITENING
     reduction = min(16, max(dim // 4, 1))  # no bottleneck of fewer than four units where D allows it
     return check_arguments(
         settings.architecture, {**size, "reduction": reduction, "use_batch_stat": settings.mode == "batch_stat"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.dual_branch import DualBranchEnsemble, DualBranchSENet
+from models.dual_branch import DualBranchEnsemble, DualBranchSENet, whitening_of
 from models.se import SEBlock, gather_statistics
 
 Trained = Callable[..., nn.Module]
@@ -40,6 +40,9 @@ def _trained(
         batch = rows[torch.randint(len(rows), (64,))]
         (model(batch) - torch.roll(batch, 1, dims=1)).square().mean().backward()
         optimiser.step()
+    whitening = whitening_of(model)
+    if whitening is not None:
+        whitening.solve(rows, torch.arange(len(rows)) // 4, torch.arange(len(rows)) % 4 > 2, 0.5)
     if gather:
         gather_statistics(model, rows.split(50))
     return model.eval()

@@ -112,6 +112,11 @@ def test_ensemble_without_members_is_refused():
         DualBranchEnsemble(members=0, feature_dim=64)
 
 
+def test_negative_whitening_is_refused():
+    with pytest.raises(SettingsError, match="whitening is -1"):
+        DualBranchEnsemble(whitening=-1, feature_dim=64)
+
+
 def test_members_of_a_single_network_is_itself():
     model = DualBranchSENet(64)
     assert members_of(model) == [model]

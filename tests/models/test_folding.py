@@ -24,9 +24,11 @@ def test_folded_equals_eager_after_training(trained, dim, use_batch_stat, rows):
 
 @pytest.mark.parametrize("dim", [512, 64])
 @pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("whitening", [0.0, 0.5])
 @pytest.mark.parametrize("use_batch_stat", [False, True])
-def test_folded_ensemble_equals_eager_after_training(trained, dim, members, use_batch_stat):
-    model = trained(dim, use_batch_stat, architecture="dual_branch_ensemble", members=members, hidden_dim=40)
+def test_folded_ensemble_equals_eager_after_training(trained, dim, members, use_batch_stat, whitening):
+    sizes = {"members": members, "hidden_dim": 40, "whitening": whitening}
+    model = trained(dim, use_batch_stat, architecture="dual_branch_ensemble", **sizes)
     x = torch.randn(_BLOCK_ROWS + 9, dim)
     with torch.inference_mode():
         folded = fold(model)
@@ -70,10 +72,10 @@ def test_row_does_not_depend_on_other_rows_or_its_place(trained, use_batch_stat)
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="equal bits were measured on AVX-512")
-@pytest.mark.parametrize("architecture", ["dual_branch", "dual_branch_ensemble"])
-def test_bits_of_a_row_do_not_depend_on_company_place_or_threads(trained, architecture):
+@pytest.mark.parametrize("arguments", [{}, {"architecture": "dual_branch_ensemble", "whitening": 0.5}])
+def test_bits_of_a_row_do_not_depend_on_company_place_or_threads(trained, arguments):
     x = torch.randn(_BLOCK_ROWS + 50, 512)
-    folded = fold(trained(512, False, architecture=architecture))
+    folded = fold(trained(512, False, **arguments))
     with torch.inference_mode():
         together = folded(x)
         for start, stop in ((0, 1), (3, 5), (3, 20), (7, _BLOCK_ROWS + 8), (40, len(x))):
@@ -89,7 +91,8 @@ def test_bits_of_a_row_do_not_depend_on_company_place_or_threads(trained, archit
 def test_untrained_network_still_gives_back_its_input_exactly():
     x = torch.randn(70, 128) * 40
     with torch.inference_mode():
-        for model in (DualBranchSENet(128), DualBranchEnsemble(feature_dim=128)):
+        whitened = DualBranchEnsemble(feature_dim=128, whitening=0.5)
+        for model in (DualBranchSENet(128), DualBranchEnsemble(feature_dim=128), whitened):
             assert torch.equal(fold(model.eval())(x), x)
 
 

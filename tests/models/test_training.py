@@ -8,6 +8,7 @@ import torch
 from models.dual_branch import DualBranchEnsemble, DualBranchSENet
 from models.se import SEBlock
 from models.training import LabelledTensor, Recipe, draw_batches, fit
+from models.whitening import within_class_map
 
 DIM = 24
 
@@ -180,6 +181,69 @@ def test_interrupt_keeps_the_best_so_far():
     assert told == [(20, 20, True), (40, 40, True)]
     assert fitted.best.step in (20, 40)
     assert fitted.best.score == min(one.score for one in fitted.candidates)
+
+
+def test_interrupt_before_anything_competed_lets_the_network_of_that_moment_compete():
+    def report(step, loss, best):
+        told.append((step, best.score))
+        if step == 80:
+            raise KeyboardInterrupt
+
+    told: list[tuple[int, float]] = []
+    fitted = fit(tiny(), people(), misses(people(seed=1)), steps=360, seed=0, report=report)
+    assert [step for step, _ in told] == [40, 80]  # the recipe is the default one
+    assert (fitted.interrupted, fitted.best.step) == (True, 80)
+    assert fitted.best.score == pytest.approx(told[-1][1])
+    assert [one.step for one in fitted.candidates] == [0, 80]
+
+
+def test_interrupt_in_the_first_step_gives_the_network_back_as_it_was():
+    def interrupted(_model: torch.nn.Module) -> float:
+        if next(calls):
+            raise AssertionError("nothing has been trained that could be scored")
+        return 0.0
+
+    class Stop(torch.nn.Module):
+        def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    calls = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.training.make_loss", lambda _name: Stop())
+        fitted = fit(tiny(), people(), interrupted, steps=360, seed=0)
+    assert (fitted.interrupted, fitted.best.step) == (True, 0)
+    assert torch.equal(fitted.model(people().x), people().x)
+
+
+def test_reports_between_the_candidates_do_not_compete():
+    told: list[tuple[int, int]] = []
+    recipe = Recipe(validate_every=8, report_every=3)
+    fitted = fit(
+        tiny(), people(), misses(people(seed=1)), steps=10, seed=0, recipe=recipe,
+        report=lambda step, _loss, best: told.append((step, best.step)),
+    )  # fmt: skip
+    assert told == [(3, 3), (6, 6), (8, 8), (9, 9), (10, 10)]
+    assert [one.step for one in fitted.candidates] == [0, 8, 10]
+
+
+def test_whitening_is_solved_for_and_the_change_made_longer_but_raw_is_left_alone():
+    rows = people()
+    seen: list[tuple[float, float]] = []
+
+    def score(model: torch.nn.Module) -> float:
+        learnt = model.members[0].pose_branch.project.weight.detach()
+        seen.append((float(model.whitening.weight.norm()), float(learnt.norm())))
+        return -float(len(seen))
+
+    recipe = Recipe(validate_every=5, shrinkage=2.0, lengthening=1.5)
+    fitted = fit(tiny(whitening=0.5), rows, score, steps=5, seed=0, recipe=recipe)
+    assert seen[0] == (0, 0)
+    wanted, _ = within_class_map(rows.x, rows.subjects, rows.turned, 2.0)
+    torch.testing.assert_close(fitted.model.whitening.weight, wanted.float())
+    falling = itertools.count()
+    plain = fit(tiny(), rows, lambda _: -float(next(falling)), steps=5, seed=0, recipe=recipe).model
+    longer, learnt = fitted.model.members[0].pose_branch.project.weight, plain.members[0].pose_branch.project.weight
+    torch.testing.assert_close(longer, 1.5 * learnt)
 
 
 def test_frozen_statistic_is_the_mean_over_the_training_rows():

@@ -11,6 +11,7 @@ import torch
 
 from models.checkpoint import load
 from models.inference import Reweighter
+from models.training import fit
 from schemas.errors import TrainingError
 from schemas.settings import ColumnNames, TrainingSettings
 from schemas.split import split_of
@@ -137,15 +138,29 @@ def test_model_that_is_no_better_than_raw_says_so_loudly(tmp_path, caplog):
     random = np.random.default_rng(0)  # names without meaning: nothing to be learnt
     x = random.normal(size=(360, 16)).astype(np.float32)
     source = write(tmp_path / "s", x, [f"person {number // 6}" for number in range(360)])
-    trained = train_model(settings([source], tmp_path / "m.safetensors", steps=1, architecture="se"))
-    assert trained.improved == (trained.best.score < 0)
     worse = train_model(settings([source], tmp_path / "w.safetensors", steps=1, salt="b", architecture="dual_branch"))
-    if not worse.improved:
-        rows = Reweighter(load(Path(worse.out).read_bytes()), device="cpu")(x)["front"]
-        np.testing.assert_allclose(
-            rows / np.linalg.norm(rows, axis=1)[:, None], x / np.linalg.norm(x, axis=1)[:, None], atol=1e-6
-        )
-        assert "NO STEP WAS BETTER THAN RAW" in caplog.text
+    assert not worse.improved
+    rows = Reweighter(load(Path(worse.out).read_bytes()), device="cpu")(x)["front"]
+    np.testing.assert_allclose(
+        rows / np.linalg.norm(rows, axis=1)[:, None], x / np.linalg.norm(x, axis=1)[:, None], atol=1e-6
+    )
+    assert "NO STEP WAS BETTER THAN RAW" in caplog.text
+
+
+def test_interrupted_training_writes_what_it_has_and_says_so(tmp_path, synthetic, caplog, monkeypatch):
+    monkeypatch.setattr("tasks.train.fit", interrupted_after_the_first_report)
+    trained = train_model(settings([synthetic], tmp_path / "m.safetensors", steps=360, resamples=0))
+    assert (trained.interrupted, trained.best.step, trained.improved) == (True, 40, True)
+    assert load(Path(trained.out).read_bytes()).card.metrics["best_step"] == 40
+    assert "interrupted; step 40 is kept" in caplog.text
+
+
+def interrupted_after_the_first_report(*arguments, report, **options):
+    def stop(step, loss, best):
+        report(step, loss, best)
+        raise KeyboardInterrupt
+
+    return fit(*arguments, report=stop, **options)
 
 
 @pytest.mark.parametrize(
