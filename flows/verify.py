@@ -15,9 +15,11 @@ from prefect import flow
 from pydantic import BaseModel
 
 from schemas.errors import BadModelError, FrontalisError, SettingsError, StoreError
+from schemas.features import input_of, quarantine_path
 from schemas.ids import id_keys
 from schemas.releases import IndexRef, Release
 from schemas.reports import RAW
+from storage.census import CENSUS, Census
 from storage.features import features_table, quarantine_table
 from storage.leftovers import find_leftovers
 from storage.location import Location, digest_file
@@ -101,6 +103,7 @@ class _Check:
             self._release(release)
         for what, table in (("features", self.features), ("quarantine", self.quarantine)):
             self._files(table, newest[what].files.values())
+        self._sums(newest["features"], newest["quarantine"])
         return Checked(
             store=self.store.uri,
             releases=[release.release for release in kept],
@@ -127,6 +130,18 @@ class _Check:
         except StoreError as error:
             self._wrong(table.place.name, str(error), "restore the table's _delta_log from a backup")
             return Snapshot(-1, {})
+
+    def _sums(self, features: Snapshot, quarantine: Snapshot) -> None:
+        """Add up the rows of every shard of which the census knows how many were read for these files."""
+        entries = Census(self.store / CENSUS).load().entries
+        for path, file in sorted(features.files.items()):
+            shard = file.partitions["shard"]
+            if file.partitions["mode"] != RAW or shard not in entries or entries[shard].input_digest != input_of(path):
+                continue
+            held = quarantine.files.get(quarantine_path(path))
+            lost = entries[shard].unaccounted(file.rows, held.rows if held is not None else 0)
+            if lost is not None:
+                self._wrong(f"shard {shard}", lost, "run `frontalis reprocess` with this source and these models")
 
     def _release(self, release: Release) -> None:
         name = release.release

@@ -97,6 +97,11 @@ def feature_path(mode: str, shard: str, input_digest: str, model_digest: str) ->
     return f"mode={mode}/shard={shard}/{input_digest}-{model_digest}.parquet"
 
 
+def input_of(path: str) -> str:
+    """Return the input digest in the name of a feature or quarantine file."""
+    return path.rsplit("/", 1)[1].partition("-")[0]
+
+
 def quarantine_path(raw_path: str) -> str:
     """Return where a shard's quarantined rows lie, relative to the quarantine table.
 

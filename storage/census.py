@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from schemas.errors import BadShardError, FrontalisError
+from schemas.features import input_digest
 from schemas.ids import id_checks, id_keys
 from schemas.settings import ColumnNames
 from schemas.shards import check_shard, id_column, text_column
@@ -48,6 +49,20 @@ class Entry:
     collisions: list[int] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     forgotten_rows: int = 0
+
+    @property
+    def input_digest(self) -> str:
+        """The digest of what the shard contributes."""
+        return input_digest(self.content, [*self.duplicates, *self.collisions], self.forgotten)
+
+    def unaccounted(self, features: int, held: int) -> str | None:
+        """Tell where the rows have gone if some went nowhere: all but the forgotten are features or in quarantine."""
+        if features + held + self.forgotten_rows == self.rows:
+            return None
+        return (
+            f"of {self.rows} rows {features} became features, {held} are in quarantine, "
+            f"{self.forgotten_rows} are forgotten"
+        )
 
     def describes(self, shard: Shard, basis: str) -> bool:
         """Return whether nothing has touched the shard since."""

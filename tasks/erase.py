@@ -22,13 +22,14 @@ from schemas.features import (
     feature_path,
     file_schema,
     input_digest,
+    input_of,
     quarantine_path,
 )
 from schemas.ids import id_keys
 from schemas.releases import ModelRef, Release
 from schemas.reports import RAW
 from schemas.settings import ColumnNames
-from storage.census import CENSUS, NO_KEY, Census, Entry, RowKeys, mark_repeats
+from storage.census import CENSUS, NO_KEY, Census, RowKeys, mark_repeats
 from storage.features import (
     complete_rows,
     features_table,
@@ -140,8 +141,8 @@ def erase(
             kept = _rewrite_quarantine(quarantine, held_files.pop(path), digest, one.quarantined)
             if kept is not None:
                 held_files[kept.path] = kept
+    after_held = _replace(quarantine, live_held, held_files)  # before the features, as in `tasks.publish`
     after = _replace(features, live, files)
-    after_held = _replace(quarantine, live_held, held_files)
     census.save({file.partitions["shard"]: file for file in _of_mode(after, RAW)})
     return Erased(
         after,
@@ -169,7 +170,7 @@ class _FollowedCensus:
         """
         entry = self.entries.get(shard)
         keys = self.census.row_keys(entry) if entry is not None else None
-        if entry is None or keys is None or _digest_of(entry) != known_input:
+        if entry is None or keys is None or entry.input_digest != known_input:
             self.entries.pop(shard, None)
             return input_digest(known_input, (), hits.marks)
         repeats = {*entry.duplicates, *entry.collisions}
@@ -186,7 +187,7 @@ class _FollowedCensus:
         without = RowKeys(keys.keys.copy(), keys.checks.copy())
         without.keys[at] = without.checks[at] = NO_KEY
         self.entries[shard], self.keys[shard] = entry, without
-        return _digest_of(entry)
+        return entry.input_digest
 
     def save(self, live: Mapping[str, LiveFile]) -> None:
         """Keep entries that describe a live file, under the basis of today; the others are looked at again."""
@@ -195,7 +196,7 @@ class _FollowedCensus:
             for shard, entry in self.entries.items()
             if entry.basis == self.old_basis
             and shard in live
-            and _digest_of(entry) == _input_of({RAW: live[shard]}, shard)
+            and entry.input_digest == _input_of({RAW: live[shard]}, shard)
         }
         keys = {shard: self.keys.get(shard) or self.census.row_keys(entry) for shard, entry in kept.items()}
         whole = {shard: one for shard, one in keys.items() if one is not None}
@@ -325,9 +326,5 @@ def _of_mode(snapshot: Snapshot, mode: str) -> list[LiveFile]:
 
 
 def _input_of(of_shard: Mapping[str, LiveFile], shard: str) -> str:
-    """Return the input digest in the name of a shard's raw feature file; empty where it has none."""
-    return of_shard[RAW].path.rsplit("/", 1)[1].partition("-")[0] if RAW in of_shard else f"none of {shard}"
-
-
-def _digest_of(entry: Entry) -> str:
-    return input_digest(entry.content, [*entry.duplicates, *entry.collisions], entry.forgotten)
+    """Return the input digest in the name of a shard's raw feature file; one that no shard has where it has none."""
+    return input_of(of_shard[RAW].path) if RAW in of_shard else f"none of {shard}"

@@ -6,7 +6,7 @@ run has come. Computing is left to `tasks.reweight`, committing to `tasks.publis
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from models.checkpoint import inference_options, load, model_digest
 from schemas.errors import BadModelError, BadShardError, SettingsError
-from schemas.features import digest_of, feature_path, feature_schema, input_digest, quarantine_path
+from schemas.features import digest_of, feature_path, feature_schema, quarantine_path
 from schemas.releases import ModelRef
 from schemas.reports import RAW, ShardFault
 from schemas.settings import ColumnNames, PipelineSettings
@@ -142,11 +142,7 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
         raise next(iter(errors.values()))
     census.save(entries)
     digests = {RAW: raw_digest(settings, dim), **{mode: model.digest for mode, model in models.items()}}
-    inputs = {
-        key: input_digest(entry.content, [*entry.duplicates, *entry.collisions], entry.forgotten)
-        for key, entry in entries.items()
-        if entry.rows
-    }
+    inputs = {key: entry.input_digest for key, entry in entries.items() if entry.rows}
     if not inputs:
         raise SettingsError(f"source {settings.source}: its {len(entries)} shards hold no row.")
     wanted = {
@@ -161,7 +157,7 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
         if not kept:  # those of another model cannot stand beside the new ones
             wanted = {path: where for path, where in wanted.items() if where[1] != key}
             inputs.pop(key, None)
-    reused, missing = _sort_out(store, base, wanted)
+    reused, missing = _sort_out(store, base, wanted, entries)
     work = [
         ShardWork(
             shard=found[key],
@@ -268,42 +264,53 @@ def group_work(work: Sequence[ShardWork], group_rows: int, workers: int) -> list
 
 
 def _sort_out(
-    store: Location, base: Snapshot, wanted: Mapping[str, tuple[str, str]]
+    store: Location, base: Snapshot, wanted: Mapping[str, tuple[str, str]], entries: Mapping[str, Entry]
 ) -> tuple[list[LiveFile], list[str]]:
     """Tell wanted files that lie complete, though not live yet, from those to compute.
 
     A shard that was renamed has its file under the old name: equal file names hold equal bytes, so it is copied. A
-    shard whose quarantined rows were lost is computed again.
+    shard of which rows are neither features nor in quarantine is computed again.
     """
     place, held = features_table(store).place, quarantine_table(store).place
-    lost = _lost_quarantine(store)
+    held_rows = _held_rows(store, {quarantine_path(path) for path, (mode, _) in wanted.items() if mode == RAW})
     on_disk = {entry.name: entry.size for entry in place.files(".parquet")}
     elsewhere = {(file.partitions["mode"], path.rsplit("/", 1)[1]): file for path, file in base.files.items()}
     reused, missing = [], []
     for path, (mode, shard) in wanted.items():
         live = base.files.get(path)
         if live is not None and on_disk.get(path) == live.size:
-            if mode == RAW and quarantine_path(path) in lost:
+            if mode == RAW and entries[shard].unaccounted(live.rows, held_rows.get(quarantine_path(path), 0)):
                 missing.append(path)
             continue
         twin = elsewhere.get((mode, path.rsplit("/", 1)[1]))
         if live is None and path not in on_disk and twin is not None and on_disk.get(twin.path) == twin.size:
             if mode == RAW and (held / quarantine_path(twin.path)).exists():
                 (held / quarantine_path(twin.path)).copy_to(held / quarantine_path(path))
+                held_rows[quarantine_path(path)] = complete_rows(held / quarantine_path(path)) or 0
             (place / twin.path).copy_to(place / path)
             on_disk[path] = twin.size
         rows = complete_rows(place / path) if live is None and path in on_disk else None
-        if rows is None:
+        lost = rows is None or (
+            mode == RAW and entries[shard].unaccounted(rows, held_rows.get(quarantine_path(path), 0))
+        )
+        if rows is None or lost:
             missing.append(path)
         else:
             reused.append(LiveFile(path, on_disk[path], rows, {"mode": mode, "shard": shard}))
     return reused, missing
 
 
-def _lost_quarantine(store: Location) -> set[str]:
+def _held_rows(store: Location, wanted: Collection[str]) -> dict[str, int]:
+    """Return how many rows each wanted quarantine file holds that lies there whole."""
     table = quarantine_table(store)
-    on_disk = {entry.name: entry.size for entry in table.place.files(".parquet")}
-    return {path for path, file in table.snapshot().files.items() if on_disk.get(path) != file.size}
+    live = table.snapshot().files
+    rows = {}
+    for entry in table.place.files(".parquet"):
+        if entry.name in wanted:
+            file = live.get(entry.name)
+            known = file.rows if file is not None and file.size == entry.size else None
+            rows[entry.name] = (complete_rows(table.place / entry.name) or 0) if known is None else known
+    return rows
 
 
 def _by_shard(missing: Iterable[str], wanted: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, tuple[str, str]]]:

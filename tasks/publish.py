@@ -45,8 +45,9 @@ def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResul
     if not any(rows[path] for path in wanted):
         what = faults[0].reason if faults else "every row is bad or forgotten"
         raise BadShardError(f"source {settings.source}: no row can be used, so nothing was published: {what}")
-    snapshot = features.commit(plan.base, plan.schema, add, remove)
+    # Quarantine first: were the features live and their bad rows not, those would be a leftover to `flows.vacuum`.
     quarantine = _publish_quarantine(store, wanted)
+    snapshot = features.commit(plan.base, plan.schema, add, remove)
     return Published(snapshot, quarantine, data_quality(plan, faults, snapshot, quarantine, quarantine_table(store)))
 
 
@@ -105,13 +106,10 @@ def data_quality(
     for shard, by_mode in rows.items():
         if set(by_mode) != set(plan.modes) or len(set(by_mode.values())) != 1:
             raise StoreError(f"shard {shard}: modes hold different rows ({by_mode}); run `frontalis verify --store …`.")
-        count = by_mode[RAW] + held[shard] + plan.entries[shard].forgotten_rows
-        if shard not in faulty and count != plan.entries[shard].rows:
-            raise StoreError(
-                f"shard {shard}: of {plan.entries[shard].rows} rows {by_mode[RAW]} became features, {held[shard]} are "
-                f"in quarantine, {plan.entries[shard].forgotten_rows} are forgotten; run `frontalis verify --store …`."
-            )
-        read += count
+        lost = plan.entries[shard].unaccounted(by_mode[RAW], held[shard])
+        if shard not in faulty and lost:
+            raise StoreError(f"shard {shard}: {lost}; run `frontalis verify --store …`.")
+        read += by_mode[RAW] + held[shard] + plan.entries[shard].forgotten_rows
         forgotten += plan.entries[shard].forgotten_rows
     reasons = read_table(table, quarantine.files.values(), ["reason"])["reason"].to_pylist()
     return DataQuality(

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
+from flows.forget import forget
 from flows.query import answer
 from flows.vacuum import clean
 from flows.verify import check
@@ -137,6 +138,15 @@ class Run:
         return self.log.read_text()
 
 
+BETWEEN = {
+    "nothing": lambda store: None,
+    "vacuum": lambda store: clean(str(store), keep=1),
+    "verify": lambda store: check(str(store)),
+    "forget": lambda store: forget(str(store), subject="nobody-of-that-name"),
+}
+"""What an operator may type after a kill."""
+
+
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_killed_run_is_carried_on(scenes, tmp_path, number) -> None:
     chance = random.Random(f"{SEED}-{number}")
@@ -153,6 +163,8 @@ def test_a_killed_run_is_carried_on(scenes, tmp_path, number) -> None:
     if killed:
         LANDED.append(stage)
         _is_consistent(store, scenes, number, [old.release for old in served])
+    if store.exists():
+        BETWEEN[chance.choice(list(BETWEEN))](store)
     done = {path: _identity(store / path) for path in run.new() if _is_result(path)}
     Run(scene.command, scene.env, store).finish()
     again = {path: _identity(store / path) for path in done}
