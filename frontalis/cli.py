@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from frontalis.interrupt import KEPT, Interrupt, stops_within
-from schemas.errors import FrontalisError, SettingsError
+from schemas.errors import FrontalisError, SettingsError, one_line
 
 KEPT_BACK = 5
 DAMAGED = 1
@@ -55,12 +55,11 @@ def main() -> None:
 def _start(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr, only warnings.")] = False,
 ) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
     # What Prefect says of a failed run is the error again, with a traceback: `main` prints it once, in one line.
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(lambda record: not record.name.startswith("prefect"))
+    handler.addFilter(lambda record: not record.name.startswith("prefect"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     logging.getLogger("frontalis").setLevel(logging.WARNING if quiet else logging.INFO)
     # Prefect's own log would repeat ours and hide it; the server keeps its record of the run all the same.
@@ -334,6 +333,13 @@ def _run_flow(flow: Any, **parameters: Any) -> Any:
     return result
 
 
+class _OneLine(logging.Formatter):
+    """Names from the data, such as those of files, can neither forge a line nor steer the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        return one_line(super().formatMessage(record))
+
+
 def _refuse(message: str, code: int) -> int:
-    print(f"frontalis: {message}", file=sys.stderr)  # noqa: T201
+    print(f"frontalis: {one_line(message)}", file=sys.stderr)  # noqa: T201
     return code

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from schemas.errors import one_line
 from schemas.releases import Release
 from schemas.reports import ALL, RAW, Estimate, Evaluation, Population
 from tasks.model_card import change_interval
@@ -27,7 +28,6 @@ from tasks.wording import (
     percent,
     points,
     points_interval,
-    visible,
 )
 
 if TYPE_CHECKING:
@@ -323,7 +323,7 @@ def _table(console: Console, title: str) -> Table:
 
 
 def _text(value: str | int | None) -> Text:
-    return Text("" if value is None else visible(str(value)).replace("\n", "\\n").replace("\t", "\\t"))
+    return Text("" if value is None else one_line(str(value)))
 
 
 def _console() -> Console:

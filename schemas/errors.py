@@ -2,13 +2,24 @@
 
 Everything refused on purpose derives from `FrontalisError`; the command line prints its message without a traceback
 and exits with `exit_code`. Anything else that is raised is a defect.
+
+A message may name what comes from the data, such as a file: it is always one line of characters that can be seen.
 """
+
+import unicodedata
+
+# Not printable in a message, a figure or a page, or printable only to deceive: control characters, lone halves of
+# surrogate pairs, and the marks that turn the direction of writing.
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 
 
 class FrontalisError(Exception):
     """Base of all refusals. The message is one or two sentences for the person who started the work."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class SettingsError(FrontalisError):
@@ -41,3 +52,20 @@ def clipped(value: object) -> str:
     """Return a value from the data as a message shows it: quoted, control characters written out, not endless."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}… ({len(str(value)):,} characters)"
+
+
+def visible(text: str) -> str:
+    r"""Return `text` with unprintable and direction-turning characters written out (`\u202e`); tab and newline stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        f"\\u{ord(character):04x}"
+        if unicodedata.category(character) in _UNPRINTABLE and character not in "\t\n"
+        else character
+        for character in text
+    )
+
+
+def one_line(text: str) -> str:
+    r"""Return `text` on one line of characters that can be seen: as `visible`, tab and newline as `\t` and `\n`."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")

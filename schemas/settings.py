@@ -4,6 +4,7 @@ Unknown keys are refused, so a misspelt option is an error and not a silent defa
 measuring say where in `docs/decisions.md`.
 """
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Literal, Self, TypeVar
@@ -179,7 +180,7 @@ class TrainingSettings(Settings):
 
 
 def load_pipeline(path: str, **overrides: object) -> PipelineSettings:
-    """Load `pipeline.toml`; relative paths in it are relative to the file, and `overrides` (not None) win.
+    """Load `pipeline.toml`: relative paths in it are relative to the file, `~` is the home; `overrides` (not None) win.
 
     Raises:
         SettingsError: the file is missing or no TOML, or a setting is unknown or out of range.
@@ -231,4 +232,4 @@ def explain(error: ValidationError) -> str:
 
 
 def _beside(base: Path, uri: str) -> str:
-    return uri if "://" in uri or Path(uri).is_absolute() else str(base / uri)
+    return uri if "://" in uri else str(base / os.path.expanduser(uri))  # noqa: PTH111 - which leaves the home of nobody as it is

@@ -47,7 +47,7 @@ class Location:
             raise SettingsError(f"{uri!r} is no path; give a folder or s3://bucket/prefix.")
         scheme, _, rest = uri.partition("://")
         if not _:
-            scheme, rest = "file", str(Path(uri).expanduser())
+            scheme, rest = "file", os.path.expanduser(uri)  # noqa: PTH111 - which leaves the home of nobody as it is
         if scheme == "file":
             self.fs: pafs.FileSystem = pafs.LocalFileSystem()
             self.path = str(Path(rest).absolute())

@@ -3,20 +3,16 @@
 Shares are printed in percent, differences in percentage points, and every figure here is an error: smaller is better.
 """
 
-import unicodedata
 from typing import Literal
 
 import numpy as np
 
+from schemas.errors import visible as visible
 from schemas.reports import ALL, CellResult, Estimate, ModeResult
 
 Judgement = Literal["better", "worse", "no difference", "no interval"]
 
 NOT_ESTIMABLE = "n/e"
-
-# Not printable in a figure or a page, or printable only to deceive: control characters, lone halves of surrogate
-# pairs, and the marks that turn the direction of writing.
-_UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 
 
 def percent(share: float) -> str:
@@ -119,15 +115,3 @@ def threshold(score: float) -> str:
 def difference_of(mode: ModeResult, cell: str, metric: str) -> Estimate | None:
     """Return mode − raw of a metric in a cell, None where it was not measured (as for raw itself)."""
     return mode.difference.get(cell, {}).get(metric)
-
-
-def visible(text: str) -> str:
-    r"""Return `text` with unprintable and direction-turning characters written out (`\u202e`); tab and newline stay."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        f"\\u{ord(character):04x}"
-        if unicodedata.category(character) in _UNPRINTABLE and character not in "\t\n"
-        else character
-        for character in text
-    )

@@ -59,6 +59,21 @@ def test_bad_shards_end_with_4_and_the_others_are_served(reprocess, tiny_source:
     assert pl.scan_delta(str(store / "features")).select("shard").unique().collect().height == 2
 
 
+def test_the_name_of_a_bad_shard_cannot_forge_a_line(reprocess, tiny_source: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_source, source)
+    (source / "a\x1b[31mPWN\nfrontalis: all is well.parquet").write_bytes(b"PAR1")
+    beside_others = reprocess(source, tmp_path / "store", code=4)
+    for file in source.glob("part-*"):
+        file.unlink()
+    alone = reprocess(source, tmp_path / "other", code=2)
+    for told in (beside_others.stdout, alone.stderr):
+        assert r"a\u001b[31mPWN\nfrontalis: all is well.parquet cannot be read as Parquet" in told
+    for told in (beside_others.stderr, alone.stdout):
+        assert "\x1b" not in told
+        assert "frontalis: all" not in told
+
+
 def test_bad_row_and_fail_publishes_nothing(reprocess, tiny_source: Path, tmp_path: Path, tiny_models) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny_source, source)

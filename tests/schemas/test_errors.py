@@ -2,7 +2,7 @@
 
 import pytest
 
-from schemas.errors import FrontalisError, StoreBusyError, clipped
+from schemas.errors import BadShardError, FrontalisError, StoreBusyError, clipped
 
 
 @pytest.mark.parametrize("value", ["part-07", "a\nb\x1b[31m", "'", 17, None, "x" * 70])
@@ -20,6 +20,20 @@ def test_a_long_value_is_cut_and_its_length_told(value: str) -> None:
     assert shown.startswith(repr(value)[:50])
     assert shown.endswith("(10,000 characters)")
     assert shown.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a\x1b[31mPWN\nfake.parquet", r"a\u001b[31mPWN\nfake.parquet"),
+        ("\r\tfrontalis: all is well", r"\u000d\tfrontalis: all is well"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("part-\udcff", r"part-\udcff"),
+        ("straße/日本 #1", "straße/日本 #1"),
+    ],
+)
+def test_a_name_from_the_data_can_neither_forge_a_line_nor_steer_the_terminal(name: str, shown: str) -> None:
+    assert str(BadShardError(f"shard {name}: is bad")) == f"shard {shown}: is bad"
 
 
 def test_a_busy_store_can_be_told_from_other_refusals_by_exit_code() -> None:

@@ -50,6 +50,18 @@ def test_relative_paths_are_relative_to_the_file(toml: Path, tmp_path: Path, mon
     assert (found.columns.id, found.columns.keep, found.wait) == ("photo", ("camera",), 30)
 
 
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    file = tmp_path / "pipeline.toml"
+    file.write_text(
+        "source = '~/shards'\nstore = '~'\n[models]\nper_sample = '~/m'\n[evaluation]\npairs = '~nobody-here/p'\n"
+    )
+    found = load_pipeline(str(file))
+    assert (found.source, found.store) == ("/home/ada/shards", "/home/ada")
+    assert found.models["per_sample"] == "/home/ada/m"
+    assert found.evaluation.pairs == f"{tmp_path}/~nobody-here/p"
+
+
 def test_what_is_typed_wins_and_stays_as_typed(toml: Path) -> None:
     found = load_pipeline(str(toml), source="here", wait=0.0, store=None)
     assert (found.source, found.wait, found.store) == ("here", 0.0, "s3://bucket/store")
