@@ -130,7 +130,8 @@ def print_explanation(explanation: "Explanation", as_json: bool) -> None:
     if as_json:
         weights = [json.loads(one.model_dump_json()) for one in explanation.weights]
         document = {"weights": weights, "identity_related": explanation.related, "files": explanation.files}
-        sys.stdout.write(json.dumps({**document, "rank_correlation": explanation.correlation}) + "\n")
+        measured = {"view_related": explanation.changing, "rank_correlation": explanation.correlation}
+        sys.stdout.write(json.dumps({**document, **measured}) + "\n")
         return
     console = _console()
     for one in explanation.weights:
@@ -140,13 +141,16 @@ def print_explanation(explanation: "Explanation", as_json: bool) -> None:
         for channel, weight in one.top:
             table.add_row(str(channel), f"{weight:.4f}", f"{one.spread[channel]:.4f}")
         console.print(table)
+        if one.agreement is not None:
+            _say(console, f"the members rank the channels alike by {one.agreement:+.3f} (1 wholly, 0 by chance)")
         correlation = explanation.correlation[one.branch]
         if correlation is not None:
             _say(console, f"rank correlation of weight and identity-relatedness: {correlation:+.3f}")
         console.print()
-    if explanation.related:
-        channels = ", ".join(f"{channel} ({ratio:.2f})" for channel, ratio in explanation.related)
-        _say(console, f"channels most related to identity (variance between / within subjects): {channels}")
+    for what, ranked in (("related to identity", explanation.related), ("changed by the view", explanation.changing)):
+        if ranked:
+            channels = ", ".join(f"{channel} ({ratio:.2f})" for channel, ratio in ranked)
+            _say(console, f"channels most {what} (variance between / within subjects): {channels}")
     for file in explanation.files:
         _say(console, f"wrote      {file}")
 

@@ -2,6 +2,7 @@
 reading data are left to the tasks.
 """
 
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -31,27 +32,44 @@ def channel_weights(model: nn.Module, x: Tensor) -> dict[str, NDArray[np.float32
     its members; under a batch statistic all its rows are the same. The model's mode (train or
     eval) is kept. `TypeError` for another kind of model.
     """
-    blocks: dict[str, list[SEBlock]]
-    if isinstance(model, DualBranchSENet | DualBranchEnsemble):
-        members = [member for member in members_of(model) if isinstance(member, DualBranchSENet)]
-        blocks = {
-            "identity": [member.identity_branch.se for member in members],
-            "pose": [member.pose_branch.se for member in members],
-        }
-    elif isinstance(model, SEBlock):
-        blocks = {"se": [model]}
-    else:
-        raise TypeError(f"{type(model).__name__} has no channel weights that are known here; extend models.explain")
+    return {name: apart.mean(axis=0) for name, apart in member_weights(model, x).items()}
+
+
+def member_weights(model: nn.Module, x: Tensor) -> dict[str, NDArray[np.float32]]:
+    """Return what `channel_weights` does for each member apart, `[members, n, C]`; one where it is no ensemble."""
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             return {
-                name: torch.stack([block.weights(x) for block in same]).mean(dim=0).expand(len(x), -1).cpu().numpy()
-                for name, same in blocks.items()
+                name: np.stack([block.weights(x).expand(len(x), -1).cpu().numpy() for block in same])
+                for name, same in _blocks(model).items()
             }
     finally:
         model.train(was_training)
+
+
+def agreement(members: Floats) -> float | None:
+    """Return how alike members rank the channels: the mean over all pairs of members of `rank_correlation` of their
+    mean weights. Near 1, the ranking is a finding about the data; near 0, each training ranks them anew.
+
+    `members` is `[members, n, C]`. None for a single member, or where a member weighs all channels alike.
+    """
+    means = members.mean(axis=1, dtype=np.float64)
+    pairs = [rank_correlation(a, b) for a, b in itertools.combinations(means, 2)]
+    return float(np.mean(pairs)) if pairs and not np.isnan(pairs).any() else None
+
+
+def _blocks(model: nn.Module) -> dict[str, list[SEBlock]]:
+    if isinstance(model, SEBlock):
+        return {"se": [model]}
+    if not isinstance(model, DualBranchSENet | DualBranchEnsemble):
+        raise TypeError(f"{type(model).__name__} has no channel weights that are known here; extend models.explain")
+    members = [member for member in members_of(model) if isinstance(member, DualBranchSENet)]
+    return {
+        "identity": [member.identity_branch.se for member in members],
+        "pose": [member.pose_branch.se for member in members],
+    }
 
 
 def summarise(weights: Floats) -> ChannelSummary:

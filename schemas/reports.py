@@ -152,13 +152,16 @@ class Evaluation(Record):
 
 
 class ChannelWeights(Record):
-    """Channel weights of one SE block of one model over a sample of rows."""
+    """Channel weights of one branch of one model over a sample of rows, of an ensemble the mean over its members."""
 
     mode: str
     branch: str
     mean: list[float]
     spread: list[float]
     top: list[tuple[int, float]] = Field(description="(channel, mean weight), the largest first")
+    agreement: float | None = Field(
+        default=None, description="of an ensemble: mean rank correlation between its members' weights; 0 is chance"
+    )
 
 
 class ShardFault(Record):

@@ -20,6 +20,7 @@ from schemas.errors import SettingsError
 from schemas.reports import ChannelWeights
 from schemas.settings import ColumnNames
 from storage.location import Location
+from tasks.plots import channel_relatedness
 from tasks.plots import channel_weights as draw
 from tasks.release_report import model_weights
 from tasks.theme import png_file, svg_file
@@ -32,13 +33,15 @@ SAMPLE_ROWS = 20_000
 class Explanation:
     """What was found, and the files that hold it.
 
-    `related` lists the channels most related to identity, those without a finite ratio left out (they vary nowhere, or
-    never within a subject; `channels.csv` shows them); `correlation` is, by branch, Spearman's rank correlation of
-    the learnt weights with that relatedness, None where it cannot be measured.
+    `related` lists the channels most related to identity, `changing` those that change most with the view, the worst
+    first, each with its identity-relatedness. Channels without a finite ratio are left out (they vary nowhere, or never
+    within a subject; `channels.csv` shows them). `correlation` is, by branch, Spearman's rank correlation of the learnt
+    weights with that relatedness, None where it cannot be measured.
     """
 
     weights: list[ChannelWeights]
     related: list[tuple[int, float]]
+    changing: list[tuple[int, float]]
     correlation: dict[str, float | None]
     files: list[str]
 
@@ -71,12 +74,13 @@ def explain_model(
         one.branch: None if related is None else _known(rank_correlation(np.array(one.mean), related)) for one in found
     }
     top = [] if related is None else _finite_top(related, k)
+    changing = [] if related is None else [(channel, -ratio) for channel, ratio in _finite_top(-related, k)]
     place = Location(out)
     files = []
-    for name, content in _files(found, related, correlation, top).items():
+    for name, content in _files(found, related, correlation, top, changing).items():
         (place / name).write_bytes(content)
         files.append((place / name).uri)
-    return Explanation(found, top, correlation, files)
+    return Explanation(found, top, changing, correlation, files)
 
 
 def _rows(checkpoint: Checkpoint, model: str, source: str | None, columns: ColumnNames) -> TrainingRows:
@@ -117,6 +121,7 @@ def _files(
     related: np.ndarray | None,
     correlation: dict[str, float | None],
     top: list[tuple[int, float]],
+    changing: list[tuple[int, float]],
 ) -> dict[str, bytes]:
     table = io.StringIO()
     writer = csv.writer(table)
@@ -128,11 +133,16 @@ def _files(
     summary = {
         "mode": found[0].mode,
         "top channels by weight": {one.branch: one.top for one in found},
+        "agreement of the members' weights": {one.branch: one.agreement for one in found},
         "top channels by identity relatedness": top,
+        "channels that change most with the view": changing,
         "rank correlation of weight and identity relatedness": correlation,
     }
     files = {"channels.csv": table.getvalue().encode(), "explanation.json": json.dumps(summary, indent=1).encode()}
-    for panel in draw(found):
+    panels = draw(found)
+    if related is not None:
+        panels += channel_relatedness(found, related.tolist())
+    for panel in panels:
         files[f"{panel.name}.svg"] = svg_file(panel.figure, panel.name, panel.alt)
         files[f"{panel.name}.png"] = png_file(panel.figure)
     return files

@@ -256,12 +256,32 @@ def channel_weights(weights: Sequence[ChannelWeights]) -> list[Panel]:
         ranks = np.arange(1, len(mean) + 1)
         axes.fill_between(ranks, mean - spread, mean + spread, color=role, alpha=0.25, lw=0)
         axes.plot(ranks, mean, color=role, lw=1.7)
-        top = [str(channel) for channel, _ in one.top[:5]]
-        axes.text(0.97, 0.93, "top: " + ", ".join(top), ha="right", va="top", transform=axes.transAxes, **NOTE)
+        note = "top: " + ", ".join(str(channel) for channel, _ in one.top[:5])
+        if one.agreement is not None:
+            note += f"\nmembers agree: {one.agreement:.2f}"
+        axes.text(0.97, 0.93, note, ha="right", va="top", transform=axes.transAxes, **NOTE)
         axes.set(xlim=(0, len(mean) + 1), ylim=_weight_range(weights), xlabel="channels, by rank", ylabel="weight")
         best = ", ".join(f"{channel} ({weight:.3f})" for channel, weight in one.top[:5])
         alt = f"Channel weights of {one.mode}, {one.branch} branch; largest mean weights: {best}"
         panels.append(Panel(f"weights-{slug(one.mode)}-{slug(one.branch)}", alt, figure))
+    return panels
+
+
+@drawing()
+def channel_relatedness(weights: Sequence[ChannelWeights], related: Sequence[float]) -> list[Panel]:
+    """Draw every channel's learnt weight over its measured identity-relatedness, one panel a branch of a mode."""
+    names = sorted({one.mode for one in weights})
+    known = np.isfinite(related)
+    ratios = np.array(related)[known]
+    panels = []
+    for one in weights if known.any() else ():
+        role = light(mode_role(one.mode, names))
+        title = f"{short(one.mode)} \N{MIDDLE DOT} {short(one.branch)}"
+        figure, axes = canvas(title, 300, 208, left=42, bottom=38, colour=role)
+        axes.scatter(ratios, np.array(one.mean)[known], s=5, color=role, alpha=0.5, lw=0)
+        axes.set(ylim=_weight_range(weights), xlabel="identity-relatedness", ylabel="weight")
+        alt = f"Mean weight of {len(ratios)} channels of {one.mode}, {one.branch} branch, over identity-relatedness"
+        panels.append(Panel(f"relatedness-{slug(one.mode)}-{slug(one.branch)}", alt, figure))
     return panels
 
 

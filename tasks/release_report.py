@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from models.checkpoint import Checkpoint, library_versions, load
-from models.explain import channel_weights, summarise, top_channels
+from models.explain import agreement, member_weights, summarise, top_channels
 from models.inference import normalise
 from schemas.releases import Release
 from schemas.reports import RAW, ChannelWeights, Evaluation, ReportInput, TrendPoint
@@ -69,8 +69,8 @@ def model_weights(checkpoint: Checkpoint, mode: str, rows: np.ndarray, k: int = 
     card = checkpoint.card
     x = normalise(torch.from_numpy(np.ascontiguousarray(rows)), card.normalisation, card.mean_norm)
     found = []
-    for branch, values in channel_weights(checkpoint.model, x).items():
-        summary = summarise(values)
+    for branch, members in member_weights(checkpoint.model, x).items():
+        summary = summarise(members.mean(axis=0))
         found.append(
             ChannelWeights(
                 mode=mode,
@@ -78,6 +78,7 @@ def model_weights(checkpoint: Checkpoint, mode: str, rows: np.ndarray, k: int = 
                 mean=summary.mean.tolist(),
                 spread=summary.spread.tolist(),
                 top=top_channels(summary.mean, k),
+                agreement=agreement(members),
             )
         )
     return found

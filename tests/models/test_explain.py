@@ -4,7 +4,15 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from models.explain import channel_weights, identity_relatedness, rank_correlation, summarise, top_channels
+from models.explain import (
+    agreement,
+    channel_weights,
+    identity_relatedness,
+    member_weights,
+    rank_correlation,
+    summarise,
+    top_channels,
+)
 
 
 def test_channel_weights_are_those_of_each_branch(trained):
@@ -35,6 +43,17 @@ def test_channel_weights_of_an_ensemble_are_the_mean_over_its_members(trained):
     apart = [channel_weights(member, x)["pose"] for member in model.members]
     assert np.abs(apart[0] - apart[1]).max() > 0.01
     np.testing.assert_allclose(weights["pose"], (apart[0] + apart[1]) / 2, atol=1e-6)
+    members = member_weights(model, x)["pose"]
+    np.testing.assert_array_equal(members, np.stack(apart))
+    assert agreement(members) == pytest.approx(spearmanr(apart[0].mean(axis=0), apart[1].mean(axis=0)).statistic)
+
+
+def test_agreement_is_the_mean_over_pairs_of_members():
+    first = np.array([[0.1, 0.2, 0.3, 0.4]])
+    assert agreement(np.stack([first, first, first + 0.5])) == pytest.approx(1)
+    assert agreement(np.stack([first, -first, first])) == pytest.approx(-1 / 3)
+    assert agreement(first[None]) is None
+    assert agreement(np.stack([first, np.ones((1, 4))])) is None
 
 
 def test_unknown_network_has_no_channel_weights():

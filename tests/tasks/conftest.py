@@ -193,6 +193,7 @@ def _weights(rng: np.random.Generator) -> list[ChannelWeights]:
                 mean=mean.tolist(),
                 spread=spread.tolist(),
                 top=[(int(channel), float(mean[channel])) for channel in order],
+                agreement=0.07 if mode == "per_sample" else None,
             )
         )
     return weights

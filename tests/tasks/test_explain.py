@@ -81,9 +81,17 @@ def test_channels_that_tell_people_apart_come_first(tiny_models, people, tmp_pat
     source = shard(tmp_path / "source", x, subject=subjects, pose=poses)
     found = explain_model(str(tiny_models.per_sample), source, str(tmp_path / "out"), k=DIM // 2)
     assert sorted(channel for channel, _ in found.related) == list(range(0, DIM, 2))
+    assert sorted(channel for channel, _ in found.changing) == list(range(1, DIM, 2))
+    ratios = [ratio for _, ratio in found.changing]
+    assert ratios[0] > 0
+    assert ratios == sorted(ratios)
+    assert ratios[-1] < found.related[-1][1]
     summary = json.loads((tmp_path / "out/explanation.json").read_text())
     assert summary["mode"] == "per_sample"
     assert summary["top channels by identity relatedness"] == [list(pair) for pair in found.related]
+    assert summary["channels that change most with the view"] == [list(pair) for pair in found.changing]
+    assert summary["agreement of the members' weights"] == {"identity": None, "pose": None}
+    assert {"relatedness-per_sample-pose.svg"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert summary["top channels by weight"]["pose"] == [list(pair) for pair in found.weights[1].top]
     assert summary["rank correlation of weight and identity relatedness"] == found.correlation
 
