@@ -40,7 +40,7 @@ def evaluate(
     features = features_table(place).snapshot(record.features_version)
     result: Evaluation = evaluate_task(
         store, record.release, opaque(features), record.models, evaluation, settings.index
-    )
+    ).model_copy(update={"indexes": {mode: index.audit for mode, index in record.indexes.items()}})
     create_markdown_artifact(
         markdown=f"# {record.release}\n\n{markdown_table(result)}",
         key="frontalis-evaluation",

@@ -143,7 +143,9 @@ def release_content(settings: PipelineSettings, paths: Iterable[str], bad_shards
         paths: names of the feature files.
         bad_shards: shards that could not be used.
     """
-    chosen = settings.model_dump(mode="json", include={"index", "evaluation", "gate"})
+    chosen = settings.model_dump(
+        mode="json", include={"index", "evaluation", "gate"}, exclude={"evaluation": {"device"}}
+    )
     return digest_of(
         *(path.encode() for path in sorted(paths)),
         repr(sorted(chosen.items())).encode(),
@@ -176,7 +178,7 @@ def _measure_and_record(
         settings.evaluation,
         settings.index,
         opaque(before),
-    )
+    ).model_copy(update={"indexes": {mode: index.audit for mode, index in indexes.items()}})
     decision = decide(evaluation, settings.gate, before.release.release if before else None)
     measured = gated(evaluation, settings.gate)
     release = release.model_copy(

@@ -240,6 +240,10 @@ def print_checked(checked: "Checked", as_json: bool) -> None:
 def _evaluation(console: Console, evaluation: Evaluation) -> None:
     for population in evaluation.populations.values():
         _population(console, population, evaluation)
+    for mode, index in evaluation.indexes.items():
+        recall = f"recall@1 {percent(index.recall_at_1)}%, recall@10 {percent(index.recall_at_10)}%"
+        found = f"{recall} over {index.queries:,} queries" if index.queries else "exact"
+        _say(console, f"index      {mode}: {index.kind}, {index.rows:,} rows, {found}")
     for note in evaluation.notes:
         _say(console, f"note       {note}")
 
@@ -292,10 +296,14 @@ def _population(console: Console, population: Population, evaluation: Evaluation
         found = result.identification
         if found is not None:
             ranks = ", ".join(f"rank-{rank} {_rate(rate)}%" for rank, rate in found.rank.items())
+            misses = "; ".join(
+                f"FNIR @ FPIR {fpir} {'n/e' if rate.value is None else f'{_with_interval(rate)}%'}"
+                for fpir, rate in found.fnir.items()
+            )
             _say(
                 console,
                 f"1:N        {mode}, {found.gallery} gallery ({found.n_gallery_subjects:,} subjects), {found.probes} "
-                f"probes ({found.n_mated:,} mated): {ranks}",
+                f"probes ({found.n_mated:,} mated, {found.n_non_mated:,} not): {ranks}; {misses}",
             )
     console.print()
 

@@ -17,6 +17,7 @@ from models.checkpoint import Checkpoint
 from models.folding import FoldedDualBranch, FoldedSE, fold
 from schemas.errors import BadModelError, SettingsError
 from schemas.models import Normalisation, Statistic
+from schemas.settings import Device
 
 Rows = NDArray[np.float32]
 
@@ -40,6 +41,16 @@ def normalise(x: Tensor, normalisation: Normalisation, mean_norm: float | None =
     return scaled
 
 
+def torch_device(wanted: Device) -> Literal["cpu", "cuda"]:
+    """Return the device to work on: `"auto"` takes the GPU when there is one.
+
+    Raises `SettingsError` when CUDA is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise SettingsError('device "cuda": torch sees no GPU here; choose "cpu" or "auto"')
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 class Reweighter:
     """Re-weights blocks of embeddings with one checkpoint; a call leaves no trace in it, so threads may share it.
 
@@ -57,11 +68,9 @@ class Reweighter:
         self,
         checkpoint: Checkpoint,
         statistic: Statistic = "frozen",
-        device: Literal["auto", "cpu", "cuda"] = "auto",
+        device: Device = "auto",
     ) -> None:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise SettingsError('device "cuda": torch sees no GPU here; choose "cpu" or "auto"')
-        self.device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.device = torch.device(torch_device(device))
         self.embedding_dim = checkpoint.card.embedding_dim
         self._checkpoint = checkpoint
         self._network = fold(checkpoint.model, statistic).to(self.device)

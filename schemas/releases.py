@@ -7,7 +7,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from schemas.models import Statistic
-from schemas.reports import DataQuality, Estimate, GateDecision, Record
+from schemas.reports import DataQuality, Estimate, GateDecision, IndexAudit, Record
 
 
 class ModelRef(Record):
@@ -34,6 +34,18 @@ class IndexRef(Record):
     changed: int = Field(default=0, description="rows removed or added since the index was trained")
     recall_at_1: float = Field(default=1.0, description="against exact search, on queries that are no rows of it")
     recall_at_10: float = 1.0
+    recall_queries: int = Field(default=0, description="on how many; 0 where the index is exact")
+
+    @property
+    def audit(self) -> IndexAudit:
+        """What a report tells of the index."""
+        return IndexAudit(
+            kind=self.factory,
+            rows=self.rows,
+            recall_at_1=self.recall_at_1,
+            recall_at_10=self.recall_at_10,
+            queries=self.recall_queries,
+        )
 
 
 class Release(Record):

@@ -94,12 +94,23 @@ class IdentificationResult(Record):
     n_non_mated: int
     rank: dict[str, Estimate] = Field(description='share of mated probes found within rank k, keyed by k ("1", "5" …)')
     fnir: dict[str, Estimate] = Field(description='FNIR keyed by the FPIR point as printed ("1e-2")')
-    served_rank: dict[str, float | None] = Field(
-        default_factory=dict, description="the same rank-k through the served FAISS index; empty where it was not asked"
+    index_kind: str = Field(default="Flat", description="factory string of the index that was built over this gallery")
+    index_rank: dict[str, float | None] = Field(
+        default_factory=dict, description="the same rank-k through that index; empty where it was not asked"
     )
-    recall: dict[str, float | None] = Field(
-        default_factory=dict, description="recall@k of the served index against exact search"
+    index_recall: dict[str, float | None] = Field(
+        default_factory=dict, description="recall@k of that index against exact search"
     )
+
+
+class IndexAudit(Record):
+    """The index of a release, and how much of what an exact search finds it finds, measured when it was written."""
+
+    kind: str = Field(description="its `faiss.index_factory` string")
+    rows: int
+    recall_at_1: float
+    recall_at_10: float
+    queries: int = Field(description="none of them a row of the index; 0 where the index is exact")
 
 
 class ModeResult(Record):
@@ -149,6 +160,7 @@ class Evaluation(Record):
     notes: list[str] = Field(default_factory=list, description="what a reader should know of this evaluation")
     duplicate_rows: int = Field(description="rows whose raw embedding is byte-identical to another's: never paired")
     populations: dict[str, Population]
+    indexes: dict[str, IndexAudit] = Field(default_factory=dict, description="by mode, the index of the release")
 
 
 class ChannelWeights(Record):

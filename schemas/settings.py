@@ -74,6 +74,7 @@ class EvaluationSettings(Settings):
     frontal_yaw: float = Field(default=15.0, gt=0, le=180, description="|yaw| up to here is frontal (no pose label)")
     profile_yaw: float = Field(default=35.0, gt=0, le=180, description="|yaw| from here is profile (no pose label)")
     pairs: str | None = Field(default=None, description="Parquet of pairs with folds: protocol, fold, id_a, id_b, same")
+    device: Device = "auto"
 
     @field_validator("fmrs")
     @classmethod

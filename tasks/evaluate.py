@@ -15,6 +15,7 @@ from metrics.allpairs import AllPairs, Cell, all_pairs
 from metrics.bootstrap import CellIntervals, Interval, bootstrap, paired_bootstrap
 from metrics.poses import POSE_CLASSES
 from models.checkpoint import load
+from models.inference import torch_device
 from schemas.errors import BadModelError
 from schemas.index import IndexSettings
 from schemas.releases import ModelRef
@@ -138,7 +139,7 @@ class _Measure:
                 },
                 pairs=self._pairs(sample, mode),
                 identification=identify_mode(
-                    sample.features[mode], sample.subjects, sample.classes, self.index, self.settings
+                    sample.features[mode], sample.subjects, sample.classes, sample.duplicates, self.index, self.settings
                 ),
             )
         return Population(
@@ -159,6 +160,7 @@ class _Measure:
             class_names=POSE_CLASSES,
             duplicates=rows.duplicates,
             fmr_points=tuple(float(fmr) for fmr in self.settings.fmrs),
+            device=torch_device(self.settings.device),
         )
 
     def _cells(self, pairs: AllPairs) -> dict[str, CellResult]:

@@ -210,6 +210,7 @@ def _write(
         changed=changed,
         recall_at_1=recall.at_1,
         recall_at_10=recall.at_10,
+        recall_queries=recall.queries,
     )
     return _write_ids(store, folder, ids.sort_by("key"), reference)
 

@@ -27,6 +27,7 @@ from tasks.report_tables import (
     accuracy_rows,
     detail_table,
     filled,
+    index_rows,
     pose_table,
     present,
     search_table,
@@ -94,6 +95,7 @@ def render_report(report: ReportInput) -> str:
         thresholds=threshold_table(population, report.evaluation.fmrs) if population else None,
         detail=detail_table(population, report.evaluation.fmrs) if population else None,
         search=search_table(population) if population else None,
+        indexes=index_rows(report.evaluation),
         versus=versus_rows(population) if population else [],
         accuracy=accuracy_rows(population) if population else [],
         figures=[

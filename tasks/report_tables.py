@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from schemas.reports import ALL, RAW, Estimate, GatedMetric, ModeResult, Population
+from schemas.reports import ALL, RAW, Estimate, Evaluation, GatedMetric, ModeResult, Population
 from tasks.theme import mode_role
 from tasks.wording import (
     NOT_ESTIMABLE,
@@ -186,23 +186,27 @@ def search_table(population: Population) -> tuple[str, Table] | None:
     one = found[0].identification
     assert one is not None
     ranks = _keys(mode.identification.rank for mode in found if mode.identification)
-    recall = _keys(mode.identification.recall for mode in found if mode.identification)
+    # Where the index is exact, what it finds is what is found, and recall is 1 by construction.
+    lossy = {mode.identification.index_kind for mode in found if mode.identification} - {"Flat"}
+    recall = _keys(mode.identification.index_recall for mode in found if mode.identification and lossy)
     fpirs = _keys(mode.identification.fnir for mode in found if mode.identification)[::-1]
     heads = [f"rank {key}" for key in ranks] + [f"FNIR at FPIR {percent_of(key)}" for key in fpirs]
-    heads += [f"recall@{key} of the index" for key in recall]
+    heads += [f"recall@{key} of that index" for key in recall]
     table = Table("Search, 1:N", heads)
     rows = []
     for mode in found:
         result = mode.identification
         assert result is not None
-        served = {key: value for key, value in result.served_rank.items() if value is not None}
+        by_index = {key: value for key, value in result.index_rank.items() if value is not None and lossy}
         shown = [
-            replace(table.show(result.rank.get(key)), also=percent(served[key]) if key in served else None)
+            replace(table.show(result.rank.get(key)), also=percent(by_index[key]) if key in by_index else None)
             for key in ranks
         ]
         shown += [table.show(result.fnir.get(key)) for key in fpirs]
         shown += [
-            table.show(Estimate(value=result.recall[key], reason="not measured") if key in result.recall else None)
+            table.show(
+                Estimate(value=result.index_recall[key], reason="not measured") if key in result.index_recall else None
+            )
             for key in recall
         ]
         rows.append((_mode_name(mode.mode, population), shown))
@@ -212,7 +216,23 @@ def search_table(population: Population) -> tuple[str, Table] | None:
         f"{one.gallery} gallery of {one.n_gallery:,} rows of {one.n_gallery_subjects:,} subjects. "
         "In percent, with 95% intervals."
     )
+    if lossy:
+        sentence += f" Below, by an index that the settings build over this gallery ({', '.join(sorted(lossy))})."
     return sentence, table
+
+
+def index_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the rows of the table of the release's own indexes, by mode."""
+    return [
+        {
+            "mode": ModeName(mode, _MARKS.get(mode, "◆"), mode_role(mode, list(evaluation.indexes))),
+            "kind": index.kind,
+            "rows": f"{index.rows:,}",
+            "recall": [percent(one) for one in (index.recall_at_1, index.recall_at_10)] if index.queries else None,
+            "queries": f"{index.queries:,}",
+        }
+        for mode, index in evaluation.indexes.items()
+    ]
 
 
 def _keys(figures: Any) -> list[str]:

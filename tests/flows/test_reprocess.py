@@ -39,6 +39,10 @@ def test_first_night_publishes_everything(night, tmp_path) -> None:
     assert all(index.rows == 280 for index in release.indexes.values())
     figures = json.loads((store / f"reports/{release.release}/metrics.json").read_text())
     assert figures["release"]["release"] == release.release
+    assert figures["evaluation"]["indexes"]["raw"] == {
+        "kind": "Flat", "rows": 280, "recall_at_1": 1.0, "recall_at_10": 1.0, "queries": 0,
+    }  # fmt: skip
+    assert evaluate(str(store), resamples=0).indexes == outcome.evaluation.indexes
     assert Path(outcome.report).read_text().startswith("<!DOCTYPE html>")
     counts = pl.scan_delta(str(store / "features")).group_by("mode").len().collect()
     assert counts["len"].to_list() == [280, 280, 280]

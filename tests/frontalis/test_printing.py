@@ -5,7 +5,16 @@ import re
 import pytest
 
 from frontalis.printing import print_evaluation
-from schemas.reports import RAW, CellResult, Estimate, Evaluation, ModeResult, Population
+from schemas.reports import (
+    RAW,
+    CellResult,
+    Estimate,
+    Evaluation,
+    IdentificationResult,
+    IndexAudit,
+    ModeResult,
+    Population,
+)
 
 OWN, AT_ONE_THRESHOLD = 0.7179, 0.4667
 
@@ -28,15 +37,34 @@ def mode(name: str, **values: object) -> ModeResult:
     return ModeResult(**{"mode": name, "model_digest": None, "thresholds": {"1e-3": 0.4375}, "cells": cells, **values})
 
 
-def evaluation(**values: object) -> Evaluation:
+SEARCH = IdentificationResult(
+    gallery="frontal",
+    probes="profile",
+    n_gallery=10,
+    n_gallery_subjects=5,
+    n_mated=20,
+    n_non_mated=12,
+    rank={"1": Estimate(value=0.8)},
+    fnir={"1e-1": Estimate(value=0.31, low=0.28, high=0.34), "1e-2": Estimate(value=None, reason="too few")},
+)
+
+
+def evaluation() -> Evaluation:
     worse = {"eer": Estimate(value=-0.02, low=-0.03, high=-0.01)}
     worse["fnmr_global@1e-3"] = Estimate(value=0.05, low=0.02, high=0.08)
     worse["fnmr@1e-3"] = Estimate(value=-0.3, low=-0.4, high=-0.2)
-    modes = {RAW: mode(RAW, **values), "per_sample": mode("per_sample", difference={"frontal-profile": worse})}
+    modes = {
+        RAW: mode(RAW, identification=SEARCH),
+        "per_sample": mode("per_sample", difference={"frontal-profile": worse}),
+    }
     population = Population(name="held_out", n_rows=90, n_subjects=9, left_out_subjects=0, left_out_rows=0, modes=modes)
     return Evaluation(
         release="r1", resamples=10, seed=0, fmrs=["1e-3"], unlabelled_rows=0, duplicate_rows=0,
         populations={"held_out": population},
+        indexes={
+            RAW: IndexAudit(kind="Flat", rows=90, recall_at_1=1.0, recall_at_10=1.0, queries=0),
+            "per_sample": IndexAudit(kind="IVF8,SQ8", rows=90, recall_at_1=0.972, recall_at_10=0.9634, queries=64),
+        },
     )  # fmt: skip
 
 
@@ -64,3 +92,14 @@ def test_every_pose_pair_that_holds_pairs_is_printed(printed: list[str]) -> None
     names = [line.split(" raw ")[0] for line in printed if " raw " in line and "[" in line]
     assert names == ["all pairs", "frontal–profile", "half–unknown"]
     assert any(line.startswith("half–unknown") and line.endswith("7 1,234") for line in printed)
+
+
+def test_misses_of_the_open_search_are_printed(printed: list[str]) -> None:
+    (line,) = (line for line in printed if line.startswith("1:N"))
+    assert "(20 mated, 12 not): rank-1 80.00%" in line
+    assert line.endswith("FNIR @ FPIR 1e-1 31.00 [28.00, 34.00]%; FNIR @ FPIR 1e-2 n/e")
+
+
+def test_the_indexes_of_the_release_are_printed_with_their_recall(printed: list[str]) -> None:
+    assert "index raw: Flat, 90 rows, exact" in printed
+    assert "index per_sample: IVF8,SQ8, 90 rows, recall@1 97.20%, recall@10 96.34% over 64 queries" in printed

@@ -17,6 +17,7 @@ from schemas.reports import (
     GatedMetric,
     Histogram,
     IdentificationResult,
+    IndexAudit,
     ModeResult,
     PairsResult,
     Population,
@@ -168,8 +169,9 @@ def _mode_results(rng: np.random.Generator) -> dict[str, ModeResult]:
                     "1e-2": Estimate(value=0.49 - 0.02 * place, low=0.45 - 0.02 * place, high=0.53 - 0.02 * place),
                     "1e-3": Estimate(value=None, reason="not estimable: 276 non-mated probes are too few"),
                 },
-                served_rank={"1": 0.81 + 0.02 * place, "5": 0.88 + 0.02 * place, "10": 0.9},
-                recall={"1": 0.998, "10": 0.995},
+                index_kind="IVF64,Flat",
+                index_rank={"1": 0.81 + 0.02 * place, "5": 0.88 + 0.02 * place, "10": 0.9},
+                index_recall={"1": 0.998, "10": 0.995},
             ),
         )  # fmt: skip
     return results
@@ -234,6 +236,11 @@ def report_input() -> ReportInput:
                                        left_out_rows=3481, modes=modes),
                 "all": Population(name="all", n_rows=4874, n_subjects=350, left_out_subjects=0, left_out_rows=0,
                                   sampled_from_subjects=910, modes={RAW: modes[RAW]}),
+            },
+            indexes={
+                RAW: IndexAudit(kind="Flat", rows=4874, recall_at_1=1.0, recall_at_10=1.0, queries=0),
+                "per_sample": IndexAudit(kind="IVF256,SQ8", rows=4874, recall_at_1=0.972, recall_at_10=0.9634,
+                                         queries=256),
             },
         ),
         gate=GateDecision(

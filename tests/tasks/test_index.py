@@ -97,7 +97,7 @@ def test_neighbours_are_those_of_the_cosine(source: Path, features_of, store: Lo
     best = np.argsort(-cosines, axis=1)[:, :7]
     assert ids == [[names[at] for at in row] for row in best]
     np.testing.assert_allclose(scores, np.take_along_axis(cosines, best, 1), atol=1e-5)
-    assert (reference.rows, reference.dim, reference.recall_at_1) == (400, D, 1.0)
+    assert (reference.rows, reference.dim, reference.recall_at_1, reference.recall_queries) == (400, D, 1.0, 0)
 
 
 @pytest.mark.parametrize("mode", ["raw", "per_sample"])
@@ -107,6 +107,7 @@ def test_updated_index_finds_what_a_new_one_finds(
 ) -> None:
     before = features_of()
     first = index_mode(store.uri, "r1", mode, before, settings, None)
+    assert first.audit.queries == first.recall_queries == (0 if settings is FLAT else 256)
     write(source, "b", rows=40, seed=1)
     (source / "e.parquet").unlink()
     after = features_of()

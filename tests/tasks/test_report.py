@@ -177,6 +177,14 @@ def test_tables_say_whose_threshold_they_use_and_print_it(page_text: str, report
     assert "own FMR" not in main[: main.index("</table>")]
 
 
+def test_recall_is_that_of_the_indexes_of_the_release(page_text: str) -> None:
+    part = page_text[page_text.index("The indexes of this release</h3>") :]
+    text = re.sub(r"\s+", " ", Elements(part[: part.index("</section>")]).text)
+    assert "■ per_sample IVF256,SQ8 4,874 97.20 96.34 256" in text
+    assert "● raw Flat 4,874 exact: every row is compared" in text
+    assert "served index" not in page_text
+
+
 def test_every_figure_has_an_alternative_text(page_text: str) -> None:
     images = re.findall(r"<svg [^>]*>", page_text)
     # 3 metrics, DET and scores of 4 cells, 3 maps of poses, 2 of search, 4 SE blocks, 3 modes over time

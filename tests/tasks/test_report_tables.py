@@ -7,6 +7,7 @@ from tasks.report_tables import (
     accuracy_rows,
     detail_table,
     filled,
+    index_rows,
     pose_table,
     present,
     search_table,
@@ -110,7 +111,7 @@ def test_threshold_table_holds_each_modes_threshold_and_the_fmr_of_each_cell(pop
     assert table.groups[2][2][1][1][0].value == percent(mode.cells["frontal-profile"].fmr_global["1e-3"])
 
 
-def test_search_table_sets_the_served_index_beside_the_exact_search(population: Population) -> None:
+def test_search_table_sets_an_index_of_the_same_kind_beside_the_exact_search(population: Population) -> None:
     found = search_table(population)
     assert found is not None
     sentence, table = found
@@ -119,6 +120,31 @@ def test_search_table_sets_the_served_index_beside_the_exact_search(population: 
     raw = table.groups[0][2][0][1]
     assert [cell.value for cell in raw] == ["81.00", "88.00", "91.00", "31.00", "49.00", "n/e", "99.80", "99.50"]
     assert [cell.also for cell in raw[:4]] == ["81.00", "88.00", "90.00", None]
+    assert sentence.endswith("by an index that the settings build over this gallery (IVF64,Flat).")
+    assert "served" not in sentence
+
+
+def test_an_exact_index_over_the_sample_proves_nothing_and_is_not_shown(population: Population) -> None:
+    flat = {
+        name: mode.model_copy(update={"identification": mode.identification.model_copy(update={"index_kind": "Flat"})})
+        for name, mode in population.modes.items()
+        if mode.identification is not None
+    }
+    sentence, table = search_table(population.model_copy(update={"modes": flat})) or ("", Table("", []))
+    assert not [head for head in table.heads if "recall" in head]
+    assert {cell.also for _, cells in table.groups[0][2] for cell in cells} == {None}
+    assert "index" not in sentence
+
+
+def test_the_indexes_of_the_release_are_shown_with_what_was_measured_of_them(report_input: ReportInput) -> None:
+    raw, per_sample = index_rows(report_input.evaluation)
+    assert (raw["mode"].name, raw["kind"], raw["rows"], raw["recall"]) == ("raw", "Flat", "4,874", None)
+    assert per_sample["mode"].name == "per_sample"
+    assert (per_sample["kind"], per_sample["recall"], per_sample["queries"]) == (
+        "IVF256,SQ8",
+        ["97.20", "96.34"],
+        "256",
+    )
 
 
 def test_search_table_is_absent_where_nothing_was_searched(population: Population) -> None:
