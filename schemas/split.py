@@ -6,6 +6,7 @@ training and evaluation tasks.
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -60,8 +61,7 @@ def split_of(subject: str, rule: SplitRule) -> Part:
 
     The hash is read as a position on [0, 1), where train, validation and test lie one after the other.
     """
-    unsigned = subject_key(subject, rule.salt) % 2**64
-    position = (unsigned >> (64 - _POSITION_BITS)) / 2**_POSITION_BITS
+    position = _position(subject, rule.salt)
     shares: tuple[tuple[Part, float], ...] = (
         ("train", rule.train),
         ("validation", rule.validation),
@@ -74,3 +74,24 @@ def split_of(subject: str, rule: SplitRule) -> Part:
         if position < edge:
             return part
     return taken[-1]  # fractions that sum to a hair under 1 leave a hair: it belongs to the last part that has anybody
+
+
+def with_enough_validation(rule: SplitRule, subjects: Iterable[str], least: int) -> SplitRule:
+    """Return the rule with as much more validation, at the cost of train, as gives it `least` of these subjects.
+
+    The rule itself is returned where it gives as many, and where train would be left with fewer than that. Nobody
+    enters or leaves test.
+    """
+    parts: dict[Part, list[float]] = {"train": [], "validation": [], "test": []}
+    for subject in subjects:
+        parts[split_of(subject, rule)].append(_position(subject, rule.salt))
+    missing = least - len(parts["validation"])
+    if missing <= 0 or len(parts["train"]) < missing + least:
+        return rule
+    train = sorted(parts["train"])[-missing]
+    return rule.model_copy(update={"train": train, "validation": rule.train + rule.validation - train})
+
+
+def _position(subject: str, salt: str) -> float:
+    unsigned: int = subject_key(subject, salt) % 2**64
+    return (unsigned >> (64 - _POSITION_BITS)) / float(2**_POSITION_BITS)

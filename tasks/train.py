@@ -26,7 +26,7 @@ from models.training import Candidate, Fitted, LabelledTensor, fit
 from schemas.errors import TrainingError
 from schemas.models import ModelCard
 from schemas.settings import TrainingSettings
-from schemas.split import SplitRule, split_of, subject_key
+from schemas.split import SplitRule, split_of, subject_key, with_enough_validation
 from storage.location import Location
 from tasks.model_card import card_markdown
 from tasks.training_rows import BLOCK_ROWS, TrainingRows, read_training_rows
@@ -34,6 +34,7 @@ from tasks.training_rows import BLOCK_ROWS, TrainingRows, read_training_rows
 log = logging.getLogger("frontalis.train")
 
 FEWEST_SUBJECTS = 10
+FEWEST_WITH_PAIRS = 2  # subjects of several rows, in train as in validation
 WHITENING = 0.5  # chosen on validation folds of either network, with Recipe.lengthening (docs/training.md)
 JUDGED_ROWS = 20_000  # all pairs of these take a second; more would not choose better
 PROFILE = POSE_CLASSES.index("profile")
@@ -82,6 +83,11 @@ def train_model(settings: TrainingSettings) -> Trained:
         validation=settings.validation,
         test=settings.test,
     )
+    names, rows_each = np.unique(rows.subjects, return_counts=True)
+    rule = with_enough_validation(rule, names[rows_each > 1], FEWEST_WITH_PAIRS)
+    if rule.validation > settings.validation:
+        log.warning("train: few subjects: %.0f%% of them choose the model, not %.0f%%", 100 * rule.validation,
+                    100 * settings.validation)  # fmt: skip
     parts = _split(rows, rule)
     _check(rows, parts)
     learn, data = parts["train"], rows.digest
@@ -315,10 +321,10 @@ def _check(rows: TrainingRows, parts: Mapping[str, TrainingRows]) -> None:
         )
     for name in ("train", "validation"):
         if not _has_pairs(parts[name]):
+            others = "--validation or --test" if name == "train" else "--test"
             raise TrainingError(
                 f"the {name} part has {len(np.unique(parts[name].subjects))} subjects, too few for a genuine and an "
-                f"impostor pair; pass more subjects, a larger --{'validation' if name == 'validation' else 'source'}, "
-                "or another salt."
+                f"impostor pair; pass more subjects with several rows each, or a smaller {others}."
             )
 
 

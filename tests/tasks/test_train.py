@@ -120,6 +120,18 @@ def test_augment_teaches_only_about_people_in_training(tmp_path, caplog):
     assert plain.parts == trained.parts
 
 
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_ten_subjects_can_be_trained_on_whatever_their_names(tmp_path, first):
+    x, _ = people(10)
+    names = [f"person {first + row // 6}" for row in range(len(x))]
+    trained = train_model(settings([write(tmp_path / "s", x, names)], tmp_path / "m.safetensors"))
+    assert trained.parts["validation"] >= 2
+    checkpoint = load((tmp_path / "m.safetensors").read_bytes())
+    seen = checkpoint.has_seen(np.array(names, object))
+    for name, one in zip(names, seen, strict=True):
+        assert (split_of(name, checkpoint.card.split) != "test") == one
+
+
 def test_without_poses_all_pairs_decide(tmp_path):
     source = write(tmp_path / "s", *people(noise=2.0))
     trained = train_model(settings([source], tmp_path / "m.safetensors", steps=30))
@@ -168,7 +180,12 @@ def interrupted_after_the_first_report(*arguments, report, **options):
     [
         (people(subjects=9), {}, "9 subjects are too few"),
         (people(subjects=40, each=1), {}, "each of the 40 subjects has a single row"),
-        (people(subjects=12), {"validation": 0.01}, "the validation part has 0 subjects.*--validation"),
+        (
+            people(subjects=12),
+            {"test": 0.85, "validation": 0.01},
+            r"the .* part has \d sub.* or a smaller .*--test",
+        ),
+        (people(subjects=12), {"validation": 0.85}, r"the train part has \d sub.* or a smaller --validation or --test"),
     ],
 )
 def test_data_that_cannot_support_a_model_is_refused(tmp_path, rows, changes, message):
