@@ -25,6 +25,7 @@ from tasks.wording import (
     figure_of,
     interval,
     judge,
+    pairs_remarks,
     percent,
     points,
     points_interval,
@@ -291,8 +292,8 @@ def _population(console: Console, population: Population, evaluation: Evaluation
                 if one.accuracy_mean is None or one.accuracy_sd is None
                 else f"{one.n_folds}-fold accuracy {100 * one.accuracy_mean:.2f} ± {100 * one.accuracy_sd:.2f}%"
             )
-            missing = f", {one.missing:,} pairs name an id that is not here" if one.missing else ""
-            _say(console, f"pairs      {mode}, {one.protocol}: {accuracy} over {one.n_pairs:,} pairs{missing}")
+            remarks = "".join(f"; {remark}" for remark in pairs_remarks(one))
+            _say(console, f"pairs      {mode}, {one.protocol}: {accuracy} over {one.n_pairs:,} pairs{remarks}")
         found = result.identification
         if found is not None:
             ranks = ", ".join(f"rank-{rank} {_rate(rate)}%" for rank, rate in found.rank.items())

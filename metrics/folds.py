@@ -43,7 +43,7 @@ def fold_accuracy(
         same: bool `[pairs]`, whether a pair is genuine.
         folds: integer `[pairs]`.
 
-    Raises ValueError for lengths that differ, fewer than two folds, and scores that are not finite.
+    Raises ValueError for lengths that differ, scores that are not finite, and where `why_not` says why not.
     """
     if not scores.shape == same.shape == folds.shape or scores.ndim != 1:
         raise ValueError(
@@ -52,9 +52,9 @@ def fold_accuracy(
     if not np.isfinite(scores).all():
         raise ValueError("pair scores hold NaN or infinity; leave such pairs out, and count them")
     same = same.astype(bool)
+    if reason := why_not(same, folds):
+        raise ValueError(reason)
     names = np.unique(folds)
-    if len(names) < 2:
-        raise ValueError(f"{len(names)} fold(s); the threshold of a fold comes from others, so pass two or more")
     thresholds = [best_threshold(scores[folds != fold], same[folds != fold]) for fold in names]
     accuracies = [
         float(np.mean((scores[folds == fold] >= threshold) == same[folds == fold]))
@@ -68,6 +68,21 @@ def fold_accuracy(
         accuracies=tuple(accuracies),
         thresholds=tuple(thresholds),
     )
+
+
+def why_not(same: NDArray[np.bool_], folds: NDArray[np.integer[Any]]) -> str | None:
+    """Return why there is no accuracy over folds: one fold, or one with no genuine or no impostor pair outside of it.
+
+    A threshold that was chosen on one kind of pair accepts, or rejects, all; what it gives elsewhere is no accuracy.
+    """
+    names = np.unique(folds)
+    if len(names) < 2:
+        return f"{len(names)} fold(s); the threshold of a fold comes from others, so two or more are needed"
+    for fold in names:
+        for wanted, kind in ((True, "genuine"), (False, "impostor")):
+            if not (same[folds != fold] == wanted).any():
+                return f"there is no {kind} pair outside of fold {fold} to choose its threshold with"
+    return None
 
 
 def accuracy_by_protocol(

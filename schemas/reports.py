@@ -69,13 +69,19 @@ class PairsResult(Record):
     """Accuracy over one protocol of a pairs file: the threshold of a fold is chosen on the other folds.
 
     `missing` counts pairs that name an id the store does not have: failures to acquire (ISO/IEC 19795-1), reported and
-    not part of the accuracy. `left_out` counts pairs of rows that are stored but outside the population.
+    not part of the accuracy. `left_out` counts pairs of rows that are stored but outside the population, `copies` pairs
+    of a row with itself or with the same bytes, which are never compared. Of the `n_pairs` that are, `repeated` were
+    there before, and `contradicting` are called genuine and impostor both, or otherwise than by the stored subjects:
+    both count as the file says.
     """
 
     protocol: str
     n_pairs: int
     missing: int
     left_out: int = 0
+    copies: int = 0
+    repeated: int = 0
+    contradicting: int = 0
     n_folds: int
     accuracy_mean: float | None
     accuracy_sd: float | None

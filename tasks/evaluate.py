@@ -36,7 +36,7 @@ from storage.location import Location
 from storage.tables import Snapshot
 from tasks.identify import identify_mode
 from tasks.index import Previous
-from tasks.labelled import LabelledRows, labelled_rows, sample_subjects
+from tasks.labelled import LabelledRows, labelled_rows, sample_subjects, stored_ids
 from tasks.pairs import pairs_accuracy
 
 log = logging.getLogger("frontalis.evaluate")
@@ -73,7 +73,8 @@ def evaluate(
     labelled, unlabelled = labelled_rows(store, features, modes, settings)
     seen, notes = _seen_by_models(store, labelled.names, models)
     held_out = labelled.take(~seen[labelled.subjects])
-    measure = _Measure(settings, index, models, frozenset(labelled.ids))
+    stored = stored_ids(store, features) if settings.pairs else frozenset[str]()
+    measure = _Measure(settings, index, models, stored)
     populations = {}
     if len(labelled.names) < 2:
         notes.append("fewer than two labelled subjects: nothing can be measured")
@@ -102,7 +103,7 @@ Differences = dict[str, dict[str, Estimate]]
 
 @dataclass(frozen=True)
 class _Measure:
-    """How populations are measured. `stored` are the ids of all labelled rows, for the pairs file."""
+    """How populations are measured. `stored` are the ids of all rows, for the pairs file."""
 
     settings: EvaluationSettings
     index: IndexSettings

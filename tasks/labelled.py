@@ -9,6 +9,7 @@ import xxhash
 
 from metrics.poses import pose_classes
 from schemas.features import digest_of
+from schemas.reports import RAW
 from schemas.settings import EvaluationSettings
 from storage.features import features_table, matrix_of, read_table
 from storage.location import Location
@@ -73,6 +74,12 @@ def labelled_rows(
         [str(value) for value in rows["id"].to_pylist()], names.tolist(), subjects, classes, duplicates, matrices
     )
     return labelled, int((~keep).sum())
+
+
+def stored_ids(store: Location, features: Snapshot) -> frozenset[str]:
+    """Return the ids of all rows, whether they know their subject or not. Raises StoreError."""
+    files = [file for file in features.files.values() if file.partitions["mode"] == RAW]
+    return frozenset(str(value) for value in read_table(features_table(store), files, ["id"])["id"].to_pylist())
 
 
 def sample_subjects(rows: LabelledRows, limit: int) -> tuple[LabelledRows, int | None]:

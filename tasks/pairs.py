@@ -2,10 +2,11 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from metrics.cosine import pair_scores
-from metrics.folds import accuracy_by_protocol
+from metrics.folds import fold_accuracy, why_not
 from metrics.verification import verify
 from schemas.errors import SettingsError
 from schemas.reports import PairsResult
@@ -19,7 +20,7 @@ def pairs_accuracy(rows: LabelledRows, features: np.ndarray, path: str, stored: 
         rows: the rows of the population.
         features: their features in one mode, float32 `[N, D]`.
         path: the pairs file.
-        stored: ids of all labelled rows of the release. A pair outside the population but in here was left out, one
+        stored: ids of all rows of the release. A pair outside the population but in here was left out, one
             that is not even here is missing: a failure to acquire.
 
     Raises:
@@ -40,33 +41,50 @@ def pairs_accuracy(rows: LabelledRows, features: np.ndarray, path: str, stored: 
     folds = table["fold"].to_numpy().astype(np.int64)
     protocols = np.array(table["protocol"].to_pylist(), dtype=object)
     there = (first >= 0) & (second >= 0)
+    copies = pc.equal(table["id_a"], table["id_b"]).to_numpy(zero_copy_only=False).astype(bool)
+    copies |= there & (rows.duplicates[first] == rows.duplicates[second])
+    subjects_differ = same != (rows.subjects[first] == rows.subjects[second])
     results = []
     for protocol in sorted(set(protocols.tolist())):
-        of = protocols == protocol
+        of = (protocols == protocol) & ~copies
         use = of & there
+        ends = np.sort(np.stack([first[use], second[use]]), axis=0)
+        repeated, contradicting = _repeats(ends, same[use], subjects_differ[use])
+        genuine = int(same[use].sum())
         found = PairsResult(
             protocol=protocol,
             n_pairs=int(use.sum()),
             missing=int((of & ~known).sum()),
             left_out=int((of & known & ~there).sum()),
+            copies=int((copies & (protocols == protocol)).sum()),
+            repeated=repeated,
+            contradicting=contradicting,
             n_folds=len(np.unique(folds[use])),
             accuracy_mean=None,
             accuracy_sd=None,
             eer=None,
-            reason="not estimable: pairs of at least two folds are needed, to choose the threshold on others",
         )
-        if found.n_folds >= 2:
-            scores = pair_scores(features, first[use], second[use])
-            accuracy = accuracy_by_protocol(scores, same[use], folds[use], [protocol] * found.n_pairs)[protocol]
-            figures = {
-                "accuracy_mean": accuracy.mean,
-                "accuracy_sd": accuracy.sd,
-                "eer": verify(scores[same[use]], scores[~same[use]]).eer.rate,
-                "reason": None,
-            }
-            found = found.model_copy(update=figures)
-        results.append(found)
+        scores = pair_scores(features, first[use], second[use])
+        figures: dict[str, float | str | None] = {}
+        if 0 < genuine < found.n_pairs:
+            figures["eer"] = verify(scores[same[use]], scores[~same[use]]).eer.rate
+        if reason := why_not(same[use], folds[use]):
+            figures["reason"] = f"not estimable: {reason}"
+        else:
+            accuracy = fold_accuracy(scores, same[use], folds[use])
+            figures |= {"accuracy_mean": accuracy.mean, "accuracy_sd": accuracy.sd}
+        results.append(found.model_copy(update=figures))
     return results
+
+
+def _repeats(ends: np.ndarray, same: np.ndarray, subjects_differ: np.ndarray) -> tuple[int, int]:
+    """Return how many pairs (ends `[2, n]`, the lower first) came before, and how many of the labels are disputed."""
+    pair = np.unique(ends, axis=1, return_inverse=True)[1]
+    both_ways = np.bincount(pair[same], minlength=len(pair) + 1).astype(bool) & np.bincount(
+        pair[~same], minlength=len(pair) + 1
+    ).astype(bool)
+    repeated = len(pair) - len(np.unique(np.stack([pair, same]), axis=1).T)
+    return repeated, int((both_ways[pair] | subjects_differ).sum())
 
 
 def read_pairs(path: str) -> pa.Table:

@@ -19,6 +19,7 @@ from tasks.wording import (
     interval,
     judge,
     metric_name,
+    pairs_remarks,
     percent,
     percent_of,
     points,
@@ -253,6 +254,7 @@ def accuracy_rows(population: Population) -> list[dict[str, Any]]:
             "eer": None if pairs.eer is None else percent(pairs.eer),
             "pairs": f"{pairs.n_pairs:,}",
             "missing": f"{pairs.missing:,}",
+            "remarks": pairs_remarks(pairs),
             "folds": pairs.n_folds,
         }
         for mode in population.modes.values()

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from schemas.errors import visible as visible
-from schemas.reports import ALL, CellResult, Estimate, ModeResult
+from schemas.reports import ALL, CellResult, Estimate, ModeResult, PairsResult
 
 Judgement = Literal["better", "worse", "no difference", "no interval"]
 
@@ -105,6 +105,18 @@ def figure_of(cell: CellResult, metric: str) -> Estimate | None:
     if kind == "eer":
         return cell.eer
     return (cell.fnmr_global if kind == "fnmr_global" else cell.fnmr).get(fmr)
+
+
+def pairs_remarks(pairs: PairsResult) -> list[str]:
+    """Say what the pairs of a protocol were that were not compared, and which of those compared are doubtful."""
+    remarks = {
+        "left out: of rows without a subject, seen by a model, or not sampled": pairs.left_out,
+        "left out: of a row with itself or with its copy": pairs.copies,
+        "missing: they name an id that is not here": pairs.missing,
+        "repeated, and counted each time": pairs.repeated,
+        "contradict the subjects or each other, and count as the file says": pairs.contradicting,
+    }
+    return [f"{count:,} {what}" for what, count in remarks.items() if count]
 
 
 def threshold(score: float) -> str:

@@ -13,6 +13,7 @@ from schemas.reports import (
     IdentificationResult,
     IndexAudit,
     ModeResult,
+    PairsResult,
     Population,
 )
 
@@ -49,12 +50,18 @@ SEARCH = IdentificationResult(
 )
 
 
+PAIRS = PairsResult(
+    protocol="FP", n_pairs=242, missing=3, left_out=4636, copies=1, repeated=2, n_folds=2, accuracy_mean=0.9,
+    accuracy_sd=0.01, eer=0.1,
+)  # fmt: skip
+
+
 def evaluation() -> Evaluation:
     worse = {"eer": Estimate(value=-0.02, low=-0.03, high=-0.01)}
     worse["fnmr_global@1e-3"] = Estimate(value=0.05, low=0.02, high=0.08)
     worse["fnmr@1e-3"] = Estimate(value=-0.3, low=-0.4, high=-0.2)
     modes = {
-        RAW: mode(RAW, identification=SEARCH),
+        RAW: mode(RAW, identification=SEARCH, pairs=[PAIRS]),
         "per_sample": mode("per_sample", difference={"frontal-profile": worse}),
     }
     population = Population(name="held_out", n_rows=90, n_subjects=9, left_out_subjects=0, left_out_rows=0, modes=modes)
@@ -103,3 +110,11 @@ def test_misses_of_the_open_search_are_printed(printed: list[str]) -> None:
 def test_the_indexes_of_the_release_are_printed_with_their_recall(printed: list[str]) -> None:
     assert "index raw: Flat, 90 rows, exact" in printed
     assert "index per_sample: IVF8,SQ8, 90 rows, recall@1 97.20%, recall@10 96.34% over 64 queries" in printed
+
+
+def test_pairs_that_were_not_compared_are_explained(printed: list[str]) -> None:
+    assert (
+        "pairs raw, FP: 2-fold accuracy 90.00 ± 1.00% over 242 pairs; 4,636 left out: of rows without a subject, seen "
+        "by a model, or not sampled; 1 left out: of a row with itself or with its copy; 3 missing: they name an id that "
+        "is not here; 2 repeated, and counted each time"
+    ) in printed

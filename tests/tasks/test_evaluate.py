@@ -223,6 +223,23 @@ def test_unlabelled_rows_are_counted_not_measured(tmp_path, tiny_source, tiny_mo
     assert evaluation.populations[ALL].n_subjects == 19
 
 
+def test_pairs_of_rows_without_a_subject_are_left_out_not_missing(tmp_path, tiny_source, tiny_models) -> None:
+    def forget_some_subjects(table: pa.Table) -> pa.Table:
+        names = [None if row < 14 else name for row, name in enumerate(table["subject"].to_pylist())]
+        return table.set_column(table.schema.get_field_index("subject"), "subject", pa.array(names, pa.string()))
+
+    source = table_with(tmp_path, tiny_source, forget_some_subjects)
+    ids = pl.read_parquet(source / "*.parquet")["id"].to_list()
+    pairs = tmp_path / "pairs.parquet"
+    pl.DataFrame(
+        {"id_a": [ids[0], ids[20], "nobody"], "id_b": [ids[1], ids[21], ids[0]], "same": [True, True, False]}
+    ).write_parquet(pairs)
+    partly = pipeline(source=str(source), store=str(tmp_path / "store"), models=tiny_models.by_mode)
+    evaluation = measure(partly, publish_all(partly), EvaluationSettings(resamples=0, pairs=str(pairs)))
+    (found,) = evaluation.populations[ALL].modes[RAW].pairs
+    assert (found.n_pairs, found.left_out, found.missing) == (1, 1, 1)
+
+
 def test_no_labels_at_all_measure_nothing(tmp_path, tiny_source, tiny_models) -> None:
     source = table_with(tmp_path, tiny_source, lambda table: table.drop_columns(["subject"]))
     nameless = pipeline(source=str(source), store=str(tmp_path / "store"), models=tiny_models.by_mode)

@@ -63,7 +63,42 @@ def test_unknown_ids_are_failures_to_acquire_and_others_are_left_out(tmp_path) -
 def test_single_fold_is_not_estimable(tmp_path) -> None:
     (found,) = accuracy(tmp_path, [("P", 0, *pair[2:]) for pair in GENUINE + IMPOSTOR])
     assert found.accuracy_mean is None
-    assert "two folds" in found.reason
+    assert "two or more" in found.reason
+    assert found.eer is not None
+
+
+def test_a_row_is_never_paired_with_itself_or_its_copy(tmp_path) -> None:
+    doubled = rows()
+    doubled.duplicates[5] = doubled.duplicates[4]  # c1 has the bytes of c0
+    self_pairs = [("P", 0, "a0", "a0", True), ("P", 1, "nobody", "nobody", True)]
+    (found,) = accuracy(tmp_path, GENUINE + IMPOSTOR + self_pairs, doubled)
+    assert (found.n_pairs, found.copies, found.missing, found.left_out) == (5, 3, 0, 0)
+
+
+def test_repeated_pairs_are_counted_in_either_order(tmp_path) -> None:
+    again = [("P", 1, "a1", "a0", True), ("P", 0, "a0", "a1", True)]
+    (found,) = accuracy(tmp_path, GENUINE + IMPOSTOR + again)
+    assert (found.n_pairs, found.repeated, found.contradicting) == (8, 2, 0)
+
+
+def test_disputed_labels_are_counted(tmp_path) -> None:
+    disputed = [("P", 1, "a1", "a0", False), ("P", 0, "c0", "b1", True)]  # called both; not what the subjects say
+    (found,) = accuracy(tmp_path, GENUINE + IMPOSTOR + disputed)
+    assert (found.n_pairs, found.repeated, found.contradicting) == (8, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "reason"),
+    [
+        (GENUINE, "no impostor pair outside of fold 0"),
+        (IMPOSTOR, "no genuine pair outside of fold 0"),
+        ([*GENUINE, IMPOSTOR[1]], "no impostor pair outside of fold 1"),
+    ],
+)
+def test_a_threshold_is_not_chosen_on_one_kind_of_pair(tmp_path, pairs, reason) -> None:
+    (found,) = accuracy(tmp_path, pairs)
+    assert (found.accuracy_mean, found.accuracy_sd) == (None, None)
+    assert found.reason == f"not estimable: there is {reason} to choose its threshold with"
 
 
 def test_protocol_and_fold_are_optional(tmp_path) -> None:
