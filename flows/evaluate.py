@@ -8,7 +8,6 @@ from flows.progress import tell_progress
 from schemas.reports import Evaluation
 from schemas.settings import EvaluationSettings, PipelineSettings
 from storage.features import features_table
-from storage.location import Location
 from storage.releases import Releases
 from tasks.report import markdown_table
 from tasks.stages import evaluate_task
@@ -27,17 +26,16 @@ def evaluate(
         resamples: bootstrap resamples; overrides the settings.
 
     Raises:
-        SettingsError: no such release or pairs file.
+        SettingsError: no such store, release or pairs file.
         StoreError: nothing is served yet, or its features are damaged or vacuumed.
     """
     tell_progress()
-    place = Location(store)
-    history = Releases(place)
+    history = Releases.of(store)
     record = history.servable(release) if release else history.serving()
     settings = PipelineSettings.model_validate({**record.settings, "store": store})
     changed = {key: value for key, value in {"pairs": pairs, "resamples": resamples}.items() if value is not None}
     evaluation: EvaluationSettings = settings.evaluation.model_copy(update=changed)
-    features = features_table(place).snapshot(record.features_version)
+    features = features_table(history.store).snapshot(record.features_version)
     result: Evaluation = evaluate_task(
         store, record.release, opaque(features), record.models, evaluation, settings.index
     ).model_copy(update={"indexes": {mode: index.audit for mode, index in record.indexes.items()}})

@@ -69,14 +69,12 @@ def forget(store: str, *, subject: str | None = None, id_: str | None = None, wa
     value = subject if subject is not None else id_
     if value is None or (subject is not None and id_ is not None):
         raise SettingsError("forget: pass either --subject or --id.")
-    place = Location(store)
-    if not place.exists():
-        raise SettingsError(f"store {store}: does not exist; nothing was forgotten.")
+    history = Releases.of(store)
+    place = history.store
     with store_lock(place, "forget", wait):
         before, tombstones = Tombstones(place), Tombstones(place)
         mark = tombstones.mark(kind, value)
         tombstones.add([mark])
-        history = Releases(place)
         releases = history.all()
         result = _forget(place, kind, history, releases, tombstones, before)
         if mark not in Tombstones(place).marks:  # object storage has no lock: two at once may overwrite each other

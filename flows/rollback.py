@@ -20,9 +20,9 @@ def roll_back(store: str, release: str) -> Release:
         StoreBusyError: a run holds the store.
         StoreError: what the release needs is gone or damaged; what is served stays.
     """
-    place = Location(store)
+    history = Releases.of(store)
+    place = history.store
     with store_lock(place, "rollback"):
-        history = Releases(place)
         wanted = history.servable(release)
         check_complete(place, wanted)
         return history.serve(release)

@@ -58,19 +58,17 @@ def clean(
         wait: seconds to wait for a run that holds the store.
 
     Raises:
-        SettingsError: `keep` is below 1, or there is no store.
+        SettingsError: `keep` is below 1, or there is no store: files of a folder that is none are nobody's leftovers.
         StoreBusyError: a run holds the store.
         StoreError: a kept release cannot be read; nothing is removed then.
     """
     if keep < 1:
         raise SettingsError(f"--keep {keep}: at least 1 release is kept.")
-    place = Location(store)
-    if not place.exists():
-        raise SettingsError(f"store {store}: does not exist.")
+    history = Releases.of(store)
+    place = history.store
     if grace_hours is None:
         grace_hours = 0.0 if place.is_local else OBJECT_STORAGE_GRACE_HOURS
     with store_lock(place, "vacuum", wait):
-        history = Releases(place)
         releases = history.all()
         kept = kept_releases(releases, keep)
         names = {release.release for release in kept}

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from prefect import flow
 from pydantic import BaseModel
 
-from schemas.errors import BadModelError, FrontalisError, SettingsError, StoreError
+from schemas.errors import BadModelError, FrontalisError, StoreError
 from schemas.features import input_of, quarantine_path
 from schemas.ids import id_keys
 from schemas.releases import IndexRef, Release
@@ -22,7 +22,7 @@ from schemas.reports import RAW
 from storage.census import CENSUS, Census
 from storage.features import features_table, quarantine_table
 from storage.leftovers import find_leftovers
-from storage.location import Location, digest_file
+from storage.location import digest_file
 from storage.releases import Releases
 from storage.tables import LiveFile, Snapshot, Table
 from storage.tombstones import Tombstones
@@ -75,17 +75,15 @@ def check(store: str) -> Checked:
         SettingsError: there is no such store.
         StoreError: the release history itself cannot be read.
     """
-    place = Location(store)
-    if not place.exists():
-        raise SettingsError(f"store {store}: does not exist.")
-    return _Check(place).run()
+    return _Check(Releases.of(store)).run()
 
 
 class _Check:
     """One pass over a store. Files that several releases share are read once."""
 
-    def __init__(self, store: Location) -> None:
-        self.store = store
+    def __init__(self, history: Releases) -> None:
+        self.history, self.store = history, history.store
+        store = history.store
         self.problems: list[Problem] = []
         self.features, self.quarantine = features_table(store), quarantine_table(store)
         self.tombstones = Tombstones(store)
@@ -94,7 +92,7 @@ class _Check:
         self.bytes = self.rows = 0
 
     def run(self) -> Checked:
-        releases = Releases(self.store).all()
+        releases = self.history.all()
         kept = [release for release in releases if not (release.erased or release.vacuumed)]
         self._one_served(releases)
         newest = {"features": self._newest(self.features), "quarantine": self._newest(self.quarantine)}

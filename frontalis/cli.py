@@ -238,10 +238,9 @@ def explain(
 def releases(store: Store, as_json: AsJson = False) -> None:
     """List the releases of a store, with the gated metric per mode."""
     from frontalis.printing import print_releases
-    from storage.location import Location
     from storage.releases import Releases
 
-    print_releases(Releases(Location(store)).all(), as_json)
+    print_releases(Releases.of(store).all(), as_json)
 
 
 @app.command()

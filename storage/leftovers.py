@@ -1,8 +1,8 @@
 """What lies in a store although nothing needs it: files of old versions, of interrupted runs, and temporary ones.
 
 A set difference again: what is on disk minus what the kept releases, the newest table versions and the census name.
-Only the folders that this program writes are looked at. Deciding which releases are kept, and deleting, is left to
-`flows.vacuum`.
+Only names that this program gives, where it gives them, are looked at: a file of somebody else's is never a leftover,
+whatever folder it lies in. Deciding which releases are kept, and deleting, is left to `flows.vacuum`.
 """
 
 import re
@@ -10,14 +10,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from schemas.releases import Release
-from storage.census import CENSUS, Census
-from storage.features import features_table, quarantine_table
+from storage.census import CENSUS, ENTRIES, Census
+from storage.features import FEATURES, QUARANTINE, features_table, quarantine_table
 from storage.location import TEMPORARY, Location
 from storage.releases import RELEASES, Releases
 
+_HEX, _RELEASE = "[0-9a-f]+", "r[0-9]{5,}-[0-9a-f]+"
+_TABLES = rf"{FEATURES}|{QUARANTINE}|{RELEASES}"
+_OURS = re.compile(
+    rf"{FEATURES}/mode=[^/]+/shard=[^/]+/{_HEX}-{_HEX}\.parquet"
+    rf"|{QUARANTINE}/shard=[^/]+/{_HEX}-{_HEX}\.parquet"
+    rf"|{RELEASES}/{_HEX}\.parquet"
+    rf"|indexes/{_RELEASE}/[^/]+/(index\.faiss|ids\.parquet)"
+    rf"|reports/{_RELEASE}/(index\.html|metrics\.json|plots/[^/]+\.(svg|png))"
+    rf"|models/{_HEX}\.safetensors"
+    rf"|{CENSUS}/({re.escape(ENTRIES)}|keys/{_HEX}-{_HEX}\.parquet)"
+)
 # What a killed writer leaves: our own temporary files, and those of Delta's log.
-_TEMPORARY = re.compile(rf"(^|/)({re.escape(TEMPORARY)}[^/]*|_commit_[^/]*\.tmp|[^/]*\.(json|parquet)#\d+)$")
-_FOLDERS = ("features", "quarantine", RELEASES, "indexes", "reports", "models", CENSUS)
+_TEMPORARY = re.compile(
+    rf"(({_TABLES}|indexes|reports|models|{CENSUS})/(.*/)?)?{re.escape(TEMPORARY)}[0-9a-f]{{16}}"
+    rf"|({_TABLES})/_delta_log/(_commit_[^/]*\.tmp|[^/]*\.(json|parquet)#\d+)"
+)
 
 
 @dataclass(frozen=True)
@@ -39,11 +52,10 @@ def find_leftovers(store: Location, kept: Iterable[Release]) -> list[Leftover]:
     needed, folders = _needed(store, list(kept))
     found = []
     for entry in store.files(hidden=True):
-        temporary = bool(_TEMPORARY.search(entry.name))
+        temporary = bool(_TEMPORARY.fullmatch(entry.name))
         if not temporary:
-            top, _, rest = entry.name.partition("/")
-            known = top in _FOLDERS and rest and not rest.startswith("_delta_log/")
-            if not known or entry.name in needed or entry.name.startswith(folders):
+            ours = _OURS.fullmatch(entry.name)
+            if not ours or entry.name in needed or entry.name.startswith(folders):
                 continue
         found.append(Leftover(entry.name, entry.size, entry.mtime_ns, temporary))
     return found

@@ -27,6 +27,19 @@ class Releases:
         self.store = store
         self.table = Table(store / RELEASES, ())
 
+    @classmethod
+    def of(cls, store: str) -> "Releases":
+        """Return the history of a store that exists; every command that makes none begins here.
+
+        Raises:
+            SettingsError: at `store` there is no release history, so nothing there is known to be ours.
+        """
+        history = cls(Location(store))
+        if history.table.snapshot().version < 0:
+            what = "holds no releases, so it is no store" if history.store.exists() else "does not exist"
+            raise SettingsError(f"store {store}: {what}; check the path, or make it with `frontalis reprocess`.")
+        return history
+
     def all(self) -> list[Release]:
         """Return every release ever recorded, oldest first; empty for a store without any.
 

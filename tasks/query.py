@@ -76,15 +76,16 @@ def answer(
         release: a release by name; None takes the one that is served.
 
     Raises:
-        SettingsError: an unknown mode, id, release or file, vectors of another length, not finite or zero.
+        SettingsError: no store there, an unknown mode, id, release or file, or vectors of another length, not finite
+            or zero.
         StoreError: nothing is served yet, or the index is damaged.
     """
     if not 1 <= k <= MAX_K:
         raise SettingsError(f"-k {k}: must be 1 to {MAX_K}.")
     if bool(ids) == bool(vectors):
         raise SettingsError("pass either --id or --vectors.")
-    place = Location(store)
-    record = Releases(place).servable(release) if release else Releases(place).serving()
+    history = Releases.of(store)
+    place, record = history.store, history.servable(release) if release else history.serving()
     reference = record.indexes.get(mode)
     if reference is None:
         known = ", ".join(record.indexes)

@@ -99,18 +99,30 @@ def test_left_overs_of_killed_runs_go_and_other_files_stay(store) -> None:
     clean(str(store))
     shard = next((store / "features").glob("mode=raw/shard=*"))
     litter = [
-        shard / ".tmp-abc",
+        shard / f".tmp-{'a' * 16}",
         shard / f"{'0' * 32}-{'1' * 32}.parquet",
-        store / "features/mode=raw/shard=gone/.tmp-xyz",
+        store / f"features/mode=raw/shard=gone/.tmp-{'b' * 16}",
         store / "indexes/r00009-dead/raw/index.faiss",
-        store / "census/keys/old.parquet",
+        store / "census/keys/01d-ba515.parquet",
         store / "features/_delta_log/_commit_1234.json.tmp",
-        store / ".tmp-tombstones",
+        store / f".tmp-{'c' * 16}",
     ]
     for file in litter:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x")
-    theirs = [store / "README.txt", store / "backup/features/mode=raw/x.parquet", store / "forgotten.jsonl"]
+    theirs = [
+        store / "README.txt",
+        store / "backup/features/mode=raw/x.parquet",
+        store / "forgotten.jsonl",
+        store / "models/trained.safetensors",
+        store / "reports/2025/q1.pdf",
+        store / f"reports/{history(store)[0].release}-copy/index.html",
+        store / "features/f.csv",
+        shard / "mine.parquet",
+        store / "notes/.tmp-mywork",
+        store / "features/.tmp-mywork",
+        store / f"notes/.tmp-{'d' * 16}",
+    ]
     for file in theirs:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"x")
@@ -124,12 +136,12 @@ def test_left_overs_of_killed_runs_go_and_other_files_stay(store) -> None:
 
 def test_young_files_wait_where_there_is_no_lock(store) -> None:
     clean(str(store))
-    young, old = store / "models/young.safetensors", store / "models/old.safetensors"
+    young, old = store / "models/abc1.safetensors", store / "models/abc2.safetensors"
     for file in (young, old):
         file.write_bytes(b"x")
     os.utime(old, (time.time() - 7200, time.time() - 7200))
     done = clean(str(store), grace_hours=1)
-    assert (done.files, done.waiting) == (["models/old.safetensors"], 1)
+    assert (done.files, done.waiting) == (["models/abc2.safetensors"], 1)
     assert young.exists()
 
 
@@ -173,6 +185,17 @@ def test_kept_are_the_served_the_promoted_and_the_newest(four_nights) -> None:
     ]  # fmt: skip
     kept = {keep: [one.number for one in kept_releases(releases, keep)] for keep in (1, 2, 9)}
     assert kept == {1: [1, 5, 7], 2: [1, 3, 5, 6, 7], 9: [1, 2, 3, 5, 6, 7]}
+
+
+def test_a_folder_that_is_no_store_is_left_alone(tmp_path) -> None:
+    """Its names may even look like ours: without a history nothing tells what is needed."""
+    for name in ("models/resnet.bin", "reports/2025/q1.pdf", "notes/.tmp-mywork", f"models/{'ab' * 32}.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    before = files_of(tmp_path)
+    with pytest.raises(SettingsError, match="holds no releases, so it is no store; check the path"):
+        clean(str(tmp_path))
+    assert files_of(tmp_path) == before
 
 
 @pytest.mark.parametrize(("words", "message"), [({"keep": 0}, "at least 1"), ({}, "does not exist")])

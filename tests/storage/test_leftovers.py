@@ -33,12 +33,12 @@ def publish(store: Location, number: int, shard: str) -> Release:
     """One release with one file of everything; what the release before had in the tables is removed from them."""
     versions = []
     for table, schema, path in (
-        (features_table(store), feature_schema(pa.string()), f"mode=raw/shard={shard}/{number}.parquet"),
-        (quarantine_table(store), QUARANTINE_SCHEMA, f"shard={shard}/{number}.parquet"),
+        (features_table(store), feature_schema(pa.string()), f"mode=raw/shard={shard}/{number}-{number}.parquet"),
+        (quarantine_table(store), QUARANTINE_SCHEMA, f"shard={shard}/{number}-{number}.parquet"),
     ):
         base = table.snapshot()
         versions.append(table.commit(base, schema, [live(table, path)], base.files.values()).version)
-    name = f"r{number}"
+    name = f"r{number:05d}-c0de"
     index = {"digest": "d", "size": 1, "ids_digest": "d", "rows": 1, "dim": 4, "factory": "Flat"}
     folder = f"indexes/{name}/raw"
     for file in ("index.html", "metrics.json", "plots/det.svg"):
@@ -82,14 +82,14 @@ def names(found: list[Leftover]) -> list[str]:
 
 
 FIRST = [
-    "features/mode=raw/shard=a/1.parquet",
-    "indexes/r1/raw/ids.parquet",
-    "indexes/r1/raw/index.faiss",
+    "features/mode=raw/shard=a/1-1.parquet",
+    "indexes/r00001-c0de/raw/ids.parquet",
+    "indexes/r00001-c0de/raw/index.faiss",
     "models/1.safetensors",
-    "quarantine/shard=a/1.parquet",
-    "reports/r1/index.html",
-    "reports/r1/metrics.json",
-    "reports/r1/plots/det.svg",
+    "quarantine/shard=a/1-1.parquet",
+    "reports/r00001-c0de/index.html",
+    "reports/r00001-c0de/metrics.json",
+    "reports/r00001-c0de/plots/det.svg",
 ]
 
 
@@ -107,8 +107,8 @@ def test_the_newest_tables_are_needed_without_any_release(store: Location) -> No
     publish(store, 1, "a")
     publish(store, 2, "b")
     found = names(find_leftovers(store, []))
-    assert "features/mode=raw/shard=b/2.parquet" not in found
-    assert "quarantine/shard=b/2.parquet" not in found
+    assert "features/mode=raw/shard=b/2-2.parquet" not in found
+    assert "quarantine/shard=b/2-2.parquet" not in found
     assert set(FIRST) < set(found)
     assert "models/2.safetensors" in found
 
@@ -126,15 +126,15 @@ def test_of_the_history_only_its_newest_file_is_needed(store: Location) -> None:
 def test_files_of_interrupted_runs_are_left_over(store: Location) -> None:
     kept = publish(store, 1, "a")
     strays = {
-        "features/.tmp-0a1b": True,
+        "features/.tmp-0123456789abcdef": True,
         "features/_delta_log/00000000000000000003.json.tmp-0": False,
         "features/_delta_log/_commit_0a1b.json.tmp": True,
         "features/_delta_log/00000000000000000003.json#1": True,
-        "features/mode=raw/shard=a/unfinished.parquet": False,
-        "features/mode=raw/shard=z/.tmp-ffff": True,
-        "indexes/r9/raw/index.faiss": False,
-        "reports/r1x/index.html": False,
-        ".tmp-root": True,
+        "features/mode=raw/shard=a/0a-0b.parquet": False,
+        "features/mode=raw/shard=z/.tmp-0123456789abcdef": True,
+        "indexes/r00009-c0de/raw/index.faiss": False,
+        "reports/r00001-c0de5/index.html": False,
+        ".tmp-0123456789abcdef": True,
     }
     for name in strays:
         put(store, name, b"12345")
@@ -154,6 +154,17 @@ def test_what_others_put_beside_the_store_is_left_alone(store: Location) -> None
         "tombstones.json",
         "forgotten.jsonl",
         "features.txt",
+        "features/mode=raw/shard=a/mine.parquet",
+        "features/.tmp-mine",
+        "notes/.tmp-0123456789abcdef",
+        "quarantine/notes.txt",
+        "models/1.bin",
+        "models/trained.safetensors",
+        "models/deep/1.safetensors",
+        "indexes/mine/raw/index.faiss",
+        "reports/2025/index.html",
+        "reports/r00009-c0de/notes.txt",
+        "census/notes.txt",
     ):
         put(store, name)
     assert find_leftovers(store, [kept]) == []
@@ -162,16 +173,16 @@ def test_what_others_put_beside_the_store_is_left_alone(store: Location) -> None
 def test_row_keys_are_needed_while_the_census_names_them(store: Location) -> None:
     kept = publish(store, 1, "a")
     census = Census(store / "census")
-    entry = Entry("a", "/a", 1, 1, "1", "basis", "content", 1, 4, "string")
-    put(store, "census/keys/content-basis.parquet")
-    put(store, "census/keys/other-basis.parquet")
+    entry = Entry("a", "/a", 1, 1, "1", "ba", "c0", 1, 4, "string")
+    put(store, "census/keys/c0-ba.parquet")
+    put(store, "census/keys/d7-ba.parquet")
     assert names(find_leftovers(store, [kept])) == [
-        "census/keys/content-basis.parquet",
-        "census/keys/other-basis.parquet",
+        "census/keys/c0-ba.parquet",
+        "census/keys/d7-ba.parquet",
     ]
     census.save({"a": entry})
-    put(store, "census/keys/other-basis.parquet")
-    assert names(find_leftovers(store, [kept])) == ["census/keys/other-basis.parquet"]
+    put(store, "census/keys/d7-ba.parquet")
+    assert names(find_leftovers(store, [kept])) == ["census/keys/d7-ba.parquet"]
 
 
 def test_an_empty_store_has_none(store: Location) -> None:

@@ -55,6 +55,28 @@ def test_a_store_without_releases_serves_none(releases: Releases) -> None:
         releases.get("r1")
 
 
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "other files", "a file", "another table"])
+def test_what_is_no_store_is_refused(tmp_path: Path, there: str) -> None:
+    store = tmp_path / "store"
+    if there == "a file":
+        store.write_bytes(b"x")
+    elif there != "nothing":
+        (store / "releases").mkdir(parents=True)
+    if there == "other files":
+        (store / "releases/v1.parquet").write_bytes(b"x")
+    elif there == "another table":
+        pl.DataFrame({"id": [1]}).write_delta(store / "features")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SettingsError, match=f"store {store}: (does not exist|holds no releases).*; check the path"):
+        Releases.of(str(store))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_store_with_a_release_is_one(releases: Releases, tmp_path: Path) -> None:
+    record(releases, release(1))
+    assert Releases.of(str(tmp_path)).all() == releases.all()
+
+
 def test_the_newest_promoted_release_is_served(releases: Releases) -> None:
     record(releases, release(1), release(2), release(3, promoted=False))
     assert [one.number for one in releases.all()] == [1, 2, 3]

@@ -183,7 +183,7 @@ def test_refused_questions(name: str, store: str) -> None:
 def test_refused_mode_and_store(store: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="--mode other: release r1 has raw, per_sample, batch_stat"):
         answer(store, "other", ids=["a-0"])
-    with pytest.raises(StoreError, match="no release is served yet; run `frontalis reprocess`"):
+    with pytest.raises(SettingsError, match="none: does not exist; check the path"):
         answer(str(tmp_path / "none"), "raw", ids=["a-0"])
 
 
