@@ -135,17 +135,27 @@ class Location:
     def writing(self) -> Iterator[Any]:
         """Open a file for writing that appears under its name whole, or not at all.
 
-        Locally: a temporary name beside it, fsync, rename, fsync of the folder. On S3: spooled, then one upload.
+        Locally: a temporary name beside it, fsync, rename, fsync of the folder. On S3: gathered in the temporary folder
+        (TMPDIR), which needs room for all of it, then one upload.
         """
         if self.is_local:
             with self._naming():
                 yield from self._write_local()
             return
         with tempfile.TemporaryFile() as spool:
-            yield spool
-            spool.seek(0)
-            with self._naming(), self.fs.open_output_stream(self.path) as target:
-                shutil.copyfileobj(spool, target, 8 << 20)
+            with self._naming(f" while it was gathered in {tempfile.gettempdir()} (TMPDIR)"):
+                yield spool
+                spool.flush()
+            # One call of compiled code, which no signal leaves half-way: closing a stream, as unwinding does, completes
+            # an upload with whatever has arrived.
+            with self._naming():
+                pafs.copy_files(
+                    f"/dev/fd/{spool.fileno()}",
+                    self.path,
+                    source_filesystem=pafs.LocalFileSystem(),
+                    destination_filesystem=self.fs,
+                    chunk_size=8 << 20,
+                )
 
     def write_bytes(self, content: bytes) -> None:
         """Write a whole file atomically."""
@@ -245,7 +255,7 @@ class Location:
         return target, target.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
 
     @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
+    def _naming(self, where: str = "") -> Iterator[None]:
         try:
             yield
         except FileNotFoundError:
@@ -253,7 +263,7 @@ class Location:
         except OSError as error:
             # pyarrow's errors carry no errno text of their own; the operating system's do.
             raise StoreError(
-                f"{self.uri}: {error.strerror or error}. Nothing was published; mend it, then rerun."
+                f"{self.uri}: {error.strerror or error}{where}. Nothing was published; mend it, then rerun."
             ) from error
 
 

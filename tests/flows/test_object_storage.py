@@ -6,6 +6,7 @@ FRONTALIS_KILLS says how many runs are killed (2 by default, at most 12).
 import contextlib
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from flows.forget import forget
 from flows.rollback import roll_back
 from flows.vacuum import clean
 from flows.verify import check
-from schemas.errors import FrontalisError, SettingsError, StoreBusyError
+from schemas.errors import FrontalisError, SettingsError, StoreBusyError, StoreError
 from storage.features import features_table, read_table
 from storage.location import Location
 from storage.releases import Releases
@@ -61,7 +62,7 @@ def s3(tmp_path_factory) -> Iterator[dict[str, str]]:
         try:
             _wait_for(env["AWS_ENDPOINT_URL"], server, log)
             _make_bucket(env["AWS_ENDPOINT_URL"])
-            yield env
+            yield {**env, "MOTO_PID": str(server.pid)}
         finally:
             server.kill()
             server.wait()
@@ -241,6 +242,68 @@ def test_two_histories_written_at_once_are_one(store) -> None:
 def test_what_is_not_there_is_said_in_one_line(s3, uri) -> None:
     with pytest.raises(FrontalisError, match=uri):
         check(uri)
+
+
+UPLOAD = """
+import sys
+from frontalis.interrupt import stops_within
+from storage.location import Location
+place = Location("s3://faces/interrupted")
+with stops_within(60), place.writing() as file:
+    file.write(b"x" * int(sys.argv[1]))
+    print("gathered", flush=True)
+"""
+
+
+def test_an_upload_that_is_interrupted_is_whole_or_absent(s3) -> None:
+    """Ctrl-C while the upload begins: closing a stream, as unwinding does, completes it with what has arrived."""
+    size = 16 << 20
+    command = [sys.executable, "-c", UPLOAD, str(size)]
+    moto = int(s3["MOTO_PID"])
+    with subprocess.Popen(
+        command, env={**os.environ, **s3}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as upload:
+        assert upload.stdout is not None
+        os.kill(moto, signal.SIGSTOP)  # it answers only once the signal is there
+        try:
+            assert upload.stdout.readline() == b"gathered\n"
+            time.sleep(1)
+            upload.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        finally:
+            os.kill(moto, signal.SIGCONT)
+        assert upload.wait(LONGEST) != 0
+    assert Location("s3://faces/interrupted").size() in (None, size)
+
+
+def test_what_is_written_lies_there_and_nothing_beside_it(s3) -> None:
+    place = Location("s3://faces/written")
+    for name, content in (("empty", b""), ("deep/small", b"abc"), ("large", bytes(range(256)) * 50_000)):
+        (place / name).write_bytes(content)
+        assert (place / name).read_bytes() == content
+    assert [entry.name for entry in place.files(hidden=True)] == ["deep/small", "empty", "large"]
+
+
+def test_a_temporary_folder_without_room_is_named(s3, full_disk) -> None:
+    with full_disk(1 << 20), pytest.raises(StoreError, match=r"s3://faces/full: File too large.*\(TMPDIR\)"):
+        Location("s3://faces/full").write_bytes(b"x" * (2 << 20))
+    assert not Location("s3://faces/full").exists()
+
+
+@pytest.fixture
+def full_disk():
+    """`full_disk(size)`: no file of this process grows beyond `size` while the block runs."""
+
+    @contextlib.contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 def _start(source: str, store: str, models: list[str], env, s3) -> "subprocess.Popen[str]":
