@@ -15,9 +15,9 @@ from typing import Literal
 from pydantic import BaseModel
 
 from flows.reprocess import release_content
-from schemas.errors import SettingsError, StoreBusyError, StoreError
+from schemas.errors import SettingsError, StoreBusyError
 from schemas.releases import IndexRef, Release, release_name
-from schemas.reports import RAW, DataQuality, Evaluation, GateDecision
+from schemas.reports import DataQuality, Evaluation, GateDecision
 from schemas.settings import ColumnNames, PipelineSettings, checked
 from storage.features import features_table, quarantine_table, read_table
 from storage.location import Location
@@ -25,10 +25,11 @@ from storage.lock import store_lock
 from storage.releases import Releases
 from storage.tables import Snapshot
 from storage.tombstones import Tombstones
-from tasks.erase import Erased, erase, find_forgotten
+from tasks.erase import Erased, erase
 from tasks.evaluate import evaluate
+from tasks.forgotten import holds_forgotten
 from tasks.gate import gated
-from tasks.index import Previous, index_mode, open_ids
+from tasks.index import Previous, index_mode
 from tasks.pairs import read_pairs
 from tasks.release_report import write_report
 
@@ -94,7 +95,8 @@ def _forget(
     latest = releases[-1] if releases else None
     columns = _settings(store, served or latest).columns if latest else ColumnNames()
     erased = erase(store, served, tombstones, before, columns)
-    held = [old.release for old in releases if not (old.erased or old.vacuumed) and _holds(store, old, tombstones)]
+    open_ones = [old for old in releases if not (old.erased or old.vacuumed)]
+    held = [old.release for old in open_ones if holds_forgotten(store, old, tombstones)]
     outcome = Forgotten(
         kind=kind,
         rows=erased.rows,
@@ -104,11 +106,14 @@ def _forget(
         erased_releases=held,
     )
     history_after = [
-        old.model_copy(update={"erased": True, "serving": False}) if old.release in held else old for old in releases
+        old.model_copy(
+            update={"erased": True, "serving": False} if old.release in held else {"tombstones": tombstones.digest}
+        )
+        for old in releases
     ]
     _write_log(store, outcome)
     if served is None or served.release not in held:
-        if held:
+        if history_after != list(releases):
             history.rewrite(history_after, releases)
         return outcome
     if not any(file.rows for file in erased.features.files.values()):
@@ -155,6 +160,7 @@ def _release_without(
             "gated_name": measured.name,
             "report": None,
             "serving": True,
+            "tombstones": tombstones.digest,
         }
     )
     return release.model_copy(update={"report": write_report(settings, release, evaluation, releases)})
@@ -182,22 +188,6 @@ def _untrained(store: Location, served: Release, old: IndexRef) -> Previous | No
     if old.factory != "Flat":
         return None
     return Previous(served, features_table(store).snapshot(served.features_version))
-
-
-def _holds(store: Location, release: Release, tombstones: Tombstones) -> bool:
-    """Return whether a release holds a forgotten row; one that cannot be read counts as if it did."""
-    try:
-        if RAW in release.indexes:
-            ids = open_ids(store, release.indexes[RAW])
-            gone, _ = tombstones.match(ids["id"].combine_chunks(), ids["subject"].combine_chunks())
-            if gone.any():
-                return True
-        if release.quarantine_version is None:
-            return False
-        held = quarantine_table(store).snapshot(release.quarantine_version)
-        return bool(find_forgotten(store, Snapshot(-1, {}), held, tombstones))
-    except StoreError:
-        return True
 
 
 def _data(store: Location, before: DataQuality, erased: Erased) -> DataQuality:

@@ -30,6 +30,8 @@ from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
 from storage.tables import Snapshot
+from storage.tombstones import Tombstones
+from tasks.forgotten import settle
 from tasks.gate import decide, gated
 from tasks.index import Previous
 from tasks.plan import Plan
@@ -101,10 +103,10 @@ def run(settings: PipelineSettings) -> Outcome:
     check_runner(settings.runner)
     store = Location(settings.store)
     with store_lock(store, "reprocess", settings.wait):
+        history, tombstones = Releases(store), Tombstones(store)
         models = models_task(settings)
         plan = plan_task(settings, models)
-        history = Releases(store)
-        releases = history.all()
+        releases = settle(history, tombstones)
         content = release_content(settings, plan.wanted, [fault.shard for fault in plan.faults])
         latest = releases[-1] if releases and _is_indexed(store, releases[-1]) else None
         if not plan.groups and latest and latest.content == content:
@@ -120,7 +122,9 @@ def run(settings: PipelineSettings) -> Outcome:
         if latest and latest.content == content:
             return _unchanged(settings, latest, faults, time.monotonic() - started)
         release = _release(settings, plan, published, releases, content, models)
+        release = release.model_copy(update={"tombstones": tombstones.digest})
         outcome = _measure_and_record(settings, release, published, history, releases)
+        settle(history, tombstones)  # the release served until now may hold a person whose forgetting was interrupted
         warnings = [warning for result in results for warning in result.warnings]
         for warning in warnings:
             log.warning("%s", warning)
@@ -233,7 +237,8 @@ def _previous(history: Releases, releases: Sequence[Release], release: Release) 
     """Return, by mode, the latest release whose index the new one can be carried on from."""
     found: dict[str, Previous] = {}
     for old in reversed(releases[-10:]):
-        if old.erased or set(old.indexes) <= set(found):
+        known_clean = not old.erased and old.tombstones == release.tombstones  # else it was trained with the forgotten
+        if not known_clean or set(old.indexes) <= set(found):
             continue
         snapshot = _snapshot(history, old)
         if snapshot is not None:

@@ -3,29 +3,34 @@
 from prefect import flow
 
 from models.checkpoint import load
-from schemas.errors import StoreError
+from schemas.errors import SettingsError, StoreError
 from schemas.releases import Release
 from storage.features import features_table
 from storage.location import Location
-from storage.lock import store_lock
 from storage.releases import Releases
+from storage.tombstones import Tombstones
+from tasks.forgotten import holds_forgotten
 from tasks.index import open_ids, open_index
 
 
 def roll_back(store: str, release: str) -> Release:
     """Serve `release` from now on; features, indexes and models of a release always go together.
 
+    It takes no lock, so that it never waits for a run: the pointer moves in one commit. A run, forget or vacuum that is
+    at work then finds the history changed, and is refused when it wants to change it itself.
+
     Raises:
-        SettingsError: there is no such release, its files were vacuumed, or a person in it was forgotten since.
-        StoreBusyError: a run holds the store.
+        SettingsError: there is no such store or release, its files were vacuumed, or it holds a forgotten person.
+        StoreBusyError: another commit came at the same moment; what is served is what that one says.
         StoreError: what the release needs is gone or damaged; what is served stays.
     """
     history = Releases.of(store)
-    place = history.store
-    with store_lock(place, "rollback"):
-        wanted = history.servable(release)
-        check_complete(place, wanted)
-        return history.serve(release)
+    place, wanted = history.store, history.servable(release)
+    check_complete(place, wanted)
+    tombstones = Tombstones(place)
+    if wanted.tombstones != tombstones.digest and holds_forgotten(place, wanted, tombstones):
+        raise SettingsError(f"release {release} holds a person who was forgotten since; choose a later one.")
+    return history.serve(release)
 
 
 @flow(name="rollback")

@@ -19,6 +19,8 @@ from storage.leftovers import Leftover, find_leftovers
 from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
+from storage.tombstones import Tombstones
+from tasks.forgotten import mark_erased
 
 log = logging.getLogger("frontalis.vacuum")
 
@@ -69,16 +71,15 @@ def clean(
     if grace_hours is None:
         grace_hours = 0.0 if place.is_local else OBJECT_STORAGE_GRACE_HOURS
     with store_lock(place, "vacuum", wait):
-        releases = history.all()
+        listed = history.all()
+        releases = mark_erased(place, listed, Tombstones(place))
         kept = kept_releases(releases, keep)
         names = {release.release for release in kept}
         gone = [old for old in releases if old.release not in names and not old.vacuumed]
         find_leftovers(place, kept)  # refuses before anything is marked
-        if gone and not dry_run:
-            history.rewrite(
-                [old if old.release in names else old.model_copy(update={"vacuumed": True}) for old in releases],
-                releases,
-            )
+        after = [old if old.release in names else old.model_copy(update={"vacuumed": True}) for old in releases]
+        if after != listed and not dry_run:
+            history.rewrite(after, listed)
         found = find_leftovers(place, kept)
         youngest = time.time_ns() - int(grace_hours * 3600e9)
         old_enough = [one for one in found if not grace_hours or one.mtime_ns < youngest]

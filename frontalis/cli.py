@@ -244,11 +244,14 @@ def releases(store: Store, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def rollback(store: Store, release: Annotated[str, typer.Argument(help="The release to serve.")]) -> None:
+def rollback(
+    store: Store, release: Annotated[str, typer.Argument(help="The release to serve.")], as_json: AsJson = False
+) -> None:
     """Serve an older release from now on: its features, indexes and models together."""
     from flows.rollback import roll_back
 
-    print(f"{roll_back(store, release).release} is served now")  # noqa: T201
+    served = roll_back(store, release)
+    print(served.model_dump_json() if as_json else f"{served.release} is served now")  # noqa: T201
 
 
 @app.command()

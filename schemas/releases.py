@@ -68,6 +68,7 @@ class Release(Record):
     serving: bool = False
     erased: bool = Field(default=False, description="a person was forgotten since: it can no longer be served")
     vacuumed: bool = Field(default=False, description="its files were removed: it can no longer be served")
+    tombstones: str = Field(default="none", description="digest of the list of the forgotten that it was checked with")
     settings: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -20,7 +20,7 @@ _TABLES = rf"{FEATURES}|{QUARANTINE}|{RELEASES}"
 _OURS = re.compile(
     rf"{FEATURES}/mode=[^/]+/shard=[^/]+/{_HEX}-{_HEX}\.parquet"
     rf"|{QUARANTINE}/shard=[^/]+/{_HEX}-{_HEX}\.parquet"
-    rf"|{RELEASES}/{_HEX}\.parquet"
+    rf"|{RELEASES}/(?P<version>[0-9]{{8}}-)?{_HEX}\.parquet"
     rf"|indexes/{_RELEASE}/[^/]+/(index\.faiss|ids\.parquet)"
     rf"|reports/{_RELEASE}/(index\.html|metrics\.json|plots/[^/]+\.(svg|png))"
     rf"|models/{_HEX}\.safetensors"
@@ -49,6 +49,7 @@ def find_leftovers(store: Location, kept: Iterable[Release]) -> list[Leftover]:
     Raises:
         StoreError: a kept release cannot be read; nothing can be told then.
     """
+    history = Releases(store).table.snapshot().version
     needed, folders = _needed(store, list(kept))
     found = []
     for entry in store.files(hidden=True):
@@ -56,6 +57,9 @@ def find_leftovers(store: Location, kept: Iterable[Release]) -> list[Leftover]:
         if not temporary:
             ours = _OURS.fullmatch(entry.name)
             if not ours or entry.name in needed or entry.name.startswith(folders):
+                continue
+            # A rollback holds no lock: what it is about to commit carries the number of a version to come.
+            if ours["version"] and int(ours["version"][:-1]) > history:
                 continue
         found.append(Leftover(entry.name, entry.size, entry.mtime_ns, temporary))
     return found

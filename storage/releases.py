@@ -1,8 +1,8 @@
 """The releases of a store: the history of what was published, and which one is served.
 
 The table is one small file that every change replaces in one Delta commit, so a reader sees the old list or the new
-one, and of two writers one is refused. Judging a release is left to `tasks.gate`, opening what it refers to, to
-`flows.query`.
+one, and of two writers one is refused. A file's name begins with the first version that may list it. Judging a release
+is left to `tasks.gate`, opening what it refers to, to `flows.query`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,7 +46,7 @@ class Releases:
         Raises:
             StoreError: the table is damaged.
         """
-        return self._read(self.table.snapshot())
+        return self._newest()[1]
 
     def serving(self) -> Release:
         """Return the release that answers queries.
@@ -65,7 +65,9 @@ class Releases:
         Raises:
             SettingsError: there is none of that name.
         """
-        releases = self.all()
+        return self._named(name, self.all())
+
+    def _named(self, name: str, releases: list[Release]) -> Release:
         for release in releases:
             if release.release == name:
                 return release
@@ -90,14 +92,17 @@ class Releases:
     def serve(self, name: str) -> Release:
         """Serve an older (or newer) release from now on, and return it.
 
+        What makes a release unfit is looked for in the very history that is replaced, so no lock is needed.
+
         Raises:
             SettingsError: see `servable`.
+            StoreBusyError: another change came between; nothing changed.
         """
-        wanted = self.servable(name)
-        base = self.table.snapshot()
-        releases = [old.model_copy(update={"serving": old.release == name}) for old in self._read(base)]
+        base, releases = self._newest()
+        self._servable(name, releases)
+        releases = [old.model_copy(update={"serving": old.release == name}) for old in releases]
         self._write(base, releases)
-        return wanted
+        return self._named(name, releases)
 
     def servable(self, name: str) -> Release:
         """Return a release that may be served.
@@ -105,7 +110,10 @@ class Releases:
         Raises:
             SettingsError: there is none of that name, its files were removed, or a person was forgotten since.
         """
-        wanted = self.get(name)
+        return self._servable(name, self.all())
+
+    def _servable(self, name: str, releases: list[Release]) -> Release:
+        wanted = self._named(name, releases)
         if wanted.erased:
             raise SettingsError(f"release {name} holds a person who was forgotten since; choose a later one.")
         if wanted.vacuumed:
@@ -122,13 +130,24 @@ class Releases:
         Raises:
             StoreBusyError: the history is not `planned_on` any more; nothing changed.
         """
-        base = self.table.snapshot()
-        if self._read(base) != list(planned_on):
+        base, now = self._newest()
+        if now != list(planned_on):
             raise StoreBusyError(
                 f"{self.store.uri}: another run changed the releases meanwhile; nothing was published. Run again: it "
                 "reuses what is computed."
             )
         self._write(base, list(releases))
+
+    def _newest(self) -> tuple[Snapshot, list[Release]]:
+        """Return the newest version and what it says; a vacuum may take the file of one that is the newest no more."""
+        snapshot = self.table.snapshot()
+        while True:
+            try:
+                return snapshot, self._read(snapshot)
+            except StoreError as error:
+                listed, snapshot = snapshot, self.table.snapshot()
+                if not isinstance(error.__cause__, FileNotFoundError) or snapshot.version == listed.version:
+                    raise
 
     def _read(self, snapshot: Snapshot) -> list[Release]:
         releases: list[Release] = []
@@ -159,7 +178,10 @@ class Releases:
             for release in releases
         ]
         content = to_parquet(pa.Table.from_pylist(rows, schema=RELEASES_SCHEMA))
-        name = f"{digest_of(content, str(base.version).encode())}.parquet"
-        (self.table.place / name).write_bytes(content)
+        name = f"{base.version + 1:08d}-{digest_of(content, str(base.version).encode())}.parquet"
+        try:
+            (self.table.place / name).write_bytes(content)
+        except FileNotFoundError as error:  # a vacuum took the temporary file of a rollback, which holds no lock
+            raise StoreBusyError(f"{self.store.uri}: a vacuum is at work; nothing was changed. Run again.") from error
         file = LiveFile(name, len(content), len(rows), {})
         self.table.commit(base, RELEASES_SCHEMA, [file], base.files.values())

@@ -1,6 +1,7 @@
 """Two at once: runs, a run and readers, a run and a rollback. One wins, nobody sees a half, and the other is told."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -14,15 +15,17 @@ import pytest
 
 from flows.forget import forget
 from flows.query import answer
+from flows.rollback import roll_back
+from flows.vacuum import clean
 from flows.verify import check
-from schemas.errors import StoreBusyError
+from schemas.errors import SettingsError, StoreBusyError
 from schemas.features import feature_schema
 from schemas.reports import GateDecision
 from storage.features import features_table
 from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
-from storage.tables import LiveFile
+from storage.tables import LiveFile, Table
 
 
 def command(source: Path, store: Path, models: list[str], *more: str) -> list[str]:
@@ -155,6 +158,68 @@ def test_a_rollback_in_between_is_not_overwritten(release) -> None:
     with pytest.raises(StoreBusyError, match="changed the releases"):
         history.record(another(first, 3, "r00003-x"), seen)
     assert history.serving().release == first.release
+
+
+def test_a_rollback_during_a_run_stays_and_the_run_is_refused(
+    prefect_server, run_pipeline, plain_source, make_checkpoint, tmp_path
+) -> None:
+    store, models = tmp_path / "store", [make_checkpoint(tmp_path / f"{n}.safetensors", seed=n) for n in range(3)]
+    for model in models[:2]:
+        assert run_pipeline(plain_source, store, models={"per_sample": str(model)}).status == "promoted"
+    first, second = Releases(Location(str(store))).all()
+    before = set(store.glob("features/mode=per_sample/*/*.parquet"))
+    third = command(plain_source, store, ["--model", f"per_sample={models[2]}"], "--json")
+    with subprocess.Popen(
+        third, env=prefect_server.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        while run.poll() is None and set(store.glob("features/mode=per_sample/*/*.parquet")) == before:
+            time.sleep(0.001)
+        run.send_signal(signal.SIGSTOP)
+        assert Releases(Location(str(store))).all() == [first, second], "it must be met at work"
+        roll_back(str(store), first.release)
+        run.send_signal(signal.SIGCONT)
+        _, stderr = run.communicate(timeout=170)
+    assert (run.returncode, "another run changed the releases" in stderr) == (3, True), stderr
+    assert Releases(Location(str(store))).serving().release == first.release
+    again = run_pipeline(plain_source, store, models={"per_sample": str(models[2])})
+    assert (again.status, again.shards_computed) == ("promoted", 0)
+    assert check(str(store)).problems == []
+
+
+def test_a_vacuum_leaves_what_a_rollback_is_about_to_commit(release) -> None:
+    """A rollback holds no lock: the vacuum comes between the file that it writes and the commit that names it."""
+    store, first = release
+    history = Releases(Location(str(store)))
+    history.record(another(first, 2, "r00002-beef"), history.all())
+
+    class Overtaken(Table):
+        def commit(self, *words):
+            assert clean(str(store), keep=9).kept_releases == [first.release, "r00002-beef"]
+            return super().commit(*words)
+
+    history.table = Overtaken(history.table.place, ())
+    history.serve(first.release)
+    assert [old.serving for old in Releases(Location(str(store))).all()] == [True, False]
+    assert clean(str(store), keep=9).removed_releases == []
+    assert len(list((store / "releases").glob("*.parquet"))) == 1
+
+
+def test_a_rollback_to_what_a_vacuum_is_taking_is_refused(release) -> None:
+    store, first = release
+    history = Releases(Location(str(store)))
+    history.record(another(first, 2, "r00002-beef"), history.all())
+
+    class Overtaken(Table):
+        def commit(self, *words):
+            assert clean(str(store), keep=1).removed_releases == [first.release]
+            return super().commit(*words)
+
+    history.table = Overtaken(history.table.place, ())
+    with pytest.raises(StoreBusyError):
+        history.serve(first.release)
+    with pytest.raises(SettingsError, match="removed by `frontalis vacuum`"):
+        roll_back(str(store), first.release)
+    assert history.serving().release == "r00002-beef"
 
 
 @pytest.mark.parametrize("second", ["the same file", "another file"])

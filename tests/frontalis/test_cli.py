@@ -100,6 +100,8 @@ def test_releases_and_rollback(shell, job) -> None:
     assert "served" in shell("releases", "--store", job / "store").stdout
     done = shell("rollback", "--store", job / "store", release["release"])
     assert "is served now" in done.stdout
+    served = json.loads(shell("rollback", "--store", job / "store", release["release"], "--json").stdout)
+    assert served == release
     assert "is not in" in shell("rollback", "--store", job / "store", "r00099-nothing", code=2).stderr
 
 

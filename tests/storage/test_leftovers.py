@@ -123,6 +123,15 @@ def test_of_the_history_only_its_newest_file_is_needed(store: Location) -> None:
     assert len(old) == 1
 
 
+def test_what_a_rollback_is_about_to_commit_is_no_leftover(store: Location) -> None:
+    release = publish(store, 1, "a")
+    now = Releases(store).table.snapshot().version
+    put(store, f"releases/{now:08d}-0a.parquet")
+    put(store, f"releases/{now + 1:08d}-0a.parquet")
+    put(store, "releases/0a.parquet")
+    assert names(find_leftovers(store, [release])) == [f"releases/{now:08d}-0a.parquet", "releases/0a.parquet"]
+
+
 def test_files_of_interrupted_runs_are_left_over(store: Location) -> None:
     kept = publish(store, 1, "a")
     strays = {

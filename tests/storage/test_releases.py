@@ -11,6 +11,7 @@ from schemas.releases import Release
 from schemas.reports import DataQuality, GateDecision
 from storage.location import Location
 from storage.releases import Releases
+from storage.tables import Snapshot, Table
 
 
 def release(number: int, promoted: bool = True, **more: object) -> Release:
@@ -162,6 +163,28 @@ def test_others_read_the_columns_without_the_record(releases: Releases, tmp_path
     shown = frame.select("number", "serving", "promoted", "reason", "features_version").rows()
     assert shown == [(1, True, True, "better", 1), (2, False, False, "worse", 2)]
     assert frame["created"].to_list() == [release(1).created, release(2).created]
+
+
+def test_a_reader_that_is_overtaken_by_a_change_and_a_vacuum_reads_the_new_history(releases: Releases) -> None:
+    record(releases, release(1), release(2))
+    other = Releases(releases.store)
+
+    class Overtaken(Table):
+        """Between the list and the file, another process serves an older release and removes the old file."""
+
+        meanwhile = 1
+
+        def snapshot(self, version: int | None = None) -> Snapshot:
+            found = super().snapshot(version)
+            if self.meanwhile:
+                self.meanwhile -= 1
+                other.serve(release(1).release)
+                for path in found.files:
+                    (self.place / path).delete()
+            return found
+
+    releases.table = Overtaken(releases.table.place, ())
+    assert releases.serving().number == 1
 
 
 @pytest.mark.parametrize("damage", ["gone", "truncated", "another record"])
