@@ -29,6 +29,7 @@ from storage.features import features_table
 from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
+from storage.shards import refuse_nested
 from storage.tables import Snapshot
 from storage.tombstones import Tombstones
 from tasks.forgotten import settle
@@ -101,6 +102,7 @@ def run(settings: PipelineSettings) -> Outcome:
     """Do the work of `reprocess`, inside its flow run."""
     started = time.monotonic()
     check_runner(settings.runner)
+    refuse_nested(settings.source, settings.store)
     store = Location(settings.store)
     with store_lock(store, "reprocess", settings.wait):
         history, tombstones = Releases(store), Tombstones(store)

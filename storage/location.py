@@ -104,6 +104,8 @@ class Location:
     def files(self, *suffixes: str, hidden: bool = False) -> list[Entry]:
         """List all files below, sorted by name; nothing where the folder is absent.
 
+        Links to folders are followed, but for one that leads to a folder it lies in: its files are listed there.
+
         Args:
             suffixes: keep names that end so (case-insensitive); none keeps all.
             hidden: also those below a folder, or of a name, that starts with `.` or `_`.
@@ -178,6 +180,16 @@ class Location:
             elif info.type == pafs.FileType.Directory:
                 self.fs.delete_dir(self.path)
 
+    def overlaps(self, other: "Location") -> bool:
+        """Return whether one of the two places is the other, or lies in it; links are followed."""
+        if self.is_local != other.is_local:
+            return False
+        one, two = (
+            (os.path.realpath(place.path) if place.is_local else place.path).rstrip("/") + "/"
+            for place in (self, other)
+        )
+        return one.startswith(two) or two.startswith(one)
+
     @property
     def delta_options(self) -> dict[str, str]:
         """Storage options for Delta: on S3 commits are conditional puts, so that two writers cannot both win."""
@@ -195,17 +207,21 @@ class Location:
     def _walk(self) -> Iterator[Entry]:
         if self.is_local:
             # os.scandir gives ctime and inode, which a rewrite with the same size and mtime cannot keep.
-            stack = [Path(self.path)]
+            stack: list[tuple[Path, frozenset[tuple[int, int]]]] = [(Path(self.path), frozenset())]
             root = len(self.path) + 1
             while stack:
-                folder = stack.pop()
+                folder, above = stack.pop()
                 try:
+                    itself = folder.stat()
                     children = list(os.scandir(folder))
                 except FileNotFoundError:
                     continue
+                if (itself.st_dev, itself.st_ino) in above:
+                    continue
+                below = above | {(itself.st_dev, itself.st_ino)}
                 for child in children:
-                    if child.is_dir(follow_symlinks=False):
-                        stack.append(Path(child.path))
+                    if child.is_dir():
+                        stack.append((Path(child.path), below))
                     elif child.is_file():
                         yield _local_entry(child.path[root:], child.stat())
             return

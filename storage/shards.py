@@ -67,6 +67,19 @@ def find_shards(source: str) -> list[Shard]:
     return [shards[key] for key in sorted(shards)]
 
 
+def refuse_nested(source: str, store: str) -> None:
+    """Refuse a source and a store of which one lies in the other.
+
+    Raises:
+        SettingsError: the store's own files would be read as shards.
+    """
+    if Location(source).overlaps(Location(store)):
+        raise SettingsError(
+            f"source {source} and store {store}: one lies in the other, so files of the store would be read as shards; "
+            "choose a store beside the source."
+        )
+
+
 def still_same(shard: Shard) -> bool:
     """Return whether the shard's file is the one that was found: not rewritten, replaced or removed since."""
     entry = shard.place.entry()

@@ -93,6 +93,18 @@ def test_bad_row_and_fail_publishes_nothing(reprocess, tiny_source: Path, tmp_pa
     assert not Releases(Location(str(tmp_path / "store"))).all()
 
 
+@pytest.mark.parametrize(("source", "store"), [("faces", "faces/store"), ("store/shards", "store"), ("faces", "faces")])
+def test_source_and_store_in_one_another_are_refused(
+    reprocess, tiny_source: Path, tmp_path: Path, source: str, store: str
+) -> None:
+    shutil.copytree(tiny_source, tmp_path / source)
+    before = sorted(tmp_path.rglob("*"))
+    done = reprocess(tmp_path / source, tmp_path / store, code=2)
+    assert "one lies in the other" in done.stderr
+    assert "choose a store beside the source" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_hostile_model_is_refused_and_not_run(reprocess, tiny_source: Path, tmp_path: Path) -> None:
     touched = tmp_path / "touched"
     pickle = tmp_path / "model.safetensors"

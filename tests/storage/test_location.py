@@ -139,6 +139,44 @@ def test_files_are_listed_by_name_and_hidden_ones_on_request(place: Location, tm
     assert (place / "nowhere").files() == []
 
 
+def test_links_to_folders_are_followed(place: Location, tmp_path: Path) -> None:
+    """As where a shard folder was moved to another disk; a link up the tree ends."""
+    (tmp_path / "disk/deep").mkdir(parents=True)
+    for name in ("source/a.parquet", "disk/b.parquet", "disk/deep/c.parquet"):
+        (place / name).write_bytes(b"x")
+    (tmp_path / "source/moved").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/deep/up").symlink_to(tmp_path / "disk")
+    (tmp_path / "source/round").symlink_to(tmp_path / "source")
+    names = ["a.parquet", "moved/b.parquet", "moved/deep/c.parquet"]
+    assert [entry.name for entry in (place / "source").files()] == names
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "overlap"),
+    [
+        ("a", "a", True),
+        ("a", "a/store", True),
+        ("a/shards", "a", True),
+        ("a/x.parquet", "a", True),
+        ("a", "ab", False),
+        ("a/b", "a/c", False),
+        ("a", "link", True),
+        ("a", "link/store", True),
+        ("s3://bucket/a", "s3://bucket/a/store", True),
+        ("s3://bucket/a", "s3://bucket/ab", False),
+        ("s3://bucket/a", "a", False),
+    ],
+)
+def test_places_that_lie_in_one_another(tmp_path: Path, monkeypatch, one: str, two: str, overlap: bool) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    assert Location(one).overlaps(Location(two)) is overlap
+    assert Location(two).overlaps(Location(one)) is overlap
+
+
 @pytest.mark.parametrize("how", ["written in place", "replaced"])
 def test_a_rewrite_of_equal_size_and_time_is_noticed(place: Location, tmp_path: Path, how: str) -> None:
     file = tmp_path / "file"
