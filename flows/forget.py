@@ -113,7 +113,7 @@ def _forget(
     ]
     _write_log(store, outcome)
     if served is None or served.release not in held:
-        if history_after != list(releases):
+        if held:
             history.rewrite(history_after, releases)
         return outcome
     if not any(file.rows for file in erased.features.files.values()):
