@@ -114,7 +114,7 @@ def test_the_indexes_of_the_release_are_printed_with_their_recall(printed: list[
 
 def test_pairs_that_were_not_compared_are_explained(printed: list[str]) -> None:
     assert (
-        "pairs raw, FP: 2-fold accuracy 90.00 ± 1.00% over 242 pairs; 4,636 left out: of rows without a subject, seen "
-        "by a model, or not sampled; 1 left out: of a row with itself or with its copy; 3 missing: they name an id that "
-        "is not here; 2 repeated, and counted each time"
+        "pairs raw, FP: 2-fold accuracy 90.00 ± 1.00% over 242 pairs; 4,636 left out: of rows without a subject, "
+        "seen by a model, or not sampled; 1 left out: of a row with itself or with its copy; 3 missing: they name an "
+        "id that is not here; 2 repeated, and counted each time"
     ) in printed
