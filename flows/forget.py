@@ -17,13 +17,12 @@ from pydantic import BaseModel
 from flows.reprocess import release_content
 from schemas.errors import SettingsError, StoreBusyError
 from schemas.releases import IndexRef, Release, release_name
-from schemas.reports import DataQuality, Evaluation, GateDecision
-from schemas.settings import ColumnNames, PipelineSettings, checked
+from schemas.reports import DataQuality, GateDecision
+from schemas.settings import ColumnNames, EvaluationSettings, PipelineSettings, checked
 from storage.features import features_table, quarantine_table, read_table
 from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
-from storage.tables import Snapshot
 from storage.tombstones import Tombstones
 from tasks.erase import Erased, erase
 from tasks.evaluate import evaluate
@@ -132,14 +131,17 @@ def _release_without(
     """Make the release that takes the place of the served one: indexed and measured as in `flows.reprocess`."""
     settings = _settings(store, served)
     bad_shards = [fault.shard for fault in served.data.bad_shards]
-    content = release_content(settings, erased.features.files, bad_shards)
+    pairs, notes = _pairs(settings.evaluation)
+    content = release_content(settings, erased.features.files, bad_shards, pairs)
     number = releases[-1].number + 1
     name = release_name(number, content)
     indexes = {
         mode: index_mode(store.uri, name, mode, erased.features, settings.index, _untrained(store, served, old))
         for mode, old in served.indexes.items()
     }
-    evaluation = _measure(store, name, served, settings, erased.features)
+    chosen = settings.evaluation if pairs else settings.evaluation.model_copy(update={"pairs": None})
+    evaluation = evaluate(store.uri, name, erased.features, served.models, chosen, settings.index)
+    evaluation = evaluation.model_copy(update={"notes": [*evaluation.notes, *notes]})
     measured = gated(evaluation, settings.gate)
     release = served.model_copy(
         update={
@@ -166,17 +168,12 @@ def _release_without(
     return release.model_copy(update={"report": write_report(settings, release, evaluation, releases)})
 
 
-def _measure(store: Location, name: str, served: Release, settings: PipelineSettings, features: Snapshot) -> Evaluation:
-    """Measure again. A pairs file out of reach is left out, and that is told: forgetting must not wait for it."""
-    chosen, notes = settings.evaluation, []
-    if chosen.pairs is not None:
-        try:
-            read_pairs(chosen.pairs)
-        except SettingsError as error:
-            notes.append(f"without the pairs file: {error}")
-            chosen = chosen.model_copy(update={"pairs": None})
-    evaluation = evaluate(store.uri, name, features, served.models, chosen, settings.index)
-    return evaluation.model_copy(update={"notes": [*evaluation.notes, *notes]})
+def _pairs(chosen: EvaluationSettings) -> tuple[str | None, list[str]]:
+    """Return the digest of the pairs file; out of reach none, and a note: forgetting must not wait for it."""
+    try:
+        return (read_pairs(chosen.pairs).digest if chosen.pairs else None), []
+    except SettingsError as error:
+        return None, [f"without the pairs file: {error}"]
 
 
 def _untrained(store: Location, served: Release, old: IndexRef) -> Previous | None:

@@ -35,6 +35,7 @@ from storage.tombstones import Tombstones
 from tasks.forgotten import settle
 from tasks.gate import decide, gated
 from tasks.index import Previous
+from tasks.pairs import read_pairs
 from tasks.plan import Plan
 from tasks.publish import Published
 from tasks.release_report import write_report
@@ -103,13 +104,14 @@ def run(settings: PipelineSettings) -> Outcome:
     started = time.monotonic()
     check_runner(settings.runner)
     refuse_nested(settings.source, settings.store)
+    pairs = read_pairs(settings.evaluation.pairs).digest if settings.evaluation.pairs else None
     store = Location(settings.store)
     with store_lock(store, "reprocess", settings.wait):
         history, tombstones = Releases(store), Tombstones(store)
         models = models_task(settings)
         plan = plan_task(settings, models)
         releases = settle(history, tombstones)
-        content = release_content(settings, plan.wanted, [fault.shard for fault in plan.faults])
+        content = release_content(settings, plan.wanted, [fault.shard for fault in plan.faults], pairs)
         latest = releases[-1] if releases and _is_indexed(store, releases[-1]) else None
         if not plan.groups and latest and latest.content == content:
             return _unchanged(settings, latest, plan.faults, time.monotonic() - started)
@@ -120,7 +122,7 @@ def run(settings: PipelineSettings) -> Outcome:
         published = publish_task(settings, opaque(plan), opaque(results))
         # A shard may turn out bad only while it is read; the name of the release must not promise it.
         faults = published.data.bad_shards
-        content = release_content(settings, published.features.files, [fault.shard for fault in faults])
+        content = release_content(settings, published.features.files, [fault.shard for fault in faults], pairs)
         if latest and latest.content == content:
             return _unchanged(settings, latest, faults, time.monotonic() - started)
         release = _release(settings, plan, published, releases, content, models)
@@ -141,13 +143,16 @@ def run(settings: PipelineSettings) -> Outcome:
         )
 
 
-def release_content(settings: PipelineSettings, paths: Iterable[str], bad_shards: Sequence[str]) -> str:
+def release_content(
+    settings: PipelineSettings, paths: Iterable[str], bad_shards: Sequence[str], pairs: str | None
+) -> str:
     """Return the digest of all that a release depends on: the same content needs no new release.
 
     Args:
         settings: of them, those that shape index, evaluation and gate.
         paths: names of the feature files.
         bad_shards: shards that could not be used.
+        pairs: digest of the pairs file, if there is one.
     """
     chosen = settings.model_dump(
         mode="json", include={"index", "evaluation", "gate"}, exclude={"evaluation": {"device"}}
@@ -156,6 +161,7 @@ def release_content(settings: PipelineSettings, paths: Iterable[str], bad_shards
         *(path.encode() for path in sorted(paths)),
         repr(sorted(chosen.items())).encode(),
         repr(sorted(bad_shards)).encode(),
+        (pairs or "").encode(),
     )
 
 
@@ -185,7 +191,7 @@ def _measure_and_record(
         settings.index,
         opaque(before),
     ).model_copy(update={"indexes": {mode: index.audit for mode, index in indexes.items()}})
-    decision = decide(evaluation, settings.gate, before.release.release if before else None)
+    decision = decide(evaluation, settings.gate, served)
     measured = gated(evaluation, settings.gate)
     release = release.model_copy(
         update={"indexes": indexes, "gate": decision, "gated": measured.figures, "gated_name": measured.name}
@@ -269,12 +275,15 @@ def _is_indexed(store: Location, release: Release) -> bool:
 
 
 def _unchanged(settings: PipelineSettings, release: Release, faults: Sequence[ShardFault], seconds: float) -> Outcome:
+    """Return the outcome of a run without work: what was kept back yesterday is still kept back today."""
     log.info("nothing changed since %s: no shard was computed", release.release)
+    kept_back = not release.gate.promoted and not release.serving
+    since = f"nothing changed since {release.release} of {release.created:%Y-%m-%d %H:%M} UTC"
     return Outcome(
-        status="unchanged",
+        status="kept back" if kept_back else "unchanged",
         release=release.release,
         store=settings.store,
-        reason=f"nothing changed since {release.release} of {release.created:%Y-%m-%d %H:%M} UTC",
+        reason=f"{release.gate.reason} ({since})" if kept_back else since,
         seconds=seconds,
         data=release.data.model_copy(update={"bad_shards": list(faults)}),
         gated_name=release.gated_name,

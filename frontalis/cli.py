@@ -184,7 +184,9 @@ def evaluate(
     store: Store,
     release: Annotated[str | None, typer.Option(help="A release by name; the one served by default.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Parquet of pairs: protocol, fold, id_a, id_b, same.")] = None,
-    resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples; 0 gives no intervals.")] = 1000,
+    resamples: Annotated[
+        int | None, typer.Option(min=0, help="Bootstrap resamples, 0: no intervals; as the release by default.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a release again, on its own features."""

@@ -29,6 +29,7 @@ from tasks.wording import (
     percent,
     points,
     points_interval,
+    population_name,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from tasks.train import Trained
 
 CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")  # first, in this order
-POPULATIONS = {"all": "all labelled subjects", "held_out": "subjects that no model has seen"}
 
 
 def print_trained(trained: "Trained", as_json: bool) -> None:
@@ -166,6 +166,7 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
     modes = list(dict.fromkeys(mode for release in releases for mode in release.gated))
     for name in ("release", "created (UTC)", "served", "rows", *modes):
         table.add_column(name, justify="right" if name in ("rows", *modes) else "left")
+    table.add_column("figure, %")
     table.add_column("decision", no_wrap=True, overflow="ignore")
     for release in releases:
         gone = "erased" if release.erased else "vacuumed" if release.vacuumed else ""
@@ -176,11 +177,12 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
             served,
             f"{release.data.rows_features:,}",
             *(_rate(release.gated.get(mode)) for mode in modes),
+            release.gated_name if release.gated else "not measured",
             _text(release.gate.reason),
         )
     console.print(table)
     if releases:
-        _say(console, f"figures: {releases[-1].gated_name}, in percent, over subjects that no model has seen")
+        _say(console, "figures are over subjects that no model has seen; n/e: there is none")
 
 
 def print_forgotten(forgotten: "Forgotten", store: str, as_json: bool) -> None:
@@ -253,7 +255,7 @@ def _population(console: Console, population: Population, evaluation: Evaluation
     left_out = f", {population.left_out_subjects:,} left out" if population.left_out_subjects else ""
     if population.sampled_from_subjects:
         left_out += f", sampled from {population.sampled_from_subjects:,}"
-    title = f"{POPULATIONS.get(population.name, population.name)}: {population.n_subjects:,} subjects{left_out}, "
+    title = f"{population_name(population)}: {population.n_subjects:,} subjects{left_out}, "
     table = _table(console, title + f"{population.n_rows:,} rows, {evaluation.release}")
     points_shown = [fmr for fmr in ("1e-2", "1e-3") if fmr in evaluation.fmrs]
     columns = {"eer": "EER %", **{f"fnmr_global@{fmr}": f"FNMR % @ global FMR {fmr}" for fmr in points_shown}}

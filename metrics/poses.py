@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-POSE_CLASSES = ("frontal", "half", "profile", "unknown")
+from schemas.reports import POSE_CLASSES as POSE_CLASSES  # also to be had from here
+
 UNKNOWN = POSE_CLASSES.index("unknown")
 
 # Which side a face looks to is not told apart: the cells are about how far it is turned.

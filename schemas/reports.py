@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 RAW = "raw"
 ALL = "all"
+POSE_CLASSES = ("frontal", "half", "profile", "unknown")
 
 
 class Record(BaseModel):
@@ -124,6 +125,7 @@ class ModeResult(Record):
 
     mode: str
     model_digest: str | None
+    tells_seen: bool = Field(default=True, description="False: whom the model has seen is unknown, and may be here")
     thresholds: dict[str, float | None] = Field(description="global `score >= t` threshold at each FMR point")
     cells: dict[str, CellResult]
     difference: dict[str, dict[str, Estimate]] = Field(
@@ -201,16 +203,29 @@ class DataQuality(Record):
     bad_shards: list[ShardFault] = Field(default_factory=list)
 
 
+class Judged(Record):
+    """A guarded figure of one mode as the gate saw it: its value, and its difference to a reference."""
+
+    mode: str
+    cell: str
+    metric: str
+    tolerance: float
+    value: float | None = Field(description="None where it could not be measured; `difference` holds the reason")
+    reference: str | None = Field(description="a release or raw; None where there was nothing to compare with")
+    difference: Estimate
+
+
 class GateDecision(Record):
     """Whether the release is served, and why, in one sentence with the number and the interval."""
 
     promoted: bool
     reason: str
-    compared_with: str | None = None
+    compared_with: str | None = Field(default=None, description="what decided was compared with; None if not one thing")
+    judged: list[Judged] = Field(default_factory=list, description="every guarded figure of every mode")
 
 
 class GatedMetric(Record):
-    """The figure by which the gate judges: one metric (`eer`, `fnmr@1e-3` …) of one cell over one population."""
+    """The first figure by which the gate judges: a metric (`eer`, `fnmr@1e-3` …) of a cell over a population."""
 
     population: str
     cell: str

@@ -37,7 +37,7 @@ from storage.tables import Snapshot
 from tasks.identify import identify_mode
 from tasks.index import Previous
 from tasks.labelled import LabelledRows, labelled_rows, sample_subjects, stored_ids
-from tasks.pairs import pairs_accuracy
+from tasks.pairs import Pairs, pairs_accuracy, read_pairs
 
 log = logging.getLogger("frontalis.evaluate")
 
@@ -68,13 +68,17 @@ def evaluate(
         SettingsError: the pairs file cannot be used.
         StoreError: a feature file is damaged.
     """
+    pairs = read_pairs(settings.pairs) if settings.pairs else None
     store = Location(store_uri)
     modes = [RAW, *sorted(models, reverse=True)]
     labelled, unlabelled = labelled_rows(store, features, modes, settings)
-    seen, notes = _seen_by_models(store, labelled.names, models)
+    seen, untold = _seen_by_models(store, labelled.names, models)
+    notes = [f"mode {mode}: {why}; its figures may be flattered by leaks" for mode, why in untold.items()]
+    for note in notes:
+        log.warning("evaluation: %s", note)
     held_out = labelled.take(~seen[labelled.subjects])
     stored = stored_ids(store, features) if settings.pairs else frozenset[str]()
-    measure = _Measure(settings, index, models, stored)
+    measure = _Measure(settings, index, models, pairs, frozenset(untold), stored)
     populations = {}
     if len(labelled.names) < 2:
         notes.append("fewer than two labelled subjects: nothing can be measured")
@@ -103,11 +107,17 @@ Differences = dict[str, dict[str, Estimate]]
 
 @dataclass(frozen=True)
 class _Measure:
-    """How populations are measured. `stored` are the ids of all rows, for the pairs file."""
+    """How populations are measured.
+
+    `untold` are the modes whose models do not tell whom they have seen, `stored` the ids of all rows, for the pairs
+    file.
+    """
 
     settings: EvaluationSettings
     index: IndexSettings
     models: Mapping[str, ModelRef]
+    pairs: Pairs | None
+    untold: frozenset[str]
     stored: frozenset[str]
 
     def population(
@@ -127,6 +137,7 @@ class _Measure:
             results[mode] = ModeResult(
                 mode=mode,
                 model_digest=self.models[mode].digest if mode in self.models else None,
+                tells_seen=mode not in self.untold,
                 thresholds={
                     fmr: swept[mode].overall.verification.at(float(fmr)).threshold for fmr in self.settings.fmrs
                 },
@@ -200,8 +211,7 @@ class _Measure:
         return self._difference(self._sweep(common, old), self._sweep(common, common.features[mode]))
 
     def _pairs(self, rows: LabelledRows, mode: str) -> list[PairsResult]:
-        path = self.settings.pairs
-        return pairs_accuracy(rows, rows.features[mode], path, self.stored) if path else []
+        return pairs_accuracy(rows, rows.features[mode], self.pairs, self.stored) if self.pairs else []
 
 
 def _cell(cell: Cell, intervals: CellIntervals | None, fmrs: Sequence[str]) -> CellResult:
@@ -257,17 +267,16 @@ def _with_reason(value: float | None, reason: str | None, interval: Interval | N
 
 def _seen_by_models(
     store: Location, names: Sequence[str], models: Mapping[str, ModelRef]
-) -> tuple[np.ndarray, list[str]]:
-    """Return whom any model was trained or chosen on, bool `[names]`, and notes on models that do not tell."""
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Return whom any model was trained or chosen on, bool `[names]`, and mode → why its model does not tell."""
     seen = np.zeros(len(names), bool)
-    notes = []
+    untold = {}
     for mode, model in models.items():
         try:
             seen |= load((store / model.path).read_bytes()).has_seen(names)
         except BadModelError as error:
-            notes.append(f"mode {mode}: {error}; its figures may be flattered by leaks")
-            log.warning("evaluation: %s", notes[-1])
-    return seen, notes
+            untold[mode] = str(error)
+    return seen, untold
 
 
 @dataclass(frozen=True)
@@ -281,12 +290,15 @@ class _ServedFeatures:
 def _served_features(
     store: Location, served: Previous, held_out: LabelledRows, modes: Sequence[str], settings: EvaluationSettings
 ) -> dict[str, _ServedFeatures]:
-    """Return, by mode, the served features of the held-out rows, less those of subjects the served models have seen."""
+    """Return, by mode, the served features of the held-out rows, less those of subjects the served models have seen.
+
+    A mode whose served model does not tell whom it has seen has none.
+    """
     there = {file.partitions["mode"] for file in served.features.files.values()}
-    old_modes = [mode for mode in modes if mode != RAW and mode in there]
+    seen, untold = _seen_by_models(store, held_out.names, served.release.models)
+    old_modes = [mode for mode in modes if mode != RAW and mode in there and mode not in untold]
     if RAW not in there or not old_modes:
         return {}
-    seen, _ = _seen_by_models(store, held_out.names, served.release.models)
     unseen = {name for name, subject in zip(held_out.ids, held_out.subjects, strict=True) if not seen[subject]}
     old, _ = labelled_rows(store, served.features, [RAW, *old_modes], settings)
     rows = {name: at for at, name in enumerate(old.ids) if name in unseen}

@@ -1,32 +1,41 @@
 """Accuracy over a pairs file: given pairs in folds, the threshold of a fold chosen on the others."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from metrics.cosine import pair_scores
 from metrics.folds import fold_accuracy, why_not
 from metrics.verification import verify
-from schemas.errors import SettingsError
+from schemas.errors import SettingsError, StoreError
+from schemas.features import digest_of
 from schemas.reports import PairsResult
+from storage.location import Location
+from storage.parquet import from_parquet
 from tasks.labelled import LabelledRows
 
 
-def pairs_accuracy(rows: LabelledRows, features: np.ndarray, path: str, stored: frozenset[str]) -> list[PairsResult]:
+@dataclass(frozen=True)
+class Pairs:
+    """A checked pairs file: `table` has protocol, fold, id_a, id_b and same; `digest` is of the file's bytes."""
+
+    table: pa.Table
+    digest: str
+
+
+def pairs_accuracy(rows: LabelledRows, features: np.ndarray, pairs: Pairs, stored: frozenset[str]) -> list[PairsResult]:
     """Return accuracy and EER of each protocol of a pairs file.
 
     Args:
         rows: the rows of the population.
         features: their features in one mode, float32 `[N, D]`.
-        path: the pairs file.
+        pairs: the pairs file.
         stored: ids of all rows of the release. A pair outside the population but in here was left out, one
             that is not even here is missing: a failure to acquire.
-
-    Raises:
-        SettingsError: the file cannot be used.
     """
-    table = read_pairs(path)
+    table = pairs.table
     known = np.array(
         [
             first in stored and second in stored
@@ -87,22 +96,25 @@ def _repeats(ends: np.ndarray, same: np.ndarray, subjects_differ: np.ndarray) ->
     return repeated, int((both_ways[pair] | subjects_differ).sum())
 
 
-def read_pairs(path: str) -> pa.Table:
+def read_pairs(uri: str) -> Pairs:
     """Read a pairs file: columns protocol, fold, id_a, id_b (text or integer) and same (bool).
 
     Raises:
         SettingsError: no such file, or a column is missing or of another type.
     """
     try:
-        table = pq.ParquetFile(path, pre_buffer=False).read(use_threads=False)
+        content = Location(uri).read_bytes()
+        table = from_parquet(content)
     except FileNotFoundError as error:
-        raise SettingsError(f"pairs {path}: there is no such file.") from error
+        raise SettingsError(f"pairs {uri}: there is no such file.") from error
+    except StoreError as error:
+        raise SettingsError(f"pairs: {error}") from error
     except (pa.ArrowException, OSError) as error:
-        raise SettingsError(f"pairs {path}: cannot be read as Parquet ({str(error).splitlines()[0][:120]}).") from error
+        raise SettingsError(f"pairs {uri}: cannot be read as Parquet ({str(error).splitlines()[0][:120]}).") from error
     missing = [name for name in ("id_a", "id_b", "same") if name not in table.column_names]
     if missing:
         raise SettingsError(
-            f"pairs {path}: column {missing[0]!r} is missing; wanted protocol, fold, id_a, id_b, same, found "
+            f"pairs {uri}: column {missing[0]!r} is missing; wanted protocol, fold, id_a, id_b, same, found "
             f"{', '.join(table.column_names)}."
         )
     if "protocol" not in table.column_names:
@@ -120,8 +132,8 @@ def read_pairs(path: str) -> pa.Table:
             }
         )
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise SettingsError(f"pairs {path}: {error}; wanted text ids, an integer fold and a boolean 'same'.") from error
+        raise SettingsError(f"pairs {uri}: {error}; wanted text ids, an integer fold and a boolean 'same'.") from error
     nulls = [name for name in pairs.column_names if pairs[name].null_count]
     if nulls:
-        raise SettingsError(f"pairs {path}: column {nulls[0]!r} has {pairs[nulls[0]].null_count} nulls; fill them in.")
-    return pairs
+        raise SettingsError(f"pairs {uri}: column {nulls[0]!r} has {pairs[nulls[0]].null_count} nulls; fill them in.")
+    return Pairs(pairs, digest_of(content))

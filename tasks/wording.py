@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from schemas.errors import visible as visible
-from schemas.reports import ALL, CellResult, Estimate, ModeResult, PairsResult
+from schemas.reports import ALL, CellResult, Estimate, ModeResult, PairsResult, Population
 
 Judgement = Literal["better", "worse", "no difference", "no interval"]
 
@@ -65,6 +65,14 @@ def judge(difference: Estimate) -> Judgement:
     if difference.high < 0:
         return "better"
     return "worse" if difference.low > 0 else "no difference"
+
+
+def population_name(population: Population) -> str:
+    """Name a population for people, with the caveat where a model does not tell whom it has seen."""
+    if population.name == ALL:
+        return "all labelled subjects"
+    silent = " and ".join(mode for mode, result in population.modes.items() if not result.tells_seen)
+    return "subjects that no model has seen" + (f" (but {silent} does not tell whom it has seen)" if silent else "")
 
 
 def cell_name(cell: str) -> str:

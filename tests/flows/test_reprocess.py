@@ -1,19 +1,27 @@
 """The whole night in a real flow: what is served, what is kept back, what is done again, what Prefect shows."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from typer.testing import CliRunner
 
 from flows.evaluate import evaluate
 from flows.reprocess import reprocess
 from flows.rollback import roll_back
+from frontalis.cli import app
+from frontalis.printing import print_releases
+from models.checkpoint import load, save
 from schemas.errors import SettingsError
 from schemas.settings import pipeline
+from schemas.split import subject_key
 from storage.location import Location
 from storage.releases import Releases
 from tasks.query import answer
@@ -70,6 +78,11 @@ def test_ruined_model_is_kept_back_and_the_old_release_goes_on_being_served(
     assert outcome.status == "kept back"
     assert "per_sample" in outcome.reason
     assert "95% interval" in outcome.reason
+    again = night(
+        models={**tiny_models.by_mode, "per_sample": str(ruined)}, evaluation={"resamples": 100}, gate={"cell": "all"}
+    )
+    assert (again.status, again.shards_computed, again.release) == ("kept back", 0, outcome.release)
+    assert again.reason.startswith(f"{outcome.reason} (nothing changed since {outcome.release}")
     old, new = history(tmp_path / "store")
     assert old.serving
     assert not new.serving
@@ -77,6 +90,53 @@ def test_ruined_model_is_kept_back_and_the_old_release_goes_on_being_served(
     assert answer(str(tmp_path / "store"), "per_sample", ids=["000000-000"], k=1).release == first.release
     assert (tmp_path / "store" / new.report).exists()
     assert answer(str(tmp_path / "store"), "per_sample", ids=["000000-000"], k=1, release=new.release).results
+
+
+def test_release_without_labels_does_not_replace_a_measured_one(
+    run_pipeline, tiny_source, plain_source, tmp_path
+) -> None:
+    store = tmp_path / "store"
+    first = run_pipeline(tiny_source, store)
+    blind = run_pipeline(plain_source, store)
+    assert blind.status == "kept back"
+    assert f"cannot be compared with {first.release}" in blind.reason
+    assert [release.serving for release in history(store)] == [True, False]
+    forced = run_pipeline(plain_source, store, gate={"unmeasured": "promote"})
+    assert forced.status == "promoted"
+    assert "without a measurement" in forced.reason
+
+
+def test_store_without_any_labels_goes_on_being_served(run_pipeline, plain_source, tiny_models, tmp_path) -> None:
+    store = tmp_path / "store"
+    for models in (tiny_models.by_mode, {"per_sample": str(tiny_models.per_sample)}):
+        outcome = run_pipeline(plain_source, store, models=models)
+        assert outcome.status == "promoted"
+        assert "without a measurement" in outcome.reason
+
+
+def test_model_trained_on_everybody_does_not_replace_a_measured_one(
+    night, tmp_path, tiny_models, make_checkpoint
+) -> None:
+    night()
+    checkpoint = load(make_checkpoint(tmp_path / "everybody.safetensors", strength=1.0))
+    names = [f"subject-{number:06d}" for number in range(20)]
+    keys = np.array([subject_key(name, checkpoint.card.split.salt) for name in names])
+    save(checkpoint.card, checkpoint.model, tmp_path / "everybody.safetensors", keys)
+    outcome = night(models={**tiny_models.by_mode, "per_sample": str(tmp_path / "everybody.safetensors")})
+    assert outcome.status == "kept back"
+    assert "no model has seen" in outcome.reason
+
+
+def test_model_that_does_not_tell_whom_it_has_seen_does_not_replace_a_measured_one(
+    night, tmp_path, tiny_models, make_checkpoint
+) -> None:
+    night()
+    checkpoint = load(make_checkpoint(tmp_path / "silent.safetensors", seed=3))
+    save(checkpoint.card, checkpoint.model, tmp_path / "silent.safetensors")
+    outcome = night(models={**tiny_models.by_mode, "per_sample": str(tmp_path / "silent.safetensors")})
+    assert outcome.status == "kept back"
+    assert "per_sample: its model does not tell whom it was trained on" in outcome.reason
+    assert "n/e" in printed(tmp_path / "store")
 
 
 def test_equal_model_passes_and_is_compared_with_the_served_release(night, tmp_path, tiny_models) -> None:
@@ -97,6 +157,33 @@ def test_new_evaluation_settings_measure_again_and_compute_nothing(night) -> Non
     night()
     outcome = night(evaluation={"resamples": 50})
     assert (outcome.status, outcome.shards_computed) == ("promoted", 0)
+
+
+def test_pairs_are_checked_first_and_their_content_counts(night, tmp_path) -> None:
+    pairs = tmp_path / "pairs.parquet"
+    with pytest.raises(SettingsError, match="there is no such file"):
+        night(evaluation={"resamples": 0, "pairs": str(pairs)})
+    assert not (tmp_path / "store" / "features").exists()
+    ids = ["000000-000", "000000-001", "000001-000", "000001-001"]
+    for first, second, status in ((0, 1, "promoted"), (0, 1, "unchanged"), (2, 3, "promoted")):
+        frame = pl.DataFrame({"id_a": [ids[first]], "id_b": [ids[second]], "same": [True], "fold": [0]})
+        frame.write_parquet(pairs)
+        assert night(evaluation={"resamples": 0, "pairs": str(pairs)}).status == status
+
+
+def test_releases_tell_which_figure_each_was_judged_by(night, tmp_path) -> None:
+    night()
+    night(gate={"cell": "all", "metric": "fnmr@1e-2", "tolerance": 1.0})
+    lines = [line for line in printed(tmp_path / "store").splitlines() if line.startswith("r0000")]
+    assert ["frontal–profile EER" in line.split("promoted")[0] for line in lines] == [True, False]
+    assert "all pairs FNMR at own FMR 1%" in lines[1].split("promoted")[0]
+
+
+def printed(store: Path) -> str:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        print_releases(history(store), as_json=False)
+    return text.getvalue()
 
 
 def test_roll_back_serves_the_old_release_and_a_later_night_goes_on_from_there(
@@ -129,8 +216,10 @@ def test_evaluate_measures_a_release_again(night, tmp_path, prefect_server) -> N
     outcome = night()
     with temporary_settings({PREFECT_API_URL: prefect_server.url, PREFECT_LOGGING_TO_API_ENABLED: False}):
         again = evaluate(str(tmp_path / "store"), resamples=0)
+        typed = CliRunner().invoke(app, ["--quiet", "evaluate", "--store", str(tmp_path / "store"), "--json"])
         with pytest.raises(SettingsError, match="is not in"):
             evaluate(str(tmp_path / "store"), release="r00009-none")
+    assert json.loads(typed.stdout)["resamples"] == outcome.evaluation.resamples == 0
     assert again.populations["held_out"].modes == outcome.evaluation.populations["held_out"].modes
 
 

@@ -88,9 +88,21 @@ def test_what_is_typed_wins_and_stays_as_typed(toml: Path) -> None:
         ({"evaluation": {"fmrs": ["nan"]}}, "'nan' is no rate between 0 and 1"),
         ({"evaluation": {"frontal_yaw": 40}}, "frontal_yaw 40.0 must be below profile_yaw 35.0"),
         ({"evaluation": {"profile_yaw": 15}}, "frontal_yaw 15.0 must be below profile_yaw 15.0"),
-        ({"gate": {"metric": "auc"}}, "gate.metric: 'auc' is unknown; use 'eer' or 'fnmr@<fmr>'"),
+        ({"gate": {"metric": "auc"}}, "gate.metric: 'auc' is unknown; use 'eer', 'fnmr@<fmr>' or 'fnmr_global@<fmr>'"),
         ({"gate": {"metric": "fnmr@1e-9"}}, "gate.metric 'fnmr@1e-9': '1e-9' is not among evaluation.fmrs"),
         ({"gate": {"metric": "fnmr@eer"}}, "gate.metric 'fnmr@eer': 'eer' is not among evaluation.fmrs"),
+        ({"gate": {"metric": "fnmr_global@1e-9"}}, "gate.metric 'fnmr_global@1e-9': '1e-9' is not among"),
+        (
+            {"gate": {"cell": "frontal-proffile"}},
+            "gate.cell: 'frontal-proffile' is no cell; use 'all' or two of frontal,",
+        ),
+        ({"gate": {"cell": "frontal"}}, "gate.cell: 'frontal' is no cell"),
+        ({"gate": {"guards": [{"cell": "profil-profile"}]}}, "gate.guards.0.cell: 'profil-profile' is no cell"),
+        (
+            {"gate": {"guards": [{"cell": "all", "metric": "fnmr@1e-9"}]}},
+            "gate.metric 'fnmr@1e-9': '1e-9' is not among",
+        ),
+        ({"gate": {"unmeasured": "yes"}}, "gate.unmeasured: Input should be 'keep' or 'promote'"),
         ({"gate": {"tolerance": 2}}, "gate.tolerance: Input should be less than or equal to 1 (found 2)"),
         ({"runner": {"kind": "spark"}}, "runner.kind: Input should be 'threads' or 'dask' (found 'spark')"),
     ],
@@ -127,6 +139,11 @@ def test_a_file_that_is_no_pipeline_is_refused(tmp_path: Path, content: bytes, m
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(SettingsError, match=r"cannot be read \(.*\); pass --config FILE"):
         load_pipeline(str(tmp_path / name))
+
+
+def test_cells_are_named_in_either_order() -> None:
+    gate = pipeline(**LEAST, gate={"cell": "profile-frontal", "guards": [{"cell": "unknown-half"}]}).gate
+    assert [figure.cell for figure in gate.figures] == ["frontal-profile", "half-unknown"]
 
 
 def test_settings_go_through_json_unchanged() -> None:

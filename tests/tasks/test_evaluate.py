@@ -262,3 +262,21 @@ def test_subjects_the_served_model_has_seen_do_not_judge_the_new_one(
     result = measure(settings, features, served=leaky).populations[HELD_OUT].modes["per_sample"]
     assert result.versus_served == {}
     assert result.difference[ALL]["eer"].value is not None
+
+
+def test_model_that_does_not_tell_whom_it_has_seen_is_marked_and_no_reference(
+    settings, features, tmp_path, make_checkpoint
+) -> None:
+    checkpoint = load(make_checkpoint(tmp_path / "silent.safetensors"))
+    save(checkpoint.card, checkpoint.model, Path(settings.store) / "models" / "silent.safetensors")
+    models = prepare_models(settings)
+    silent = {**models, "per_sample": models["per_sample"].model_copy(update={"path": "models/silent.safetensors"})}
+    found = evaluate(settings.store, "r00001-test", features, silent, FEW, IndexSettings())
+    modes = found.populations[HELD_OUT].modes
+    assert [mode for mode, result in modes.items() if not result.tells_seen] == ["per_sample"]
+    assert any("mode per_sample: the model does not tell" in note for note in found.notes)
+    before = as_served(settings, features)
+    leaky = replace(before, release=before.release.model_copy(update={"models": silent}))
+    compared = measure(settings, features, served=leaky).populations[HELD_OUT].modes
+    assert compared["per_sample"].versus_served == {}
+    assert compared["batch_stat"].versus_served[ALL]["eer"].value == 0

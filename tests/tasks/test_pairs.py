@@ -26,7 +26,9 @@ def accuracy(tmp_path, pairs: list[tuple[str, int, str, str, bool]], of: Labelle
     frame = pl.DataFrame(pairs, schema=["protocol", "fold", "id_a", "id_b", "same"], orient="row")
     frame.write_parquet(path)
     of = of or rows()
-    return pairs_accuracy(of, of.features["raw"], str(path), frozenset(ANGLES) if stored is None else stored)
+    return pairs_accuracy(
+        of, of.features["raw"], read_pairs(str(path)), frozenset(ANGLES) if stored is None else stored
+    )
 
 
 GENUINE = [
@@ -104,8 +106,15 @@ def test_a_threshold_is_not_chosen_on_one_kind_of_pair(tmp_path, pairs, reason) 
 def test_protocol_and_fold_are_optional(tmp_path) -> None:
     path = tmp_path / "pairs.parquet"
     pl.DataFrame({"id_a": ["a0"], "id_b": ["a1"], "same": [True]}).write_parquet(path)
-    (found,) = pairs_accuracy(rows(), rows().features["raw"], str(path), frozenset(ANGLES))
+    (found,) = pairs_accuracy(rows(), rows().features["raw"], read_pairs(str(path)), frozenset(ANGLES))
     assert (found.protocol, found.n_pairs) == ("pairs", 1)
+
+
+def test_digest_is_of_the_content(tmp_path) -> None:
+    accuracy(tmp_path, GENUINE)
+    first = read_pairs(f"file://{tmp_path}/pairs.parquet").digest
+    accuracy(tmp_path, IMPOSTOR)
+    assert read_pairs(str(tmp_path / "pairs.parquet")).digest != first
 
 
 @pytest.mark.parametrize(
