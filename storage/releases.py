@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from schemas.errors import SettingsError, StoreBusyError, StoreError
 from schemas.features import digest_of
 from schemas.releases import RELEASES_SCHEMA, Release
+from storage.features import features_table, quarantine_table
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
 from storage.tables import LiveFile, Snapshot, Table
@@ -32,10 +33,12 @@ class Releases:
         """Return the history of a store that exists; every command that makes none begins here.
 
         Raises:
-            SettingsError: at `store` there is no release history, so nothing there is known to be ours.
+            SettingsError: at `store` there is neither a release history nor what a first run leaves when it is killed
+                before its release, so nothing there is known to be ours.
         """
         history = cls(Location(store))
-        if history.table.snapshot().version < 0:
+        tables = (history.table, features_table(history.store), quarantine_table(history.store))
+        if all(table.snapshot().version < 0 for table in tables):
             what = "holds no releases, so it is no store" if history.store.exists() else "does not exist"
             raise SettingsError(f"store {store}: {what}; check the path, or make it with `frontalis reprocess`.")
         return history

@@ -255,7 +255,7 @@ def test_stages_do_what_is_needed_and_no_more(
         expected.commits, expected.quarantine_commits,
     ]  # fmt: skip
     faults = [fault.shard for fault in published.data.bad_shards]
-    assert (release_content(settings, published.features.files, faults) != there.before.content) == bool(
+    assert (release_content(settings, published.features.files, faults, None) != there.before.content) == bool(
         expected.indexes
     )
     previous = Previous(
