@@ -38,7 +38,7 @@ class Releases:
         """
         history = cls(Location(store))
         tables = (history.table, features_table(history.store), quarantine_table(history.store))
-        if all(table.snapshot().version < 0 for table in tables):
+        if not any(_is_ours(table) for table in tables):
             what = "holds no releases, so it is no store" if history.store.exists() else "does not exist"
             raise SettingsError(f"store {store}: {what}; check the path, or make it with `frontalis reprocess`.")
         return history
@@ -188,3 +188,11 @@ class Releases:
             raise StoreBusyError(f"{self.store.uri}: a vacuum is at work; nothing was changed. Run again.") from error
         file = LiveFile(name, len(content), len(rows), {})
         self.table.commit(base, RELEASES_SCHEMA, [file], base.files.values())
+
+
+def _is_ours(table: Table) -> bool:
+    """Return whether the table exists; one that is partitioned in another way is somebody else's."""
+    try:
+        return table.snapshot().version >= 0
+    except KeyError:
+        return False
