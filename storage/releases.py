@@ -38,7 +38,7 @@ class Releases:
         """
         history = cls(Location(store))
         tables = (history.table, features_table(history.store), quarantine_table(history.store))
-        if not any(_is_ours(table) for table in tables):
+        if not any(_is_ours(table) for table in tables) and not (history.store / ".lock").exists():
             what = "holds no releases, so it is no store" if history.store.exists() else "does not exist"
             raise SettingsError(f"store {store}: {what}; check the path, or make it with `frontalis reprocess`.")
         return history
