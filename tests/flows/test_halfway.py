@@ -72,6 +72,8 @@ def test_publishing_that_ends_between_its_commits(
         pq.write_table(pq.read_table(person.source / name).slice(1), changed / name)
     if not first:
         night(pipeline_of(person.source, store))
+    store.mkdir(exist_ok=True)
+    (store / ".lock").touch()  # which every run makes before anything else, and these stages alone do not
     settings = pipeline_of(changed, store)
     killed_at(commit, lambda: night(settings))
     assert check(str(store)).problems == []
