@@ -26,11 +26,11 @@ import torch
 from benchmarks.classical import CLASSICAL, Fold, Transform
 from metrics.allpairs import AllPairs, all_pairs
 from metrics.bootstrap import _draw, _Figure, _figures, _multiplicities
-from metrics.poses import POSE_CLASSES
 from models.architectures import build
 from models.dual_branch import DualBranchEnsemble, scale_change
 from models.training import Candidate, LabelledTensor, Recipe, fit
 from schemas.models import Mode
+from schemas.reports import POSE_CLASSES
 from schemas.settings import ColumnNames
 from schemas.split import subject_key
 from tasks.train import PROFILE, WHITENING, Judge, features

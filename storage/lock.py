@@ -16,6 +16,7 @@ from pathlib import Path
 from schemas.errors import StoreBusyError, StoreError
 from storage.location import Location
 
+LOCK = ".lock"
 POLL_SECONDS = 0.2
 
 
@@ -35,7 +36,7 @@ def store_lock(store: Location, what: str, wait: float = 0.0) -> Iterator[None]:
     if not store.is_local:
         yield
         return
-    path = Path(store.path) / ".lock"
+    path = Path(store.path) / LOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")

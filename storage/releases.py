@@ -15,6 +15,7 @@ from schemas.features import digest_of
 from schemas.releases import RELEASES_SCHEMA, Release
 from storage.features import features_table, quarantine_table
 from storage.location import Location
+from storage.lock import LOCK
 from storage.parquet import from_parquet, to_parquet
 from storage.tables import LiveFile, Snapshot, Table
 
@@ -33,12 +34,12 @@ class Releases:
         """Return the history of a store that exists; every command that makes none begins here.
 
         Raises:
-            SettingsError: at `store` there is neither a release history nor what a first run leaves when it is killed
-                before its release, so nothing there is known to be ours.
+            SettingsError: at `store` there is no release history, and neither a table nor the lock file of a first run
+                that was killed before its release: nothing there is known to be ours.
         """
         history = cls(Location(store))
         tables = (history.table, features_table(history.store), quarantine_table(history.store))
-        if not any(_is_ours(table) for table in tables) and not (history.store / ".lock").exists():
+        if not any(_is_ours(table) for table in tables) and not (history.store / LOCK).exists():
             what = "holds no releases, so it is no store" if history.store.exists() else "does not exist"
             raise SettingsError(f"store {store}: {what}; check the path, or make it with `frontalis reprocess`.")
         return history

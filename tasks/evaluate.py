@@ -13,7 +13,6 @@ import numpy as np
 
 from metrics.allpairs import AllPairs, Cell, all_pairs
 from metrics.bootstrap import CellIntervals, Interval, bootstrap, paired_bootstrap
-from metrics.poses import POSE_CLASSES
 from models.checkpoint import load
 from models.inference import torch_device
 from schemas.errors import BadModelError
@@ -21,6 +20,7 @@ from schemas.index import IndexSettings
 from schemas.releases import ModelRef
 from schemas.reports import (
     ALL,
+    POSE_CLASSES,
     RAW,
     CellResult,
     Curve,

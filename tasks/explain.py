@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metrics.poses import POSE_CLASSES, UNKNOWN
+from metrics.poses import UNKNOWN
 from models.checkpoint import Checkpoint, load
 from models.explain import identity_relatedness, rank_correlation, top_channels
 from models.se import SEBlock
 from schemas.errors import SettingsError
-from schemas.reports import ChannelWeights
+from schemas.reports import POSE_CLASSES, ChannelWeights
 from schemas.settings import ColumnNames
 from storage.location import Location
 from tasks.plots import channel_relatedness

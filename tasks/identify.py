@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from metrics.identification import Bounds, exact_search, identify, identify_intervals, recall_at_k
-from metrics.poses import POSE_CLASSES
 from models.inference import torch_device
 from schemas.index import IndexSettings
-from schemas.reports import Estimate, IdentificationResult
+from schemas.reports import POSE_CLASSES, Estimate, IdentificationResult
 from schemas.settings import EvaluationSettings
 from storage.indexes import build, choose_factory
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from metrics.allpairs import AllPairs, Cell, all_pairs
 from metrics.bootstrap import Interval, paired_bootstrap
-from metrics.poses import POSE_CLASSES
 from models.architectures import build, check_arguments
 from models.checkpoint import library_versions, to_bytes
 from models.dual_branch import DualBranchSENet
@@ -25,6 +24,7 @@ from models.inference import normalise
 from models.training import Candidate, Fitted, LabelledTensor, fit
 from schemas.errors import TrainingError
 from schemas.models import ModelCard
+from schemas.reports import POSE_CLASSES
 from schemas.settings import TrainingSettings
 from schemas.split import SplitRule, split_of, subject_key, with_enough_validation
 from storage.location import Location

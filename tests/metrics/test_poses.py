@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from metrics.poses import POSE_CLASSES, UNKNOWN, pose_classes
+from metrics.poses import UNKNOWN, pose_classes
+from schemas.reports import POSE_CLASSES
 
 
 def names(codes: np.ndarray) -> list[str]:

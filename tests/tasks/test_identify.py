@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from metrics.identification import exact_search
-from metrics.poses import POSE_CLASSES
 from schemas.index import IndexSettings
+from schemas.reports import POSE_CLASSES
 from schemas.settings import EvaluationSettings
 from tasks import identify
 from tasks.identify import identify_mode

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from metrics.poses import POSE_CLASSES
 from schemas.errors import SettingsError, TrainingError
+from schemas.reports import POSE_CLASSES
 from schemas.settings import ColumnNames
 from tasks.training_rows import read_training_rows
 
