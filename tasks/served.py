@@ -49,13 +49,15 @@ def served_features(
     unmoved = np.isin(names, np.array(kept, dtype=object))
     shards, at = names.copy(), np.where(unmoved, roster.row[rows], -1)
     sought = {read.ids[row]: row for row in np.flatnonzero(~unmoved)}
+    wanted = pa.array(list(sought), pa.string())
     for shard in (old.keys() - set(kept)) if sought else ():
         start = 0
         for batch in read_rows(table, old[shard], ["id", "subject"]):
             ids = batch.column("id").cast(pa.string())
-            here = pc.and_(pc.is_in(ids, pa.array(sought, pa.string())), batch.column("subject").is_valid())
+            here = pc.and_(pc.is_in(ids, wanted), batch.column("subject").is_valid())
             for row in np.flatnonzero(here.to_numpy(zero_copy_only=False)):
-                shards[sought[ids[row].as_py()]], at[sought[ids[row].as_py()]] = shard, start + row
+                place = sought[ids[row].as_py()]
+                shards[place], at[place] = shard, start + row
             start += batch.num_rows
     common = np.flatnonzero(at >= 0)
     if not len(common):
