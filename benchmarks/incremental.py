@@ -1,6 +1,6 @@
 """What a night costs: `frontalis reprocess` over many shards, at first, without a change, with one shard changed.
 
-    python -m benchmarks.incremental [--shards 1000] [--rows 500] [--dim 64] [--repeats 3] [--folder FOLDER]
+    python -m benchmarks.incremental [--shards 1000] [--rows 500] [--dim 64] [--repeats 3] [--changes 3]
 
 Each night is a process of its own against a running Prefect server, as a schedule starts it. `work` is what the flow
 says of itself, `whole` the process from start to end, `cpu` its user and system time with that of its children (the
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=500, help="of a shard, a multiple of 10")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="nights without a change")
+    parser.add_argument("--changes", type=int, default=3, help="nights with one shard changed, another each time")
     parser.add_argument("--folder", help="where to work; a temporary folder by default")
     options = parser.parse_args()
     print(f"{options.shards:,} shards of {options.rows:,} rows, D = {options.dim}, two models, {os.cpu_count()} cores")
@@ -78,8 +79,9 @@ def main() -> None:
         )
         nights = [night("first", folder, url)]
         nights += [night("unchanged", folder, url) for _ in range(options.repeats)]
-        change_one(folder / "source")
-        nights.append(night("one shard changed", folder, url))
+        for number in range(options.changes):
+            change_one(folder / "source", number)
+            nights.append(night("one shard changed", folder, url))
     show(nights)
 
 
@@ -109,12 +111,14 @@ def show(nights: list[Night]) -> None:
             f"{one.what:<18} {one.status:<10} {one.computed:>8,} {one.work:>8.1f} {one.whole:>8.1f} {one.cpu:>8.1f} "
             f"{one.load:>6.1f}"
         )
-    quiet = [one for one in nights if one.what == "unchanged"]
-    if quiet:
-        print(
-            f"unchanged, median of {len(quiet)}: work {statistics.median(one.work for one in quiet):.2f} s, "
-            f"whole {statistics.median(one.whole for one in quiet):.1f} s"
-        )
+    for what in ("unchanged", "one shard changed"):
+        same = [one for one in nights if one.what == what]
+        if same:
+            print(
+                f"{what}, median of {len(same)}: work {statistics.median(one.work for one in same):.2f} s, "
+                f"whole {statistics.median(one.whole for one in same):.1f} s, "
+                f"cpu {statistics.median(one.cpu for one in same):.1f} s"
+            )
 
 
 def model(folder: Path, mode: Mode, dim: int) -> Path:
@@ -132,9 +136,10 @@ def model(folder: Path, mode: Mode, dim: int) -> Path:
     return path
 
 
-def change_one(source: Path) -> None:
-    """Turn the vectors of one shard around."""
-    file = sorted(source.iterdir())[len(list(source.iterdir())) // 2]
+def change_one(source: Path, number: int) -> None:
+    """Turn the vectors of one shard around, of another for each number: the middle one and those after it."""
+    files = sorted(source.iterdir())
+    file = files[(len(files) // 2 + number) % len(files)]
     table = pq.read_table(file)
     at = table.schema.get_field_index("embedding")
     turned = table["embedding"].combine_chunks().take(pa.array(range(table.num_rows - 1, -1, -1)))

@@ -331,6 +331,9 @@ def _named(option: str, pairs: list[str] | None, form: str) -> dict[str, str]:
 
 def _run_flow(flow: Any, **parameters: Any) -> Any:
     """Run a Prefect flow in this process and return its result, or raise what it raised."""
+    from frontalis.server import check_server
+
+    check_server()
     result = flow(**parameters, return_state=True).result(raise_on_failure=False)
     if isinstance(result, BaseException):
         raise result

@@ -166,7 +166,9 @@ class Evaluation(Record):
     fmrs: list[str]
     unlabelled_rows: int
     notes: list[str] = Field(default_factory=list, description="what a reader should know of this evaluation")
-    duplicate_rows: int = Field(description="rows whose raw embedding is byte-identical to another's: never paired")
+    duplicate_rows: int = Field(
+        description="of the rows evaluated, those whose raw embedding is byte-identical to another's: never paired"
+    )
     populations: dict[str, Population]
     indexes: dict[str, IndexAudit] = Field(default_factory=dict, description="by mode, the index of the release")
 

@@ -5,6 +5,7 @@ compress: they are stored plain, without dictionary and statistics, in row group
 page (measurements in `docs/decisions.md`). Which files are wanted is `tasks.plan`; committing them is `storage.tables`.
 """
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,6 +87,40 @@ def read_rows(table: Table, file: LiveFile, columns: Sequence[str], rows: int = 
     """Yield the rows of one feature file in batches, checking the checksum of every page read.
 
     Raises:
+        StoreError: see `_opened`.
+    """
+    with _opened(table, file) as parquet:
+        yield from parquet.iter_batches(batch_size=rows, columns=list(columns))
+
+
+def take_rows(table: Table, file: LiveFile, columns: Sequence[str], at: npt.NDArray[np.int64]) -> pa.Table:
+    """Return the rows of one feature file whose numbers are in `at` (ascending, at least one), as they are there.
+
+    Row groups that hold none of them are not read.
+
+    Raises:
+        StoreError: see `_opened`.
+    """
+    with _opened(table, file) as parquet:
+        sizes = np.array([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)])
+        ends = np.cumsum(sizes)
+        group_of = np.searchsorted(ends, at, side="right")
+        wanted = np.unique(group_of)
+        skipped = ends - np.cumsum(np.where(np.isin(np.arange(len(sizes)), wanted), sizes, 0))
+        place = at - skipped[group_of]  # among the rows of the groups that are read
+        parts, start = [], 0
+        for batch in parquet.iter_batches(columns=list(columns), row_groups=wanted.tolist()):
+            first, last = np.searchsorted(place, [start, start + batch.num_rows])
+            parts.append(pa.Table.from_batches([batch]).take(pa.array(place[first:last] - start)))
+            start += batch.num_rows
+    return pa.concat_tables(parts)
+
+
+@contextlib.contextmanager
+def _opened(table: Table, file: LiveFile) -> Iterator[pq.ParquetFile]:
+    """Open one feature file; whatever page is read from it is checked.
+
+    Raises:
         StoreError: the file is missing, damaged, or cannot be read now. Only a file that is damaged beyond doubt is
             deleted, so that the next run of `reprocess` computes it again.
     """
@@ -95,7 +130,7 @@ def read_rows(table: Table, file: LiveFile, columns: Sequence[str], rows: int = 
             parquet = pq.ParquetFile(stream, page_checksum_verification=True)
             if parquet.metadata.num_rows != file.rows:
                 raise pa.ArrowInvalid(f"{parquet.metadata.num_rows} rows instead of {file.rows}")
-            yield from parquet.iter_batches(batch_size=rows, columns=list(columns))
+            yield parquet
     except FileNotFoundError as error:
         raise StoreError(f"{place.uri}: is missing; run `frontalis reprocess` to compute it again.") from error
     except (pa.ArrowException, OSError) as error:

@@ -1,11 +1,11 @@
 """The nearest-neighbour index: FAISS over unit vectors with stable 64-bit keys, so that cosine is an inner product.
 
-An index is chosen, built from a stream of batches, updated, searched, measured, written and read back. Where its file
-lies, which id a key stands for (`schemas.ids`) and whether it is served is left to others.
+An index is chosen, built from a stream of batches, updated, searched, written and read back. How well it searches is
+`storage.recall`; where its file lies, which id a key stands for (`schemas.ids`) and whether it is served is left to
+others.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import faiss
@@ -13,7 +13,7 @@ import numpy as np
 
 from schemas.errors import SettingsError, StoreError
 from schemas.index import IndexSettings
-from storage.exact import Best, exact_search, merge_best, order_best, unit_rows
+from storage.exact import Best, exact_search, order_best, unit_rows
 from storage.index_files import Written, read_faiss, write_faiss
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -130,6 +130,23 @@ class VectorIndex:
         except RuntimeError:  # FAISS: "remove_ids not implemented for this type of index"
             return False
         return True
+
+    def keys(self) -> np.ndarray:
+        """Return the keys of all rows, ascending."""
+        lists = _lists_of(self._index)
+        if lists is None:
+            return np.sort(faiss.vector_to_array(self._index.id_map))
+        held = [keys for keys, _ in _listed(lists)]
+        return np.sort(np.concatenate([np.empty(0, np.int64), *held]))
+
+    def whole_rows(self) -> Iterator[Batch] | None:
+        """Yield keys and unit vectors, list by list, where lists hold them uncompressed; None for other kinds.
+
+        They are views, which the next change of the index makes invalid.
+        """
+        if type(self._index) is not faiss.IndexIVFFlat:
+            return None
+        return ((keys, codes.view(np.float32).reshape(-1, self.dim)) for keys, codes in _listed(self._index))
 
     def search(self, vectors: np.ndarray, k: int) -> Best:
         """Return the `k` rows of highest cosine for each query, best first.
@@ -262,39 +279,6 @@ def rebuild_reason(
     return None
 
 
-@dataclass(frozen=True)
-class Recall:
-    """Share of the true 1 and 10 nearest rows that the index returned among its first 1 and 10, mean over queries."""
-
-    at_1: float
-    at_10: float
-    queries: int
-
-
-def audit_recall(index: VectorIndex, batches: Batches, queries: np.ndarray) -> Recall:
-    """Compare the index with an exact search over `batches`, the rows that it is to hold.
-
-    Queries should not be rows of the index: a row finds itself in any kind, which flatters recall@1. With fewer than
-    ten rows recall@10 is over those there are; without rows or queries both are NaN.
-
-    Args:
-        index: the one to be served.
-        batches: a pass over all rows; held one batch at a time.
-        queries: `[n, D]`, held-out vectors.
-    """
-    k = min(10, len(index))
-    if not k or not len(queries):
-        return Recall(float("nan"), float("nan"), len(queries))
-    scores, keys = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    for batch_keys, vectors in batches():
-        part = VectorIndex(_empty_index("Flat", index.dim))
-        part.update(np.empty(0, np.int64), [(batch_keys, vectors)])
-        scores, keys = merge_best((scores, keys), part.search(queries, k), k)
-    _, answers = index.search(queries, k)
-    hits = (answers[:, :, None] == keys[:, None, :]) & (answers[:, :, None] >= 0)
-    return Recall(float(hits[:, 0, 0].mean()), float(hits.any(axis=2).mean()), len(queries))
-
-
 def _empty_index(factory: str, dim: int) -> Any:
     """Return an untrained index that takes vectors with keys, or refuse the string."""
     try:
@@ -319,6 +303,15 @@ def _holds_keys(index: Any) -> bool:
 def _lists_of(index: Any) -> Any | None:
     """Return the inverted lists inside an index, or None if it has none."""
     return faiss.try_extract_index_ivf(index)
+
+
+def _listed(lists: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield keys and codes, as bytes, of each list that is not empty: views of its memory."""
+    held = lists.invlists
+    for number in range(lists.nlist):
+        if rows := held.list_size(number):
+            codes = faiss.rev_swig_ptr(held.get_codes(number), rows * held.code_size)
+            yield faiss.rev_swig_ptr(held.get_ids(number), rows), codes
 
 
 def _tune(index: Any, settings: IndexSettings) -> None:

@@ -7,7 +7,7 @@ figures is left to `tasks.gate` and `tasks.report`.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from metrics.bootstrap import CellIntervals, Interval, bootstrap, paired_bootstr
 from models.checkpoint import load
 from models.inference import torch_device
 from schemas.errors import BadModelError
+from schemas.features import digest_of
 from schemas.index import IndexSettings
 from schemas.releases import ModelRef
 from schemas.reports import (
@@ -36,8 +37,9 @@ from storage.location import Location
 from storage.tables import Snapshot
 from tasks.identify import identify_mode
 from tasks.index import Previous
-from tasks.labelled import LabelledRows, labelled_rows, sample_subjects, stored_ids
+from tasks.labelled import LabelledRows, Roster, read_labelled, read_roster, sample_subjects, stored_ids
 from tasks.pairs import Pairs, pairs_accuracy, read_pairs
+from tasks.served import served_features
 
 log = logging.getLogger("frontalis.evaluate")
 
@@ -71,31 +73,31 @@ def evaluate(
     pairs = read_pairs(settings.pairs) if settings.pairs else None
     store = Location(store_uri)
     modes = [RAW, *sorted(models, reverse=True)]
-    labelled, unlabelled = labelled_rows(store, features, modes, settings)
-    seen, untold = _seen_by_models(store, labelled.names, models)
+    roster = read_roster(store, features)
+    seen, untold = _seen_by_models(store, roster.names, models)
     notes = [f"mode {mode}: {why}; its figures may be flattered by leaks" for mode, why in untold.items()]
     for note in notes:
         log.warning("evaluation: %s", note)
-    held_out = labelled.take(~seen[labelled.subjects])
     stored = stored_ids(store, features) if settings.pairs else frozenset[str]()
-    measure = _Measure(settings, index, models, pairs, frozenset(untold), stored)
+    measure = _Measure(store, features, roster, settings, index, models, pairs, frozenset(untold), stored)
+    everybody = measure.sample(np.arange(len(roster)), [RAW])
+    held_out = np.flatnonzero(~seen[roster.subjects])
     populations = {}
-    if len(labelled.names) < 2:
+    if len(roster.names) < 2:
         notes.append("fewer than two labelled subjects: nothing can be measured")
     else:
-        populations[ALL] = measure.population(ALL, labelled, labelled, [RAW], {})
-    if len(np.unique(held_out.subjects)) < 2:
+        populations[ALL] = measure.population(ALL, everybody, [RAW])
+    if len(np.unique(roster.subjects[held_out])) < 2:
         notes.append("fewer than two labelled subjects that no model has seen: modes cannot be compared")
     else:
-        before = _served_features(store, served, held_out, modes, settings) if served is not None else {}
-        populations[HELD_OUT] = measure.population(HELD_OUT, labelled, held_out, modes, before)
+        populations[HELD_OUT] = measure.population(HELD_OUT, measure.sample(held_out, modes), modes, served)
     return Evaluation(
         release=release,
         resamples=settings.resamples,
         seed=settings.seed,
         fmrs=list(settings.fmrs),
-        unlabelled_rows=unlabelled,
-        duplicate_rows=len(labelled) - len(np.unique(labelled.duplicates)),
+        unlabelled_rows=roster.unlabelled,
+        duplicate_rows=len(everybody.rows) - len(np.unique(everybody.rows.duplicates)),
         notes=notes,
         populations=populations,
     )
@@ -106,6 +108,16 @@ Differences = dict[str, dict[str, Estimate]]
 
 
 @dataclass(frozen=True)
+class _Sample:
+    """The rows that are measured of those that could be; `at` is where they are in the roster."""
+
+    of: np.ndarray
+    at: np.ndarray
+    rows: LabelledRows
+    sampled_from: int | None
+
+
+@dataclass(frozen=True)
 class _Measure:
     """How populations are measured.
 
@@ -113,24 +125,30 @@ class _Measure:
     file.
     """
 
+    store: Location
+    snapshot: Snapshot
+    roster: Roster
     settings: EvaluationSettings
     index: IndexSettings
     models: Mapping[str, ModelRef]
     pairs: Pairs | None
     untold: frozenset[str]
     stored: frozenset[str]
+    swept: dict[str, AllPairs] = field(default_factory=dict)
+
+    def sample(self, rows: np.ndarray, modes: Sequence[str]) -> _Sample:
+        """Read rows of the roster in each mode, or a sample of their subjects where there are too many."""
+        at, sampled_from = sample_subjects(self.roster, rows, self.settings.max_rows)
+        read = read_labelled(self.store, self.snapshot, self.roster, at, modes, self.settings)
+        return _Sample(rows, at, read, sampled_from)
 
     def population(
-        self,
-        name: str,
-        everybody: LabelledRows,
-        rows: LabelledRows,
-        modes: Sequence[str],
-        served: Mapping[str, "_ServedFeatures"],
+        self, name: str, chosen: _Sample, modes: Sequence[str], served: Previous | None = None
     ) -> Population:
-        """Measure each mode over `rows`, or over a sample of their subjects where there are too many."""
-        sample, sampled_from = sample_subjects(rows, self.settings.max_rows)
-        swept = {mode: self._sweep(sample, sample.features[mode]) for mode in modes}
+        """Measure each mode over a sample."""
+        sample, subjects = chosen.rows, self.roster.subjects
+        swept = {mode: self._sweep(sample, sample.features[mode], keep=True) for mode in modes}
+        before = self._served(chosen, modes, served) if served is not None else {}
         results = {}
         for mode in modes:
             log.info("evaluation: %s, %s: %d rows", name, mode, len(sample))
@@ -143,7 +161,7 @@ class _Measure:
                 },
                 cells=self._cells(swept[mode]),
                 difference={} if mode == RAW else self._difference(swept[RAW], swept[mode]),
-                versus_served=self._versus_served(sample, mode, served[mode]) if mode in served else {},
+                versus_served=before.get(mode, {}),
                 versus_modes={
                     other: self._difference(swept[other], swept[mode])
                     for other in modes[: modes.index(mode)]
@@ -158,14 +176,17 @@ class _Measure:
             name=name,
             n_rows=len(sample),
             n_subjects=len(np.unique(sample.subjects)),
-            left_out_subjects=len(np.unique(everybody.subjects)) - len(np.unique(rows.subjects)),
-            left_out_rows=len(everybody) - len(rows),
-            sampled_from_subjects=sampled_from,
+            left_out_subjects=len(self.roster.names) - len(np.unique(subjects[chosen.of])),
+            left_out_rows=len(self.roster) - len(chosen.of),
+            sampled_from_subjects=chosen.sampled_from,
             modes=results,
         )
 
-    def _sweep(self, rows: LabelledRows, features: np.ndarray) -> AllPairs:
-        return all_pairs(
+    def _sweep(self, rows: LabelledRows, features: np.ndarray, keep: bool = False) -> AllPairs:
+        """Sweep, unless equal rows were swept and kept: two populations may be one, and most features are as served."""
+        parts = (features, rows.subjects, rows.classes, rows.duplicates)
+        key = digest_of(*(np.ascontiguousarray(part).tobytes() for part in parts))
+        swept = self.swept.get(key) or all_pairs(
             features,
             rows.subjects,
             classes=rows.classes,
@@ -174,6 +195,9 @@ class _Measure:
             fmr_points=tuple(float(fmr) for fmr in self.settings.fmrs),
             device=torch_device(self.settings.device),
         )
+        if keep:
+            self.swept[key] = swept
+        return swept
 
     def _cells(self, pairs: AllPairs) -> dict[str, CellResult]:
         settings = self.settings
@@ -201,14 +225,28 @@ class _Measure:
             for cell, one in paired.items()
         }
 
-    def _versus_served(self, rows: LabelledRows, mode: str, served: "_ServedFeatures") -> Differences:
-        """Compare over the rows that both releases have and none of their models has seen."""
-        at = [row for row, name in enumerate(rows.ids) if name in served.rows]
-        common = rows.take(np.array(at, np.int64))
+    def _served(self, chosen: _Sample, modes: Sequence[str], served: Previous) -> dict[str, Differences]:
+        """Compare, by mode, over the rows that both releases have and none of their models has seen.
+
+        A mode whose served model does not tell whom it has seen has no comparison.
+        """
+        there = {file.partitions["mode"] for file in served.features.files.values()}
+        seen, untold = _seen_by_models(self.store, chosen.rows.names, served.release.models)
+        old_modes = [mode for mode in modes if mode != RAW and mode in there and mode not in untold]
+        if RAW not in there or not old_modes:
+            return {}
+        unseen = np.flatnonzero(~seen[chosen.rows.subjects])
+        rows = chosen.rows.take(unseen)
+        at, before = served_features(
+            self.store, self.snapshot, served.features, self.roster, chosen.at[unseen], rows, old_modes
+        )
+        common = rows.take(at)
         if len(np.unique(common.subjects)) < 2:
             return {}
-        old = served.features[[served.rows[name] for name in common.ids]]
-        return self._difference(self._sweep(common, old), self._sweep(common, common.features[mode]))
+        return {
+            mode: self._difference(self._sweep(common, before[mode]), self._sweep(common, common.features[mode]))
+            for mode in old_modes
+        }
 
     def _pairs(self, rows: LabelledRows, mode: str) -> list[PairsResult]:
         return pairs_accuracy(rows, rows.features[mode], self.pairs, self.stored) if self.pairs else []
@@ -277,29 +315,3 @@ def _seen_by_models(
         except BadModelError as error:
             untold[mode] = str(error)
     return seen, untold
-
-
-@dataclass(frozen=True)
-class _ServedFeatures:
-    """Features of one mode as served until now: float32 `[N, D]`, and the row of each id."""
-
-    features: np.ndarray
-    rows: Mapping[str, int]
-
-
-def _served_features(
-    store: Location, served: Previous, held_out: LabelledRows, modes: Sequence[str], settings: EvaluationSettings
-) -> dict[str, _ServedFeatures]:
-    """Return, by mode, the served features of the held-out rows, less those of subjects the served models have seen.
-
-    A mode whose served model does not tell whom it has seen has none.
-    """
-    there = {file.partitions["mode"] for file in served.features.files.values()}
-    seen, untold = _seen_by_models(store, held_out.names, served.release.models)
-    old_modes = [mode for mode in modes if mode != RAW and mode in there and mode not in untold]
-    if RAW not in there or not old_modes:
-        return {}
-    unseen = {name for name, subject in zip(held_out.ids, held_out.subjects, strict=True) if not seen[subject]}
-    old, _ = labelled_rows(store, served.features, [RAW, *old_modes], settings)
-    rows = {name: at for at, name in enumerate(old.ids) if name in unseen}
-    return {mode: _ServedFeatures(old.features[mode], rows) for mode in old_modes}

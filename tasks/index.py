@@ -20,18 +20,10 @@ from schemas.ids import id_keys
 from schemas.index import IndexSettings
 from schemas.releases import IndexRef, Release
 from storage.features import features_table, matrix_of, read_rows
-from storage.indexes import (
-    Batch,
-    Recall,
-    VectorIndex,
-    audit_recall,
-    build,
-    choose_factory,
-    read_index,
-    rebuild_reason,
-)
+from storage.indexes import Batch, VectorIndex, build, choose_factory, read_index, rebuild_reason
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
+from storage.recall import Recall, audit_recall
 from storage.tables import LiveFile, Snapshot, Table
 
 log = logging.getLogger("frontalis.index")
@@ -181,6 +173,9 @@ def _update(
     index.update(ids.filter(leaving)["key"].to_numpy(), _batches(table, came))
     kept = ids.filter(pc.invert(leaving))
     new = pa.concat_tables([kept, _ids_of(table, came)]) if came else kept
+    if not np.array_equal(index.keys(), np.sort(new["key"].to_numpy())):
+        log.warning("the previous index does not hold the rows of its release; building it anew")
+        return None
     return _write(store, folder, index, table, files, new, old.factory, old.changed + moved)
 
 

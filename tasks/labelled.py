@@ -1,24 +1,48 @@
-"""The labelled rows of a features snapshot: those that know their subject, the same rows in the same order a mode."""
+"""The labelled rows of a features snapshot: those that know their subject, the same rows in the same order a mode.
 
-from collections.abc import Mapping, Sequence
+First the roster, which is light: who lies where. Then the rows that were chosen from it, with their vectors; files and
+row groups without such a row are not read, so what is read is in proportion to what is evaluated.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from metrics.poses import pose_classes
-from schemas.features import digest_of
+from schemas.features import VECTOR, digest_of
 from schemas.reports import RAW
 from schemas.settings import EvaluationSettings
-from storage.features import features_table, matrix_of, read_table
+from storage.features import features_table, matrix_of, read_rows, read_table, take_rows
 from storage.location import Location
-from storage.tables import Snapshot
+from storage.tables import LiveFile, Snapshot, Table
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who lies where: all rows that know their subject, in the order of their shards and in there of the file.
+
+    `subjects` are int64 codes `[N]` into `names`, which are in order; `shard` codes `[N]` into `shards`; `row` the
+    number `[N]` of the row in its file.
+    """
+
+    names: list[str]
+    subjects: np.ndarray
+    shards: list[str]
+    shard: np.ndarray
+    row: np.ndarray
+    unlabelled: int
+
+    def __len__(self) -> int:
+        return len(self.subjects)
 
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """The rows that know their subject: the same rows in the same order for every mode.
+    """Rows that know their subject: the same rows in the same order for every mode.
 
     `subjects` are int64 codes `[N]` into `names`; `classes` codes into `POSE_CLASSES`; `duplicates` equal where the raw
     embeddings are byte-identical; `features` maps a mode to float32 `[N, D]`.
@@ -47,48 +71,111 @@ class LabelledRows:
         )
 
 
-def labelled_rows(
-    store: Location, features: Snapshot, modes: Sequence[str], settings: EvaluationSettings
-) -> tuple[LabelledRows, int]:
-    """Read the rows that have a subject, and how many have none. Raises StoreError."""
+def read_roster(store: Location, features: Snapshot) -> Roster:
+    """Read who lies where. Raises StoreError."""
     table = features_table(store)
-    columns: dict[str, pa.Table] = {}
-    for mode in modes:
-        files = [file for _, file in sorted(features.files.items()) if file.partitions["mode"] == mode]
-        files.sort(key=lambda file: file.partitions["shard"])
-        wanted = ["id", "subject", "pose", "yaw", "front"] if mode == modes[0] else ["id", "front"]
-        columns[mode] = read_table(table, files, wanted)
-    first = columns[modes[0]]
-    known = first["subject"].is_valid().combine_chunks()
-    keep = known.to_numpy(zero_copy_only=False)
-    rows = first.filter(known)
-    matrices = {
-        mode: np.ascontiguousarray(matrix_of(columns[mode].filter(known)["front"], f"mode {mode}")) for mode in modes
-    }
-    names, subjects = np.unique(np.array(rows["subject"].to_pylist(), dtype=object), return_inverse=True)
-    yaw = rows["yaw"].to_numpy().astype(np.float64) if rows.num_rows else np.zeros(0)
-    classes = pose_classes(rows["pose"].to_pylist(), yaw, edges=(settings.frontal_yaw, settings.profile_yaw))
-    hashes = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in matrices[modes[0]]), np.uint64, rows.num_rows)
-    _, duplicates = np.unique(hashes, return_inverse=True)
-    labelled = LabelledRows(
-        [str(value) for value in rows["id"].to_pylist()], names.tolist(), subjects, classes, duplicates, matrices
+    files = files_of(features, RAW)
+    columns, shard, row = [], [], []
+    for code, file in enumerate(files.values()):
+        start = 0
+        for batch in read_rows(table, file, ["subject"]):
+            columns.append(batch.column("subject").dictionary_encode())
+            shard.append(np.full(batch.num_rows, code))
+            row.append(np.arange(start, start + batch.num_rows))
+            start += batch.num_rows
+    if not columns:
+        nothing = np.empty(0, np.int64)
+        return Roster([], nothing, list(files), nothing, nothing, 0)
+    subjects = pa.chunked_array(columns).unify_dictionaries()
+    known = subjects.is_valid().to_numpy()
+    found = subjects.chunk(0).dictionary.to_pylist()
+    order = sorted(range(len(found)), key=found.__getitem__)
+    rank = np.empty(len(found), np.int64)
+    rank[order] = np.arange(len(found))
+    codes = np.concatenate([pc.fill_null(chunk.indices, 0).to_numpy() for chunk in subjects.chunks])[known]
+    return Roster(
+        names=[found[at] for at in order],
+        subjects=rank[codes] if len(codes) else np.empty(0, np.int64),
+        shards=list(files),
+        shard=np.concatenate(shard)[known],
+        row=np.concatenate(row)[known],
+        unlabelled=int((~known).sum()),
     )
-    return labelled, int((~keep).sum())
 
 
 def stored_ids(store: Location, features: Snapshot) -> frozenset[str]:
     """Return the ids of all rows, whether they know their subject or not. Raises StoreError."""
-    files = [file for file in features.files.values() if file.partitions["mode"] == RAW]
-    return frozenset(str(value) for value in read_table(features_table(store), files, ["id"])["id"].to_pylist())
+    found = read_table(features_table(store), files_of(features, RAW).values(), ["id"])["id"]
+    return frozenset(map(str, found.to_pylist()))
 
 
-def sample_subjects(rows: LabelledRows, limit: int) -> tuple[LabelledRows, int | None]:
-    """Return whole subjects, in the order of a hash of their names, up to `limit` rows; and of how many subjects."""
+def sample_subjects(roster: Roster, rows: np.ndarray, limit: int) -> tuple[np.ndarray, int | None]:
+    """Choose from `rows` whole subjects, in the order of a hash of their names, up to `limit` rows.
+
+    Returns:
+        The rows chosen, in order; and from how many subjects, or None where all were taken.
+    """
     if len(rows) <= limit:
         return rows, None
-    present, counts = np.unique(rows.subjects, return_counts=True)
-    order = sorted(range(len(present)), key=lambda at: digest_of(rows.names[present[at]].encode()))
+    subjects = roster.subjects[rows]
+    present, counts = np.unique(subjects, return_counts=True)
+    order = sorted(range(len(present)), key=lambda at: digest_of(roster.names[present[at]].encode()))
     taken = np.cumsum(counts[order]) <= limit
     taken[:2] = True
     chosen = present[[at for at, take in zip(order, taken, strict=True) if take]]
-    return rows.take(np.isin(rows.subjects, chosen)), len(present)
+    return rows[np.isin(subjects, chosen)], len(present)
+
+
+def read_labelled(
+    store: Location,
+    features: Snapshot,
+    roster: Roster,
+    rows: np.ndarray,
+    modes: Sequence[str],
+    settings: EvaluationSettings,
+) -> LabelledRows:
+    """Read `rows` of the roster (ascending) with their features in each mode, `raw` among them. Raises StoreError."""
+    table = features_table(store)
+    shards, at = np.array(roster.shards, dtype=object)[roster.shard[rows]], roster.row[rows]
+    read = {
+        mode: rows_at(
+            table, files_of(features, mode), shards, at, ["id", "pose", "yaw", "front"] if mode == RAW else ["front"]
+        )
+        for mode in modes
+    }
+    matrices = {mode: np.ascontiguousarray(matrix_of(part["front"], f"mode {mode}")) for mode, part in read.items()}
+    raw = read[RAW]
+    yaw = raw["yaw"].to_numpy().astype(np.float64) if raw.num_rows else np.zeros(0)
+    hashes = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in matrices[RAW]), np.uint64, raw.num_rows)
+    return LabelledRows(
+        ids=[str(value) for value in raw["id"].to_pylist()],
+        names=roster.names,
+        subjects=roster.subjects[rows],
+        classes=pose_classes(raw["pose"].to_pylist(), yaw, edges=(settings.frontal_yaw, settings.profile_yaw)),
+        duplicates=np.unique(hashes, return_inverse=True)[1],
+        features=matrices,
+    )
+
+
+def rows_at(
+    table: Table, files: Mapping[str, LiveFile], shards: np.ndarray, rows: np.ndarray, columns: Sequence[str]
+) -> pa.Table:
+    """Return row `rows[i]` of shard `shards[i]` for every i; rows of a shard lie together and ascend."""
+    parts = [take_rows(table, files[shard], columns, rows[part]) for shard, part in _runs(shards)]
+    if not parts:
+        return pa.table({name: pa.array([], VECTOR if name == "front" else pa.string()) for name in columns})
+    return pa.concat_tables(parts)
+
+
+def files_of(features: Snapshot, mode: str) -> dict[str, LiveFile]:
+    """Return the files of a mode by shard, in order."""
+    files = [file for file in features.files.values() if file.partitions["mode"] == mode]
+    return {file.partitions["shard"]: file for file in sorted(files, key=lambda file: file.partitions["shard"])}
+
+
+def _runs(shards: np.ndarray) -> Iterator[tuple[str, slice]]:
+    """Yield each run of equal names, and where it lies."""
+    borders = np.flatnonzero(shards[1:] != shards[:-1]) + 1
+    for start, stop in zip([0, *borders], [*borders, len(shards)], strict=True):
+        if stop > start:
+            yield shards[start], slice(start, stop)

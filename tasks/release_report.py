@@ -19,7 +19,7 @@ from schemas.settings import PipelineSettings
 from storage.features import features_table, matrix_of, read_rows
 from storage.location import Location
 from tasks.gate import gated
-from tasks.report import plot_files, render_report
+from tasks.report import draw, plot_files, render_report
 
 REPORTS = "reports"
 SAMPLE_ROWS = 2048
@@ -46,11 +46,12 @@ def write_report(
         provenance=provenance(release),
     )
     folder = f"{REPORTS}/{release.release}"
-    for name, content in plot_files(report).items():
+    drawn = draw(report)
+    for name, content in plot_files(drawn).items():
         (store / f"{folder}/plots/{name}").write_bytes(content)
     figures = {"release": json.loads(release.model_dump_json()), "evaluation": json.loads(evaluation.model_dump_json())}
     (store / f"{folder}/metrics.json").write_bytes(json.dumps(figures, indent=1).encode())
-    (store / f"{folder}/index.html").write_bytes(render_report(report).encode())
+    (store / f"{folder}/index.html").write_bytes(render_report(report, drawn).encode())
     return f"{folder}/index.html"
 
 

@@ -63,11 +63,11 @@ class FigureView:
     panels: list[Panel]
 
 
-def render_report(report: ReportInput) -> str:
+def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None) -> str:
     """Return the report as one self-contained HTML page; write it as UTF-8.
 
     The page follows the reader's light or dark theme, fits a screen 360 pixels wide and prints. The same input gives
-    the same page.
+    the same page. `drawn` are its figures where they are drawn already (`draw`).
     """
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -100,7 +100,7 @@ def render_report(report: ReportInput) -> str:
         accuracy=accuracy_rows(population) if population else [],
         figures=[
             (one, [Markup(inline_svg(panel.figure, panel.name, panel.alt)) for panel in one.panels])  # noqa: S704
-            for one in _figures(report)
+            for one in (draw(report) if drawn is None else drawn)
         ],
         weights=report.weights,
         quality_share=percent(report.quality.rows_features / report.quality.rows_read)
@@ -110,13 +110,13 @@ def render_report(report: ReportInput) -> str:
     )
 
 
-def plot_files(report: ReportInput) -> dict[str, bytes]:
-    """Return each panel of the report as a file: name (`det-all.svg`, `det-all.png` …) → content.
+def plot_files(drawn: Sequence[FigureView]) -> dict[str, bytes]:
+    """Return each panel of the figures as a file: name (`det-all.svg`, `det-all.png` …) → content.
 
     SVG files follow the viewer's light or dark theme; PNG files are light.
     """
     files = {}
-    for one in _figures(report):
+    for one in drawn:
         for panel in one.panels:
             files[f"{panel.name}.svg"] = svg_file(panel.figure, panel.name, panel.alt)
             files[f"{panel.name}.png"] = png_file(panel.figure)
@@ -168,7 +168,7 @@ def _other_poses(population: Population, report: ReportInput) -> Table | None:
     return pose_table(population, others, _metrics(report.evaluation)) if others else None
 
 
-def _figures(report: ReportInput) -> list[FigureView]:
+def draw(report: ReportInput) -> list[FigureView]:
     """Draw every figure for which there are measurements, in the order of the page."""
     population = _population(report.evaluation, report.gated.population)
     modes: dict[str, ModeResult] = population.modes if population else {}

@@ -18,6 +18,7 @@ from storage.features import (
     parquet_writer,
     read_rows,
     read_table,
+    take_rows,
     vector_column,
 )
 from storage.location import Location
@@ -191,3 +192,21 @@ def test_storage_that_fails_to_answer_costs_no_file(table: Table, file: LiveFile
     with pytest.raises(StoreError, match=r"x\.parquet: cannot be read now \(.*Connection reset by peer.*\); run again"):
         list(read_rows(table, file, ["front"]))
     assert Path((table.place / file.path).path).read_bytes() == before
+
+
+@pytest.mark.parametrize("at", [[0], [9], [3, 4], [0, 1, 5, 9], range(10)])
+def test_single_rows_are_those_of_the_whole_file(table: Table, file: LiveFile, at) -> None:
+    rows = np.array(at)
+    whole = read_table(table, [file], ["id", "front"])
+    assert take_rows(table, file, ["id", "front"], rows).equals(whole.take(rows).combine_chunks())
+
+
+def test_row_groups_without_a_wanted_row_are_not_read(table: Table, file: LiveFile) -> None:
+    damaged = bytearray((table.place / file.path).read_bytes())
+    damaged[damaged.index(MATRIX[9].tobytes())] ^= 1  # in the last of three row groups
+    (table.place / file.path).write_bytes(bytes(damaged))
+    assert (
+        matrix_of(take_rows(table, file, ["front"], np.array([2, 7]))["front"], "x").tolist() == MATRIX[[2, 7]].tolist()
+    )
+    with pytest.raises(StoreError, match=r"is damaged .* and was removed"):
+        take_rows(table, file, ["front"], np.array([2, 8]))

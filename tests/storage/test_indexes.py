@@ -1,4 +1,4 @@
-"""The index as its users see it: chosen, built, updated, searched, measured, written and read."""
+"""The index as its users see it: chosen, built, updated, searched, written and read."""
 
 import io
 
@@ -12,14 +12,8 @@ from schemas.errors import SettingsError, StoreError
 from schemas.index import IndexSettings
 from storage.exact import unit_rows
 from storage.index_files import write_faiss
-from storage.indexes import (
-    EXACT_ROWS,
-    audit_recall,
-    build,
-    choose_factory,
-    read_index,
-    rebuild_reason,
-)
+from storage.indexes import EXACT_ROWS, build, choose_factory, read_index, rebuild_reason
+from storage.recall import audit_recall
 
 AUTO = IndexSettings()
 NO_KEYS = np.empty(0, np.int64)
@@ -258,6 +252,7 @@ class TestUpdate:
         index.reconstruct(keys[:1])  # the table of places must not be in the way of a removal
         index.update(keys[:100], stream(keys[900:], -vectors[900:])())
         assert len(index) == 1100
+        assert index.keys().tolist() == sorted(keys[100:].tolist())
         _, found = index.search(np.vstack([vectors[:100], -vectors[900:]]), 1100)
         assert set(found[0].tolist()) == set(keys[100:].tolist())
         assert (found[100:, :10] == keys[900:, None]).any(axis=1).mean() > 0.9
@@ -392,29 +387,3 @@ class TestRebuildReason:
     def test_no_rows_want_an_empty_exact_index(self):
         index = built(*make_rows(1000, 16), "IVF8,Flat")
         assert "want Flat" in (rebuild_reason(index, "IVF8,Flat", 0, 1000, IndexSettings(factory="IVF8,Flat")) or "")
-
-
-class TestRecall:
-    def test_an_exact_index_has_all_neighbours(self):
-        keys, vectors = make_rows(500, 16)
-        recall = audit_recall(built(keys, vectors), stream(keys, vectors), vectors[:40] + 0.3)
-        assert (recall.at_1, recall.at_10, recall.queries) == (1, 1, 40)
-
-    def test_figures_equal_those_of_numpy(self):
-        keys, vectors = make_rows(2000, 16)
-        index = built(keys, vectors, "IVF32,Flat", nprobe=2)
-        queries = np.random.default_rng(9).standard_normal((50, 16)).astype(np.float32)
-        recall = audit_recall(index, stream(keys, vectors, 300), queries)
-        wanted, _ = nearest(vectors, keys, queries, 10)
-        _, given_keys = index.search(queries, 10)
-        shared = [len(set(w) & set(g)) / 10 for w, g in zip(wanted.tolist(), given_keys.tolist(), strict=True)]
-        assert recall.at_1 == pytest.approx((wanted[:, 0] == given_keys[:, 0]).mean())
-        assert recall.at_10 == pytest.approx(np.mean(shared))
-        assert 0 < recall.at_10 < 1
-
-    def test_fewer_than_ten_rows_none_and_no_queries(self):
-        keys, vectors = make_rows(4, 8)
-        assert audit_recall(built(keys, vectors), stream(keys, vectors), vectors).at_10 == 1
-        assert np.isnan(audit_recall(built(keys, vectors), stream(keys, vectors), vectors[:0]).at_1)
-        nothing = build(lambda: iter(()), 0, 8, AUTO)
-        assert np.isnan(audit_recall(nothing, lambda: iter(()), vectors).at_10)

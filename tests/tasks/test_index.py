@@ -195,6 +195,20 @@ def test_damaged_previous_index_is_not_carried_on(source: Path, features_of, sto
     assert (len(open_index(store, updated)), updated.changed) == (400, 0)
 
 
+def test_previous_index_of_other_rows_is_not_carried_on(source: Path, features_of, store: Location) -> None:
+    before = features_of()
+    whole = index_mode(store.uri, "r1", "raw", before, LISTS, None)
+    index = open_index(store, whole)
+    index.update(open_ids(store, whole)["key"].to_numpy()[:1])
+    with (store / whole.path).writing() as file:
+        written = index.write(file)
+    lacking = whole.model_copy(update={"digest": written.digest, "size": written.size})
+    write(source, "b", seed=1)
+    updated = index_mode(store.uri, "r2", "raw", features_of(), LISTS.model_copy(update={"rebuild_share": 0.9}),
+                         release_of("r1", before, lacking))  # fmt: skip
+    assert (len(open_index(store, updated)), updated.changed) == (400, 0)
+
+
 def test_damaged_feature_file_is_named(features_of, store: Location) -> None:
     features = features_of()
     [path] = [path for path in features.files if path.startswith("mode=raw/shard=c/")]

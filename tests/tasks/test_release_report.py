@@ -121,8 +121,10 @@ def reported(settings, release, report_input: ReportInput, monkeypatch: pytest.M
     evaluation = report_input.evaluation.model_copy(update={"release": release.release})
     seen: list[ReportInput] = []
     true = release_report.render_report
-    monkeypatch.setattr(release_report, "plot_files", lambda report: {})
-    monkeypatch.setattr(release_report, "render_report", lambda report: seen.append(report) or true(report))
+    monkeypatch.setattr(release_report, "plot_files", lambda drawn: {})
+    monkeypatch.setattr(
+        release_report, "render_report", lambda report, drawn: seen.append(report) or true(report, drawn)
+    )
 
     def write(earlier: list[Release]) -> ReportInput:
         write_report(settings, release, evaluation, earlier)

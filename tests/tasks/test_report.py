@@ -22,7 +22,7 @@ from schemas.reports import (
     ReportInput,
     ShardFault,
 )
-from tasks.report import markdown_table, plot_files, render_report
+from tasks.report import draw, markdown_table, plot_files, render_report
 from tasks.theme import PALETTE
 from tasks.wording import threshold
 
@@ -226,7 +226,7 @@ def test_a_store_without_subjects_has_a_report(bare_input: ReportInput) -> None:
     page = render_report(bare_input)
     assert "no labelled rows were evaluated" in page
     assert "<svg" not in page
-    assert plot_files(bare_input) == {}
+    assert plot_files(draw(bare_input)) == {}
     assert markdown_table(bare_input.evaluation) == "No figures: no labelled rows were evaluated.\n"
 
 
@@ -249,7 +249,9 @@ def test_hostile_texts_inject_nothing(hostile_text: str, page_text: str) -> None
 
 
 def test_plot_files_are_whole_and_plainly_named(hostile_input: ReportInput) -> None:
-    files = plot_files(hostile_input)
+    drawn = draw(hostile_input)
+    files = plot_files(drawn)
+    assert render_report(hostile_input, drawn) == render_report(hostile_input)
     assert len(files) > 40
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.(svg|png)", name) for name in files)
     for name, content in files.items():
