@@ -15,7 +15,7 @@ from metrics.allpairs import AllPairs, Cell, all_pairs
 from metrics.bootstrap import CellIntervals, Interval, bootstrap, paired_bootstrap
 from metrics.poses import POSE_CLASSES
 from models.checkpoint import load
-from schemas.errors import BadModelError
+from schemas.errors import BadModelError, StoreError
 from schemas.index import IndexSettings
 from schemas.releases import ModelRef
 from schemas.reports import (
@@ -65,7 +65,7 @@ def evaluate(
 
     Raises:
         SettingsError: the pairs file cannot be used.
-        StoreError: a feature file is damaged.
+        StoreError: a feature file or a model is missing or damaged; of the served release that is a note.
     """
     store = Location(store_uri)
     modes = [RAW, *sorted(models, reverse=True)]
@@ -81,7 +81,13 @@ def evaluate(
     if len(np.unique(held_out.subjects)) < 2:
         notes.append("fewer than two labelled subjects that no model has seen: modes cannot be compared")
     else:
-        before = _served_features(store, served, held_out, modes, settings) if served is not None else {}
+        before = {}
+        if served is not None:
+            try:
+                before = _served_features(store, served, held_out, modes, settings)
+            except StoreError as error:
+                notes.append(f"not compared with the served release {served.release.release}: {error}")
+                log.warning("evaluation: %s", notes[-1])
         populations[HELD_OUT] = measure.population(HELD_OUT, labelled, held_out, modes, before)
     return Evaluation(
         release=release,
@@ -261,6 +267,8 @@ def _seen_by_models(
     for mode, model in models.items():
         try:
             seen |= load((store / model.path).read_bytes()).has_seen(names)
+        except FileNotFoundError as error:
+            raise StoreError(f"{store.uri}/{model.path}: the model is missing.") from error
         except BadModelError as error:
             notes.append(f"mode {mode}: {error}; its figures may be flattered by leaks")
             log.warning("evaluation: %s", notes[-1])

@@ -19,7 +19,7 @@ from schemas.features import DIGEST_BYTES
 from schemas.ids import id_keys
 from schemas.index import IndexSettings
 from schemas.releases import IndexRef, Release
-from storage.features import features_table, matrix_of, read_rows
+from storage.features import check_files, features_table, matrix_of, read_rows
 from storage.indexes import (
     Batch,
     Recall,
@@ -81,6 +81,7 @@ def index_mode(
         updated = _update(store, folder, table, old, before, files, settings)
         if updated is not None:
             return updated
+    check_files(table, files.values())
     ids = _ids_of(table, files.values())
     rows = ids.num_rows
     if not rows:
@@ -177,10 +178,14 @@ def _update(
     if reason is not None:
         log.info("index is built anew: %s", reason)
         return None
+    check_files(table, came)
     leaving = pc.is_in(ids["shard"], pa.array(sorted(gone), pa.string()))
     index.update(ids.filter(leaving)["key"].to_numpy(), _batches(table, came))
     kept = ids.filter(pc.invert(leaving))
     new = pa.concat_tables([kept, _ids_of(table, came)]) if came else kept
+    if not len(index) == new.num_rows == rows:
+        log.warning("the previous index does not hold the rows of its release; building it anew")
+        return None
     return _write(store, folder, index, table, files, new, old.factory, old.changed + moved)
 
 
@@ -194,6 +199,11 @@ def _write(
     factory: str,
     changed: int,
 ) -> IndexRef:
+    rows = sum(file.rows for file in files.values())
+    if not len(index) == ids.num_rows == rows:
+        raise StoreError(
+            f"{store.uri}/{folder}: {len(index)} vectors and {ids.num_rows} ids for {rows} rows; run again."
+        )
     recall = _recall(index, table, files)
     path = f"{folder}/index.faiss"
     with (store / path).writing() as file:
