@@ -25,7 +25,7 @@ from schemas.features import digest_of
 from schemas.releases import ModelRef, Release, release_name
 from schemas.reports import DataQuality, Estimate, Evaluation, GateDecision, ShardFault
 from schemas.settings import PipelineSettings, load_pipeline
-from storage.features import features_table
+from storage.features import DamagedFilesError, features_table
 from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
@@ -100,47 +100,62 @@ def reprocess(config: str | None = None, settings: PipelineSettings | None = Non
 
 
 def run(settings: PipelineSettings) -> Outcome:
-    """Do the work of `reprocess`, inside its flow run."""
-    started = time.monotonic()
+    """Do the work of `reprocess`, inside its flow run. A file that turns out damaged is removed and computed again."""
     check_runner(settings.runner)
     refuse_nested(settings.source, settings.store)
     pairs = read_pairs(settings.evaluation.pairs).digest if settings.evaluation.pairs else None
     store = Location(settings.store)
     with store_lock(store, "reprocess", settings.wait):
-        history, tombstones = Releases(store), Tombstones(store)
-        models = models_task(settings)
-        plan = plan_task(settings, models)
-        releases = settle(history, tombstones)
-        content = release_content(settings, plan.wanted, [fault.shard for fault in plan.faults], pairs)
-        latest = releases[-1] if releases and _is_indexed(store, releases[-1]) else None
-        if not plan.groups and latest and latest.content == content:
-            return _unchanged(settings, latest, plan.faults, time.monotonic() - started)
-        work = plan.work
-        log.info("plan: %d shards to compute, %d files to reuse, %d shards bad", len(work), len(plan.reused),
-                 len(plan.faults))  # fmt: skip
-        results = reweight_all(settings, plan, models) if work else []
-        published = publish_task(settings, opaque(plan), opaque(results))
-        # A shard may turn out bad only while it is read; the name of the release must not promise it.
-        faults = published.data.bad_shards
-        content = release_content(settings, published.features.files, [fault.shard for fault in faults], pairs)
-        if latest and latest.content == content:
-            return _unchanged(settings, latest, faults, time.monotonic() - started)
-        release = _release(settings, plan, published, releases, content, models)
-        release = release.model_copy(update={"tombstones": tombstones.digest})
-        outcome = _measure_and_record(settings, release, published, history, releases)
-        settle(history, tombstones)  # the release served until now may hold a person whose forgetting was interrupted
-        warnings = [warning for result in results for warning in result.warnings]
-        for warning in warnings:
-            log.warning("%s", warning)
-        return outcome.model_copy(
-            update={
-                "shards_computed": len(work),
-                "shards_reused": len({file.partitions["shard"] for file in plan.reused}),
-                "rows_computed": sum(item.rows for item in work),
-                "seconds": time.monotonic() - started,
-                "warnings": warnings,
-            }
-        )
+        removed = set[str]()
+        while True:
+            try:
+                return _run(settings, store, pairs)
+            except DamagedFilesError as error:
+                damaged = {place.uri for place in error.places}
+                if damaged <= removed:  # written anew and damaged again: not for us to mend
+                    raise
+                log.warning("%s", error)
+                removed |= damaged
+                for place in error.places:
+                    place.delete()
+
+
+def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outcome:
+    started = time.monotonic()
+    history, tombstones = Releases(store), Tombstones(store)
+    models = models_task(settings)
+    plan = plan_task(settings, models)
+    releases = settle(history, tombstones)
+    content = release_content(settings, plan.wanted, [fault.shard for fault in plan.faults], pairs)
+    latest = releases[-1] if releases and _is_indexed(store, releases[-1]) else None
+    if not plan.groups and latest and latest.content == content:
+        return _unchanged(settings, latest, plan.faults, time.monotonic() - started)
+    work = plan.work
+    log.info("plan: %d shards to compute, %d files to reuse, %d shards bad", len(work), len(plan.reused),
+             len(plan.faults))  # fmt: skip
+    results = reweight_all(settings, plan, models) if work else []
+    published = publish_task(settings, opaque(plan), opaque(results))
+    # A shard may turn out bad only while it is read; the name of the release must not promise it.
+    faults = published.data.bad_shards
+    content = release_content(settings, published.features.files, [fault.shard for fault in faults], pairs)
+    if latest and latest.content == content:
+        return _unchanged(settings, latest, faults, time.monotonic() - started)
+    release = _release(settings, plan, published, releases, content, models)
+    release = release.model_copy(update={"tombstones": tombstones.digest})
+    outcome = _measure_and_record(settings, release, published, history, releases)
+    settle(history, tombstones)  # the release served until now may hold a person whose forgetting was interrupted
+    warnings = [warning for result in results for warning in result.warnings]
+    for warning in warnings:
+        log.warning("%s", warning)
+    return outcome.model_copy(
+        update={
+            "shards_computed": len(work),
+            "shards_reused": len({file.partitions["shard"] for file in plan.reused}),
+            "rows_computed": sum(item.rows for item in work),
+            "seconds": time.monotonic() - started,
+            "warnings": warnings,
+        }
+    )
 
 
 def release_content(

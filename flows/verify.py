@@ -20,7 +20,7 @@ from schemas.ids import id_keys
 from schemas.releases import IndexRef, Release
 from schemas.reports import RAW
 from storage.census import CENSUS, Census
-from storage.features import features_table, quarantine_table
+from storage.features import complete_rows, features_table, quarantine_table
 from storage.leftovers import find_leftovers
 from storage.location import digest_file
 from storage.releases import Releases
@@ -193,7 +193,7 @@ class _Check:
                 self._wrong(name, f"cannot be read ({str(error).splitlines()[0][:120]})", RECOMPUTE)
 
     def _file(self, table: Table, file: LiveFile, name: str) -> None:
-        """Read all of one file: every page has a checksum, so a flipped bit shows."""
+        """Read all of one file: it carries its digest, so a flipped bit shows."""
         place = table.place / file.path
         size = place.size()
         if size is None:
@@ -201,6 +201,9 @@ class _Check:
         self.bytes += size
         if size != file.size:
             self._wrong(name, f"has {size} bytes, the table says {file.size}", RECOMPUTE)
+            return
+        if complete_rows(place) is None:
+            self._wrong(name, "cannot be read: its digest differs", RECOMPUTE)
             return
         keys, rows, forgotten = [], 0, 0
         with place.open_input() as stream:

@@ -15,6 +15,7 @@ VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))
 PARTITIONS = ("mode", "shard")
 VECTOR_COLUMNS = ("front", "identity", "pose_branch")
 DIGEST_BYTES = 16
+FILE_FORMAT = "sealed"  # part of every file name, since equal names hold equal bytes
 
 
 def feature_schema(id_type: pa.DataType, keep: Sequence[pa.Field] = ()) -> pa.Schema:

@@ -1,14 +1,14 @@
 """Feature files: written block by block, read back as vectors, checked to be whole.
 
 The bytes of a file depend on its rows alone, so that whoever writes a name writes the same file. Vectors do not
-compress: they are stored plain, without dictionary and statistics, in row groups of one block, with a checksum on every
-page (measurements in `docs/decisions.md`). Which files are wanted is `tasks.plan`; committing them is `storage.tables`.
+compress: they are stored plain, without dictionary and statistics, in row groups of one block (measurements in
+`docs/decisions.md`). Every file is sealed (`storage.sealed`). Reading changes nothing: a damaged file is told, and
+removed by `flows.reprocess` alone. Which files are wanted is `tasks.plan`; committing them is `storage.tables`.
 """
 
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,23 @@ import pyarrow.parquet as pq
 from schemas.errors import StoreError
 from schemas.features import PARTITIONS, VECTOR, VECTOR_COLUMNS
 from storage.location import Location
+from storage.sealed import check_whole, checked_footer, sealed_writer
 from storage.tables import LiveFile, Table
 
 FEATURES = "features"
 QUARANTINE = "quarantine"
+
+
+READERS = 4
+
+
+class DamagedFilesError(StoreError):
+    """Files of which some bytes are not those that were written."""
+
+    def __init__(self, places: Sequence[Location], why: str) -> None:
+        self.places = list(places)
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        super().__init__(f"{places[0].uri}{more}: is damaged ({why}); run `frontalis reprocess` to compute it again.")
 
 
 def features_table(store: Location) -> Table:
@@ -35,18 +48,19 @@ def quarantine_table(store: Location) -> Table:
     return Table(store / QUARANTINE, ("shard",))
 
 
-def parquet_writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:
+def parquet_writer(file: Any, schema: pa.Schema) -> contextlib.AbstractContextManager[pq.ParquetWriter]:
     """Open a writer of feature rows (no partition columns) into a stream that is open for writing."""
     dictionary = [f.name for f in schema if pa.types.is_string(f.type) and f.name != "id"]
-    return pq.ParquetWriter(
-        file,
-        schema,
-        compression="none",
-        use_dictionary=dictionary or False,
-        write_statistics=False,
-        write_page_checksum=True,
-        store_schema=False,
-    )
+    return sealed_writer(file, schema, compression="none", use_dictionary=dictionary or False, write_statistics=False)
+
+
+def write_quarantine(place: Location, rows: pa.Table) -> None:
+    """Write the quarantined rows of a shard, no partition column, as the file `place`."""
+    with (
+        place.writing() as file,
+        sealed_writer(file, rows.schema, compression="zstd", write_statistics=False) as writer,
+    ):
+        writer.write_table(rows)
 
 
 def vector_column(matrix: npt.NDArray[np.float32]) -> pa.ListArray:
@@ -84,13 +98,18 @@ def _uneven(what: str) -> StoreError:
 
 
 def read_rows(table: Table, file: LiveFile, columns: Sequence[str], rows: int = 65_536) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of one feature file in batches, checking the checksum of every page read.
+    """Yield all rows of one feature file in batches; the footer and every page read are checked.
 
     Raises:
-        StoreError: see `_opened`.
+        StoreError: see `opened`.
     """
-    with _opened(table, file) as parquet:
-        yield from parquet.iter_batches(batch_size=rows, columns=list(columns))
+    with opened(table, file) as parquet:
+        count = 0
+        for batch in parquet.iter_batches(batch_size=rows, columns=list(columns)):
+            count += batch.num_rows
+            yield batch
+        if count != file.rows:
+            raise pa.ArrowInvalid(f"{count} rows could be read instead of {file.rows}")
 
 
 def take_rows(table: Table, file: LiveFile, columns: Sequence[str], at: npt.NDArray[np.int64]) -> pa.Table:
@@ -99,9 +118,9 @@ def take_rows(table: Table, file: LiveFile, columns: Sequence[str], at: npt.NDAr
     Row groups that hold none of them are not read.
 
     Raises:
-        StoreError: see `_opened`.
+        StoreError: see `opened`.
     """
-    with _opened(table, file) as parquet:
+    with opened(table, file) as parquet:
         sizes = np.array([parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)])
         ends = np.cumsum(sizes)
         group_of = np.searchsorted(ends, at, side="right")
@@ -113,34 +132,48 @@ def take_rows(table: Table, file: LiveFile, columns: Sequence[str], at: npt.NDAr
             first, last = np.searchsorted(place, [start, start + batch.num_rows])
             parts.append(pa.Table.from_batches([batch]).take(pa.array(place[first:last] - start)))
             start += batch.num_rows
+        if start != sizes[wanted].sum():
+            raise pa.ArrowInvalid(f"{start} rows could be read instead of {sizes[wanted].sum()}")
     return pa.concat_tables(parts)
 
 
 @contextlib.contextmanager
-def _opened(table: Table, file: LiveFile) -> Iterator[pq.ParquetFile]:
-    """Open one feature file; whatever page is read from it is checked.
+def opened(table: Table, file: LiveFile) -> Iterator[pq.ParquetFile]:
+    """Open one feature file with its footer checked; whatever page is read from it is checked, too.
 
     Raises:
-        StoreError: the file is missing, damaged, or cannot be read now. Only a file that is damaged beyond doubt is
-            deleted, so that the next run of `reprocess` computes it again.
+        DamagedFilesError: the bytes are not those that were written, also where that shows only while they are read.
+        StoreError: the file is missing, or cannot be read now.
     """
     place = table.place / file.path
     try:
         with place.open_input() as stream:
-            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
-            if parquet.metadata.num_rows != file.rows:
-                raise pa.ArrowInvalid(f"{parquet.metadata.num_rows} rows instead of {file.rows}")
-            yield parquet
+            metadata = checked_footer(stream)
+            if metadata.num_rows != file.rows:
+                raise pa.ArrowInvalid(f"{metadata.num_rows} rows instead of {file.rows}")
+            yield pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
     except FileNotFoundError as error:
-        raise StoreError(f"{place.uri}: is missing; run `frontalis reprocess` to compute it again.") from error
-    except (pa.ArrowException, OSError) as error:
+        raise _missing(place) from error
+    except _UNREADABLE as error:
         why = (str(error).splitlines() or ["no reason given"])[0][:120]
-        if not _is_damaged(place, file.rows):
+        if _damage(place, file.rows) is None:
             raise StoreError(f"{place.uri}: cannot be read now ({why}); run again.") from error
-        place.delete()
-        raise StoreError(
-            f"{place.uri}: is damaged ({why}) and was removed; run `frontalis reprocess` to compute it again."
-        ) from error
+        raise DamagedFilesError([place], why) from error
+
+
+def check_files(table: Table, files: Iterable[LiveFile]) -> None:
+    """Read all bytes of some files.
+
+    Raises:
+        DamagedFilesError: some are damaged.
+        StoreError: one is missing, or cannot be read now.
+    """
+    files = list(files)
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(lambda file: _damage(table.place / file.path, file.rows), files))
+    damaged = [(file, why) for file, why in zip(files, found, strict=True) if why is not None]
+    if damaged:
+        raise DamagedFilesError([table.place / file.path for file, _ in damaged], damaged[0][1])
 
 
 def read_table(table: Table, files: Iterable[LiveFile], columns: Sequence[str]) -> pa.Table:
@@ -163,25 +196,32 @@ def complete_rows(place: Location) -> int | None:
     """Return the rows of a file that lies under its final name, or None where it is truncated or damaged."""
     try:
         with place.open_input() as stream:
-            return _count(stream)
-    except (pa.ArrowException, OSError):
+            return int(check_whole(stream).num_rows)
+    except _UNREADABLE:
         return None
 
 
-def _is_damaged(place: Location, rows: int) -> bool:
-    """Return whether the bytes are wrong, and not only the storage slow to give them: by means of a local copy."""
-    with tempfile.TemporaryFile() as copy:
-        try:
-            with place.open_input() as stream:
-                shutil.copyfileobj(stream, copy, 8 << 20)
-        except (StoreError, OSError):
-            return False
-        try:
-            return _count(copy) != rows
-        except (pa.ArrowException, OSError):
-            return True
+# What reading wrong bytes raises: beside Arrow's own errors, text that is no UTF-8 and names that are not there.
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError)
 
 
-def _count(stream: Any) -> int:
-    parquet = pq.ParquetFile(stream, page_checksum_verification=True)
-    return sum(int(batch.num_rows) for batch in parquet.iter_batches())
+def _damage(place: Location, rows: int) -> str | None:
+    """Return what is wrong with the bytes of a file, or None where they are as written.
+
+    Raises:
+        StoreError: it is missing, or the storage does not give them now.
+    """
+    try:
+        with place.open_input() as stream:
+            found = check_whole(stream).num_rows
+    except FileNotFoundError as error:
+        raise _missing(place) from error
+    except pa.ArrowInvalid as error:
+        return str(error)
+    except OSError as error:
+        raise StoreError(f"{place.uri}: cannot be read now ({str(error).splitlines()[0][:120]}); run again.") from error
+    return None if found == rows else f"{found} rows instead of {rows}"
+
+
+def _missing(place: Location) -> StoreError:
+    return StoreError(f"{place.uri}: is missing; run `frontalis reprocess` to compute it again.")

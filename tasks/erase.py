@@ -11,11 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from models.checkpoint import load
 from models.inference import Reweighter
-from schemas.errors import StoreError
 from schemas.features import (
     QUARANTINE_SCHEMA,
     VECTOR_COLUMNS,
@@ -31,13 +29,16 @@ from schemas.reports import RAW
 from schemas.settings import ColumnNames
 from storage.census import CENSUS, NO_KEY, Census, RowKeys, mark_repeats
 from storage.features import (
+    check_files,
     complete_rows,
     features_table,
     matrix_of,
+    opened,
     parquet_writer,
     quarantine_table,
     read_table,
     vector_column,
+    write_quarantine,
 )
 from storage.location import Location
 from storage.tables import LiveFile, Snapshot, Table
@@ -132,6 +133,7 @@ def erase(
     files, held_files = dict(shown.files), dict(held.files)
     for shard, one in sorted(hits.items()):
         of_shard = {file.partitions["mode"]: file for file in shown.files.values() if file.partitions["shard"] == shard}
+        check_files(features, of_shard.values())
         digest = census.forget(shard, one, _input_of(of_shard, shard))
         for mode, file in of_shard.items():
             new = _rewrite(features, of_shard, mode, digest, models, tombstones)
@@ -223,7 +225,7 @@ def _rewrite(
     if rows is None:
         by_batch = mode in models and mode == "batch_stat" and models[mode].statistic == "batch"
         rows = 0
-        with place.writing() as target, _open(table, file) as source:
+        with place.writing() as target, opened(table, file) as source:
             schema = source.schema_arrow
             raw = _Blocks(table, of_shard[RAW]) if by_batch else None
             network = _network(table, models[mode]) if by_batch else None
@@ -274,7 +276,7 @@ class _Blocks:
 
     @staticmethod
     def _stream(table: Table, file: LiveFile) -> Iterator[np.ndarray]:
-        with _open(table, file) as source:
+        with opened(table, file) as source:
             for batch in source.iter_batches(columns=["front"]):
                 yield matrix_of(batch.column("front"), file.path)
 
@@ -289,8 +291,7 @@ def _rewrite_quarantine(table: Table, file: LiveFile, digest: str, gone: Sequenc
     rules = file.path.rsplit("-", 1)[1].removesuffix(".parquet")
     path = quarantine_path(feature_path(RAW, shard, digest, rules))
     rows = rows.cast(file_schema(QUARANTINE_SCHEMA))
-    with (table.place / path).writing() as target:
-        pq.write_table(rows, target, compression="zstd", store_schema=False, write_statistics=False)
+    write_quarantine(table.place / path, rows)
     size = (table.place / path).size()
     assert size is not None
     return LiveFile(path, size, rows.num_rows, {"shard": shard})
@@ -302,14 +303,6 @@ def _replace(table: Table, live: Snapshot, files: Mapping[str, LiveFile]) -> Sna
         return live
     add = [file for path, file in files.items() if path not in live.files]
     return table.commit(live, schema, add, [file for path, file in live.files.items() if path not in files])
-
-
-def _open(table: Table, file: LiveFile) -> pq.ParquetFile:
-    place = table.place / file.path
-    try:
-        return pq.ParquetFile(place.open_input(), pre_buffer=False, page_checksum_verification=True)
-    except FileNotFoundError as error:
-        raise StoreError(f"{place.uri}: is missing; run `frontalis verify --store …`.") from error
 
 
 def _network(table: Table, model: ModelRef) -> Reweighter:

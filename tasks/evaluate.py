@@ -15,7 +15,7 @@ from metrics.allpairs import AllPairs, Cell, all_pairs
 from metrics.bootstrap import CellIntervals, Interval, bootstrap, paired_bootstrap
 from models.checkpoint import load
 from models.inference import torch_device
-from schemas.errors import BadModelError
+from schemas.errors import BadModelError, StoreError
 from schemas.features import digest_of
 from schemas.index import IndexSettings
 from schemas.releases import ModelRef
@@ -68,7 +68,7 @@ def evaluate(
 
     Raises:
         SettingsError: the pairs file cannot be used.
-        StoreError: a feature file is damaged.
+        StoreError: a feature file or a model is missing or damaged; of the served release that is a note.
     """
     pairs = read_pairs(settings.pairs) if settings.pairs else None
     store = Location(store_uri)
@@ -86,11 +86,19 @@ def evaluate(
     if len(roster.names) < 2:
         notes.append("fewer than two labelled subjects: nothing can be measured")
     else:
-        populations[ALL] = measure.population(ALL, everybody, [RAW])
+        populations[ALL] = measure.population(ALL, everybody, [RAW], {})
     if len(np.unique(roster.subjects[held_out])) < 2:
         notes.append("fewer than two labelled subjects that no model has seen: modes cannot be compared")
     else:
-        populations[HELD_OUT] = measure.population(HELD_OUT, measure.sample(held_out, modes), modes, served)
+        chosen = measure.sample(held_out, modes)
+        before: dict[str, Differences] = {}
+        if served is not None:
+            try:
+                before = measure.versus_served(chosen, modes, served)
+            except StoreError as error:
+                notes.append(f"not compared with the served release {served.release.release}: {error}")
+                log.warning("evaluation: %s", notes[-1])
+        populations[HELD_OUT] = measure.population(HELD_OUT, chosen, modes, before)
     return Evaluation(
         release=release,
         resamples=settings.resamples,
@@ -143,12 +151,11 @@ class _Measure:
         return _Sample(rows, at, read, sampled_from)
 
     def population(
-        self, name: str, chosen: _Sample, modes: Sequence[str], served: Previous | None = None
+        self, name: str, chosen: _Sample, modes: Sequence[str], before: Mapping[str, Differences]
     ) -> Population:
-        """Measure each mode over a sample."""
+        """Measure each mode over a sample; `before` are the modes' differences to the served release."""
         sample, subjects = chosen.rows, self.roster.subjects
         swept = {mode: self._sweep(sample, sample.features[mode], keep=True) for mode in modes}
-        before = self._served(chosen, modes, served) if served is not None else {}
         results = {}
         for mode in modes:
             log.info("evaluation: %s, %s: %d rows", name, mode, len(sample))
@@ -225,7 +232,7 @@ class _Measure:
             for cell, one in paired.items()
         }
 
-    def _served(self, chosen: _Sample, modes: Sequence[str], served: Previous) -> dict[str, Differences]:
+    def versus_served(self, chosen: _Sample, modes: Sequence[str], served: Previous) -> dict[str, Differences]:
         """Compare, by mode, over the rows that both releases have and none of their models has seen.
 
         A mode whose served model does not tell whom it has seen has no comparison.
@@ -312,6 +319,8 @@ def _seen_by_models(
     for mode, model in models.items():
         try:
             seen |= load((store / model.path).read_bytes()).has_seen(names)
+        except FileNotFoundError as error:
+            raise StoreError(f"{store.uri}/{model.path}: the model is missing.") from error
         except BadModelError as error:
             untold[mode] = str(error)
     return seen, untold

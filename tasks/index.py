@@ -19,7 +19,7 @@ from schemas.features import DIGEST_BYTES
 from schemas.ids import id_keys
 from schemas.index import IndexSettings
 from schemas.releases import IndexRef, Release
-from storage.features import features_table, matrix_of, read_rows
+from storage.features import check_files, features_table, matrix_of, read_rows
 from storage.indexes import Batch, VectorIndex, build, choose_factory, read_index, rebuild_reason
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
@@ -73,6 +73,7 @@ def index_mode(
         updated = _update(store, folder, table, old, before, files, settings)
         if updated is not None:
             return updated
+    check_files(table, files.values())
     ids = _ids_of(table, files.values())
     rows = ids.num_rows
     if not rows:
@@ -169,11 +170,12 @@ def _update(
     if reason is not None:
         log.info("index is built anew: %s", reason)
         return None
+    check_files(table, came)
     leaving = pc.is_in(ids["shard"], pa.array(sorted(gone), pa.string()))
     index.update(ids.filter(leaving)["key"].to_numpy(), _batches(table, came))
     kept = ids.filter(pc.invert(leaving))
     new = pa.concat_tables([kept, _ids_of(table, came)]) if came else kept
-    if not np.array_equal(index.keys(), np.sort(new["key"].to_numpy())):
+    if new.num_rows != rows or not np.array_equal(index.keys(), np.sort(new["key"].to_numpy())):
         log.warning("the previous index does not hold the rows of its release; building it anew")
         return None
     return _write(store, folder, index, table, files, new, old.factory, old.changed + moved)
@@ -189,6 +191,11 @@ def _write(
     factory: str,
     changed: int,
 ) -> IndexRef:
+    rows = sum(file.rows for file in files.values())
+    if not len(index) == ids.num_rows == rows:
+        raise StoreError(
+            f"{store.uri}/{folder}: {len(index)} vectors and {ids.num_rows} ids for {rows} rows; run again."
+        )
     recall = _recall(index, table, files)
     path = f"{folder}/index.faiss"
     with (store / path).writing() as file:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from models.checkpoint import inference_options, load, model_digest
 from schemas.errors import BadModelError, BadShardError, SettingsError
-from schemas.features import digest_of, feature_path, feature_schema, quarantine_path
+from schemas.features import FILE_FORMAT, digest_of, feature_path, feature_schema, quarantine_path
 from schemas.releases import ModelRef
 from schemas.reports import RAW, ShardFault
 from schemas.settings import ColumnNames, PipelineSettings
@@ -114,12 +114,16 @@ def prepare_models(settings: PipelineSettings) -> dict[str, ModelRef]:
 
 def output_options(settings: PipelineSettings) -> dict[str, object]:
     """Return the settings, beside the model, that decide the bytes of a feature file."""
-    return {"columns": settings.columns.model_dump(mode="json"), "branches": settings.reweight.branches}
+    return {**_row_options(settings), "branches": settings.reweight.branches}
 
 
 def raw_digest(settings: PipelineSettings, dim: int) -> str:
     """Return what stands for the model digest in the file names of mode `raw`: all that decides which rows are good."""
-    return model_digest(RAW, {"dim": dim, "output": {"columns": output_options(settings)["columns"]}})
+    return model_digest(RAW, {"dim": dim, "output": _row_options(settings)})
+
+
+def _row_options(settings: PipelineSettings) -> dict[str, object]:
+    return {"columns": settings.columns.model_dump(mode="json"), "file": FILE_FORMAT}
 
 
 def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Plan:
@@ -152,7 +156,7 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
     faults = []
     for key, error in sorted(errors.items()):
         last_good = [path for path, (_, shard) in wanted.items() if shard == key]
-        kept = bool(last_good) and all(path in base.files for path in last_good)
+        kept = bool(last_good) and all(_lies_there(table.place, base.files.get(path)) for path in last_good)
         faults.append(ShardFault(shard=key, reason=str(error), kept=kept))
         if not kept:  # those of another model cannot stand beside the new ones
             wanted = {path: where for path, where in wanted.items() if where[1] != key}
@@ -298,6 +302,10 @@ def _sort_out(
         else:
             reused.append(LiveFile(path, on_disk[path], rows, {"mode": mode, "shard": shard}))
     return reused, missing
+
+
+def _lies_there(place: Location, file: LiveFile | None) -> bool:
+    return file is not None and (place / file.path).size() == file.size
 
 
 def _held_rows(store: Location, wanted: Collection[str]) -> dict[str, int]:

@@ -37,7 +37,7 @@ def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResul
     """
     store = Location(settings.store)
     features = features_table(store)
-    wanted, faults = _settle(plan, results)
+    wanted, faults = _settle(features.place, plan, results)
     fresh = {file.path: file for result in results for file in result.files} | {file.path: file for file in plan.reused}
     add = [file for path, file in fresh.items() if path in wanted and path not in plan.base.files]
     remove = [file for path, file in plan.base.files.items() if path not in wanted]
@@ -51,7 +51,9 @@ def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResul
     return Published(snapshot, quarantine, data_quality(plan, faults, snapshot, quarantine, quarantine_table(store)))
 
 
-def _settle(plan: Plan, results: Sequence[ShardResult]) -> tuple[dict[str, tuple[str, str]], list[ShardFault]]:
+def _settle(
+    place: Location, plan: Plan, results: Sequence[ShardResult]
+) -> tuple[dict[str, tuple[str, str]], list[ShardFault]]:
     """Return the files the table shall hold: those wanted, but for a shard that failed, its last good ones."""
     wanted = dict(plan.wanted)
     faults = list(plan.faults)
@@ -65,7 +67,9 @@ def _settle(plan: Plan, results: Sequence[ShardResult]) -> tuple[dict[str, tuple
             for path, file in plan.base.files.items()
             if file.partitions["shard"] == result.shard and path.endswith(digests.get(file.partitions["mode"], "/"))
         }
-        kept = len(last_good) == len(plan.modes)
+        kept = len(last_good) == len(plan.modes) and all(
+            (place / path).size() == plan.base.files[path].size for path in last_good
+        )
         if kept:
             wanted |= last_good
         faults.append(result.fault.model_copy(update={"kept": kept}))

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from models.checkpoint import load
@@ -36,7 +35,7 @@ from schemas.shards import (
     embedding_matrix,
     plain_column,
 )
-from storage.features import features_table, parquet_writer, quarantine_table, vector_column
+from storage.features import features_table, parquet_writer, quarantine_table, vector_column, write_quarantine
 from storage.location import Location
 from storage.shards import read_schema, still_same, stream_blocks
 from storage.tables import LiveFile
@@ -200,8 +199,7 @@ class _Reader:
         if not self.bad:
             return
         table = pa.Table.from_batches(self.bad, schema=file_schema(QUARANTINE_SCHEMA))
-        with (quarantine_table(Location(self.spec.store)).place / self.work.quarantine).writing() as file:
-            pq.write_table(table, file, compression="zstd", store_schema=False, write_statistics=False)
+        write_quarantine(quarantine_table(Location(self.spec.store)).place / self.work.quarantine, table)
 
     def _meta(self, block: pa.RecordBatch, schema: pa.Schema, record: bool) -> pa.RecordBatch:
         names = [item.name for item in schema if item.name not in VECTOR_COLUMNS]

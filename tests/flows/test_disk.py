@@ -5,6 +5,7 @@ Mounts need root; where they are not allowed their tests skip.
 
 import contextlib
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from flows.forget import forget
+from flows.reprocess import CompletedWithBadShardsError
 from flows.rollback import roll_back
 from flows.vacuum import clean
 from flows.verify import check
@@ -162,25 +165,78 @@ def test_a_damaged_file_under_its_final_name_is_not_reused(
     assert files(store) == wanted
 
 
-@pytest.mark.parametrize("at", [0.3, 0.999])
-def test_a_flipped_bit_in_a_feature_file_is_never_indexed(store, run_pipeline, plain_source, new_models, at) -> None:
-    """A live file is damaged, and a run reads it again to build an index; once removed, it is computed again."""
+@pytest.mark.parametrize("seed", [0, 1])
+def test_flipped_bits_in_feature_files_are_never_indexed(store, run_pipeline, plain_source, seed) -> None:
+    """A bit in the pages, one in a page header and one in the footer of each mode; a run that reads them mends them."""
     good = files(store)
-    path = next(name for name in sorted(good) if name.startswith("mode=raw/"))
-    content = bytearray(good[path])
-    content[int(len(content) * at)] ^= 2
-    (store / "features" / path).write_bytes(content)
+    chance = random.Random(seed)
+    for mode in ("raw", "per_sample", "batch_stat"):
+        names = [name for name in sorted(good) if name.startswith(f"mode={mode}/")]
+        for name, region in zip(names, ("pages", "header", "footer"), strict=True):
+            content = bytearray(good[name])
+            column = pq.read_metadata(store / "features" / name).row_group(0).column(0)
+            footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+            first = {"pages": 4, "header": column.data_page_offset, "footer": footer}[region]
+            last = {"pages": footer, "header": column.data_page_offset + 20, "footer": len(content)}[region]
+            content[chance.randrange(first, last)] ^= 1 << chance.randrange(8)
+            (store / "features" / name).write_bytes(content)
+    assert len(check(str(store)).problems) == 9
     shutil.rmtree(store / "indexes")
-    with contextlib.suppress(StoreError):  # a flip in bytes that nobody reads, such as a name in the footer, may pass
-        run_pipeline(plain_source, store)
-    run_pipeline(plain_source, store)
-    for problem in check(str(store)).problems:  # and what no run reads is found by verify
-        if "cannot be read" in problem.what:
-            (store / problem.thing).unlink()
-    run_pipeline(plain_source, store)
-    assert files(store)[path] == good[path]
+    assert run_pipeline(plain_source, store).status == "promoted"
+    assert files(store) == good
     clean(str(store), keep=1)
     assert check(str(store)).problems == []
+
+
+def test_readers_leave_a_damaged_file_where_it_is(store) -> None:
+    """It may be the only copy of what is served; whoever reads holds no lock."""
+    id_ = some_id(store)
+    before = {}
+    for file in store.glob("features/mode=per_sample/*/*.parquet"):
+        content = bytearray(file.read_bytes())
+        content[-9] ^= 1
+        file.write_bytes(content)
+        before[file] = bytes(content)
+    with pytest.raises(StoreError, match=r"is damaged .* run `frontalis reprocess` to compute it again"):
+        answer(str(store), "per_sample", ids=[id_], k=3)
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_lost_files_of_the_served_release_do_not_stop_the_nights(
+    run_pipeline, tiny_source, new_models, tmp_path
+) -> None:
+    source, store = tmp_path / "source", tmp_path / "store"
+    shutil.copytree(tiny_source, source)
+    first = run_pipeline(source, store)
+    changed = source / "part-001.parquet"
+    for file in store.glob("features/mode=per_sample/shard=part-001/*.parquet"):
+        file.unlink()
+    pq.write_table(pq.read_table(changed).slice(1), changed)
+    second = run_pipeline(source, store)
+    assert second.status == "promoted"
+    [note] = [note for note in second.evaluation.notes if first.release in note]
+    assert "not compared with the served release" in note
+    assert "is missing" in note
+    for model in Releases(Location(str(store))).serving().models.values():
+        (store / model.path).unlink()
+    third = run_pipeline(source, store, models=new_models)
+    assert third.status == "promoted"
+    [note] = [note for note in third.evaluation.notes if second.release in note]
+    assert "the model is missing" in note
+
+
+def test_a_bad_shard_whose_last_good_files_are_lost_is_left_out(store, run_pipeline, plain_source, tmp_path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(plain_source, source)
+    (source / "part-002.parquet").write_bytes(b"no Parquet")
+    for file in store.glob("features/mode=raw/shard=part-002/*.parquet"):
+        file.unlink()
+    pq.write_table(pq.read_table(source / "part-001.parquet").slice(1), source / "part-001.parquet")
+    with pytest.raises(CompletedWithBadShardsError) as told:
+        run_pipeline(source, store)
+    assert [(fault.shard, fault.kept) for fault in told.value.outcome.data.bad_shards] == [("part-002", False)]
+    assert told.value.outcome.status == "promoted"
+    assert {path.split("/")[1] for path in files(store)} == {"shard=part-000", "shard=part-001"}
 
 
 @pytest.mark.parametrize("name", ["index.faiss", "ids.parquet"])

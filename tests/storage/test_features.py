@@ -12,6 +12,8 @@ import pytest
 from schemas.errors import StoreError
 from schemas.features import VECTOR, feature_schema, file_schema
 from storage.features import (
+    DamagedFilesError,
+    check_files,
     complete_rows,
     features_table,
     matrix_of,
@@ -140,12 +142,15 @@ def flipped(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("spoil", [flipped, lambda content: content[:-20], lambda content: b""])
-def test_a_damaged_file_is_reported_and_removed(table: Table, file: LiveFile, spoil) -> None:
+def test_a_damaged_file_is_told_and_left_where_it_is(table: Table, file: LiveFile, spoil) -> None:
     place = table.place / file.path
     Path(place.path).write_bytes(spoil(place.read_bytes()))
-    with pytest.raises(StoreError, match=r"x\.parquet: is damaged \(.+\) and was removed; run `frontalis reprocess`"):
+    damaged = Path(place.path).read_bytes()
+    with pytest.raises(DamagedFilesError, match=r"x\.parquet: is damaged \(.+\); run `frontalis reprocess`") as told:
         list(read_rows(table, file, ["front"]))
-    assert not place.exists()
+    assert [one.uri for one in told.value.places] == [place.uri]
+    assert Path(place.path).read_bytes() == damaged
+    place.delete()
     with pytest.raises(StoreError, match=r"x\.parquet: is missing; run `frontalis reprocess`"):
         list(read_rows(table, file, ["front"]))
 
@@ -154,7 +159,8 @@ def test_a_whole_file_of_another_number_of_rows_is_damage_too(table: Table, file
     write(table, file.path, MATRIX[:9])
     with pytest.raises(StoreError, match="9 rows instead of 10"):
         list(read_rows(table, file, ["front"]))
-    assert not (table.place / file.path).exists()
+    with pytest.raises(DamagedFilesError, match="9 rows instead of 10"):
+        check_files(table, [file])
 
 
 class FlakyDisk:
@@ -208,5 +214,34 @@ def test_row_groups_without_a_wanted_row_are_not_read(table: Table, file: LiveFi
     assert (
         matrix_of(take_rows(table, file, ["front"], np.array([2, 7]))["front"], "x").tolist() == MATRIX[[2, 7]].tolist()
     )
-    with pytest.raises(StoreError, match=r"is damaged .* and was removed"):
+    with pytest.raises(DamagedFilesError, match="is damaged"):
         take_rows(table, file, ["front"], np.array([2, 8]))
+
+
+def test_any_flipped_bit_is_refused_or_changes_nothing(table: Table) -> None:
+    """Footer and headers between the pages have no checksums of their own; the seal covers every byte."""
+    file = write(
+        table, "mode=raw/shard=a/y.parquet", np.random.default_rng(2).standard_normal((9, 2)).astype(np.float32)
+    )
+    place = table.place / file.path
+    content = place.read_bytes()
+    good = read_table(table, [file], ["id", "subject", "front"])
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    chance = np.random.default_rng(3)
+    places = [*chance.integers(0, footer, 400), *chance.integers(footer, len(content), 400)]
+    for at, bit in zip(places, chance.integers(0, 8, 800), strict=True):
+        Path(place.path).write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        with pytest.raises(DamagedFilesError):
+            check_files(table, [file])
+        assert complete_rows(place) is None
+        if at < footer:
+            continue
+        with pytest.raises(DamagedFilesError):
+            read_table(table, [file], ["id", "subject", "front"])
+    Path(place.path).write_bytes(content)
+    assert read_table(table, [file], ["id", "subject", "front"]) == good
+
+
+def test_other_readers_pass_over_the_seal(table: Table, file: LiveFile) -> None:
+    place = (table.place / file.path).path
+    assert pq.read_table(place)["id"].to_pylist() == pl.read_parquet(place)["id"].to_list()
