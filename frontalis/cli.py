@@ -6,17 +6,21 @@ imported by the command that needs them, so that `--help` and a mistyped option 
 
 import logging
 import os
+import signal
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from frontalis.interrupt import KEPT, Interrupt, stops_within
-from schemas.errors import FrontalisError, SettingsError, one_line
+from frontalis.border import FAILED, log_to_stderr, run
+from frontalis.interrupt import GRACE_SECONDS, Interrupt, Watched
+from schemas.errors import SettingsError
 
 KEPT_BACK = 5
-DAMAGED = 1
-INTERRUPTED = 130
+TRAIN_GRACE_SECONDS = 60.0  # after Ctrl-C the best model so far is measured and written
+
+Command = TypeVar("Command", bound=Callable[..., None])
 
 app = typer.Typer(
     name="frontalis",
@@ -35,31 +39,32 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 
 
 def main() -> None:
-    """Run the command line; refusals print one line and exit with their code."""
-    try:
-        status = app(standalone_mode=False)
-    except FrontalisError as error:
-        status = _refuse(str(error), error.exit_code)
-    except Interrupt as interrupt:
-        status = _refuse(f"interrupted; {KEPT}", interrupt.exit_code)
-    except Exception as error:
-        show = getattr(error, "show", None)  # an option that cannot be used, of typer's or click's kind
-        if show is None:
-            raise
-        show()
-        status = getattr(error, "exit_code", 2)
-    sys.exit(int(status or 0))
+    """Run the command line and end the process with its exit code."""
+    sys.exit(run(app))
+
+
+_left: dict[str, tuple[str, float]] = {}
+
+
+def _command(kept: str, grace: float = GRACE_SECONDS) -> Callable[[Command], Command]:
+    """Register a command: what of its work an interrupt leaves, in words, and how many seconds it may take to stop."""
+
+    def register(function: Command) -> Command:
+        _left[function.__name__] = (kept, grace)
+        return app.command()(function)
+
+    return register
 
 
 @app.callback()
 def _start(
+    context: typer.Context,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr, only warnings.")] = False,
 ) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
-    # What Prefect says of a failed run is the error again, with a traceback: `main` prints it once, in one line.
-    handler.addFilter(lambda record: not record.name.startswith("prefect"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    watched: Watched = context.obj
+    kept, watched.grace = _left[str(context.invoked_subcommand)]
+    watched.kept = lambda: kept
+    log_to_stderr()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     logging.getLogger("frontalis").setLevel(logging.WARNING if quiet else logging.INFO)
     # Prefect's own log would repeat ours and hide it; the server keeps its record of the run all the same.
@@ -71,7 +76,7 @@ def _start(
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
 
-@app.command()
+@_command(kept="the shards are not complete; run the same command again")
 def synth(
     out: Annotated[str, typer.Argument(help="Folder for the shards.")],
     subjects: Annotated[int, typer.Option(min=1)] = 500,
@@ -90,8 +95,9 @@ def synth(
     print(f"{made.rows:,} rows of {subjects} subjects in {len(made.files)} shards under {out}")  # noqa: T201
 
 
-@app.command()
+@_command(kept="no checkpoint was written", grace=TRAIN_GRACE_SECONDS)
 def train(
+    context: typer.Context,
     sources: Annotated[list[str], typer.Argument(help="Folders of labelled shards.")],
     out: Annotated[str, typer.Option(help="Checkpoint to write (.safetensors); its card goes beside it.")],
     mode: Annotated[str, typer.Option(help="per_sample or batch_stat.")] = "per_sample",
@@ -108,7 +114,11 @@ def train(
     """Train one checkpoint and measure it on subjects it has not seen."""
     from flows.train import train as flow
     from frontalis.printing import print_trained
+    from storage.location import Location
 
+    watched: Watched = context.obj
+    otherwise, before = watched.kept, Location(out).entry()
+    watched.kept = lambda: otherwise() if Location(out).entry() == before else f"{out} is the best model until then"
     trained = _run_flow(
         flow,
         sources=sources,
@@ -125,10 +135,10 @@ def train(
     )
     print_trained(trained, as_json)
     if trained.interrupted:
-        raise typer.Exit(INTERRUPTED)
+        raise Interrupt(watched.signal or signal.SIGINT)
 
 
-@app.command()
+@_command(kept="what is complete is kept; run the same command again to go on")
 def reprocess(
     source: Annotated[str | None, typer.Option(help="Folder of shards, or s3://…")] = None,
     store: Annotated[str | None, typer.Option(help="The store.")] = None,
@@ -168,8 +178,7 @@ def reprocess(
     from frontalis.printing import print_outcome
 
     try:
-        with stops_within():
-            outcome = _run_flow(flow, settings=settings)
+        outcome = _run_flow(flow, settings=settings)
     except CompletedWithBadShardsError as error:
         print_outcome(error.outcome, as_json)
         raise
@@ -179,7 +188,7 @@ def reprocess(
         raise typer.Exit(KEPT_BACK)
 
 
-@app.command()
+@_command(kept="nothing was changed")
 def evaluate(
     store: Store,
     release: Annotated[str | None, typer.Option(help="A release by name; the one served by default.")] = None,
@@ -199,7 +208,7 @@ def evaluate(
     print_evaluation(result, as_json)
 
 
-@app.command()
+@_command(kept="nothing was changed")
 def query(
     store: Store,
     mode: Annotated[str, typer.Option(help="per_sample, batch_stat or raw.")] = "per_sample",
@@ -218,7 +227,7 @@ def query(
     print_answer(found, as_json)
 
 
-@app.command()
+@_command(kept="not all files are written; run the same command again")
 def explain(
     model: Annotated[str, typer.Option(help="Checkpoint file.")],
     out: Annotated[str, typer.Option(help="Folder for plots and tables.")],
@@ -236,7 +245,7 @@ def explain(
     print_explanation(explain_model(model, source, out, k, columns), as_json)
 
 
-@app.command()
+@_command(kept="nothing was changed")
 def releases(store: Store, as_json: AsJson = False) -> None:
     """List the releases of a store, with the gated metric per mode."""
     from frontalis.printing import print_releases
@@ -245,7 +254,7 @@ def releases(store: Store, as_json: AsJson = False) -> None:
     print_releases(Releases.of(store).all(), as_json)
 
 
-@app.command()
+@_command(kept="`frontalis releases` tells which release is served")
 def rollback(
     store: Store, release: Annotated[str, typer.Argument(help="The release to serve.")], as_json: AsJson = False
 ) -> None:
@@ -256,7 +265,7 @@ def rollback(
     print(served.model_dump_json() if as_json else f"{served.release} is served now")  # noqa: T201
 
 
-@app.command()
+@_command(kept="not all is deleted yet; run the same command again")
 def forget(
     store: Store,
     subject: Annotated[str | None, typer.Option(help="Forget all rows of this subject.")] = None,
@@ -271,7 +280,7 @@ def forget(
     print_forgotten(delete(store, subject=subject, id_=id_, wait=wait), store, as_json)
 
 
-@app.command()
+@_command(kept="what is left to remove goes the next time")
 def vacuum(
     store: Store,
     keep: Annotated[int, typer.Option(help="How many releases stay ready to be served.")] = 10,
@@ -290,7 +299,7 @@ def vacuum(
     print_vacuumed(clean(store, keep=keep, dry_run=dry_run, grace_hours=grace_hours, wait=wait), as_json)
 
 
-@app.command()
+@_command(kept="nothing was changed")
 def verify(store: Store, as_json: AsJson = False) -> None:
     """Check every file of the store against what its releases say."""
     from flows.verify import check
@@ -299,7 +308,7 @@ def verify(store: Store, as_json: AsJson = False) -> None:
     checked = check(store)
     print_checked(checked, as_json)
     if checked.problems:
-        raise typer.Exit(DAMAGED)
+        raise typer.Exit(FAILED)
 
 
 def _models(pairs: list[str] | None) -> dict[str, str]:
@@ -331,22 +340,10 @@ def _named(option: str, pairs: list[str] | None, form: str) -> dict[str, str]:
 
 def _run_flow(flow: Any, **parameters: Any) -> Any:
     """Run a Prefect flow in this process and return its result, or raise what it raised."""
-    from frontalis.server import check_server
+    from frontalis.server import ensure_server
 
-    check_server()
+    ensure_server()
     result = flow(**parameters, return_state=True).result(raise_on_failure=False)
     if isinstance(result, BaseException):
         raise result
     return result
-
-
-class _OneLine(logging.Formatter):
-    """Names from the data, such as those of files, can neither forge a line nor steer the terminal."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
-        return one_line(super().formatMessage(record))
-
-
-def _refuse(message: str, code: int) -> int:
-    print(f"frontalis: {one_line(message)}", file=sys.stderr)  # noqa: T201
-    return code

@@ -2,8 +2,8 @@
 
 A signal becomes an `Interrupt` in the main thread, and the work unwinds: temporary files go, Prefect learns of
 it, locks are freed. A long call into compiled code (training an index, a large matrix product) does not notice; a
-watching thread, woken by the signal itself, then ends the process. Both are safe at any moment: what a run leaves is
-either complete under its final name or will be done again.
+watching thread, woken by the signal itself, then ends the process and those it started. Both are safe at any moment:
+what a run leaves is either complete under its final name or will be done again.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 GRACE_SECONDS = 8.0
-KEPT = "what is complete is kept; run the same command again to go on"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -32,43 +32,70 @@ class Interrupt(BaseException):
         self.exit_code = 128 + number
 
 
+@dataclass
+class Watched:
+    """Work that may be interrupted.
+
+    `grace` is how many seconds it may take to stop, `kept` says what it leaves then; both may be set while it runs.
+    `signal` is the one that came, None as long as there is none.
+    """
+
+    grace: float
+    kept: Callable[[], str] = lambda: "nothing was changed"
+    signal: int | None = None
+
+
 @contextlib.contextmanager
-def stops_within(seconds: float = GRACE_SECONDS) -> Iterator[None]:
+def stops_within(seconds: float = GRACE_SECONDS) -> Iterator[Watched]:
     """Let the block stop cleanly on SIGINT or SIGTERM, and end the process where that takes longer than `seconds`.
 
-    Only for the main thread. Raises `Interrupt` in the block.
+    Only for the main thread. Raises `Interrupt` in the block. Where that leaves the block, the process is to end: its
+    children are ended, further signals ignored, and the watch goes on.
     """
+    watched = Watched(seconds)
     reader, writer = socket.socketpair()
     reader.setblocking(True)
     writer.setblocking(False)
     handlers = {number: signal.signal(number, _raise) for number in SIGNALS}
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(reader, over, seconds), name="frontalis-interrupt", daemon=True)
+    watch = threading.Thread(target=_watch, args=(reader, over, watched), name="frontalis-interrupt", daemon=True)
     watch.start()
+    interrupted = False
     try:
-        yield
+        yield watched
+    except Interrupt:
+        interrupted = True
+        raise
     finally:
-        over.set()
         signal.set_wakeup_fd(before)
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if interrupted else handler)
         writer.close()
-        watch.join()
-        reader.close()
+        if interrupted:
+            _end_children()
+        else:
+            over.set()
+            watch.join()
+            reader.close()
 
 
 def _raise(number: int, _: FrameType | None) -> None:
     raise Interrupt(number)
 
 
-def _watch(reader: socket.socket, over: threading.Event, seconds: float) -> None:
+def _watch(reader: socket.socket, over: threading.Event, watched: Watched) -> None:
     """Wait for the byte that Python's own handler writes at once, even while the main thread is in compiled code."""
     while byte := reader.recv(1):
         if byte[0] in SIGNALS:
-            if not over.wait(seconds):
+            watched.signal = byte[0]
+            if not over.wait(watched.grace):
                 _end_children()
-                print(f"frontalis: interrupted in the middle of a long step; {KEPT}", file=sys.stderr, flush=True)  # noqa: T201
+                print(  # noqa: T201
+                    f"frontalis: interrupted in the middle of a long step; {watched.kept()}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(128 + byte[0])
             return
 

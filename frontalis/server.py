@@ -1,10 +1,10 @@
-"""Ask for the Prefect server before a flow starts: where none answers, say so in one line and at once.
+"""Make sure of a Prefect server before a flow starts: where none answers, say so in one line and at once.
 
-Prefect itself would end with a traceback, in some cases after minutes. Without `PREFECT_API_URL` it starts a temporary
-server for the run, and there is nothing to ask.
+Prefect itself would end with a traceback, in some cases after minutes.
 """
 
 import re
+import signal
 
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
@@ -20,14 +20,16 @@ from schemas.errors import SettingsError
 ANSWER_SECONDS = 20.0
 
 
-def check_server() -> None:
-    """Return once the server of `PREFECT_API_URL`, if there is one, has answered.
+def ensure_server() -> None:
+    """Return once the server of `PREFECT_API_URL` has answered, or, where that is unset, Prefect's temporary one.
 
     Raises:
-        SettingsError: it did not answer within `ANSWER_SECONDS`, or not as a Prefect server does.
+        SettingsError: it did not answer within `ANSWER_SECONDS`, or not as a Prefect server does; or the temporary one
+            did not start.
     """
     url = PREFECT_API_URL.value()
     if not url:
+        _start_temporary()
         return
     once = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: ANSWER_SECONDS}
     try:
@@ -37,6 +39,24 @@ def check_server() -> None:
         raise _silent(url, f"{error.response.status_code} {error.response.reason_phrase}") from error
     except Exception as error:  # no connection, no such host, no URL, no JSON: of several libraries
         raise _silent(url, (str(error).splitlines() or [""])[0][:200] or type(error).__name__) from error
+
+
+def _start_temporary() -> None:
+    """Start the server that Prefect would start when the run begins, but with SIGINT blocked, which it inherits.
+
+    Ctrl-C in a terminal goes to every process of the command. A server that heeds it is gone before the flow can
+    report its end, and Prefect asks it again and again. SIGTERM, sent when this process ends, does reach it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        get_client(sync_client=True)
+    except RuntimeError as error:
+        raise SettingsError(
+            f"Prefect's temporary server did not start ({error}); start one with `prefect server start`, and set "
+            "PREFECT_API_URL to its address."
+        ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _silent(url: str, why: str) -> SettingsError:

@@ -100,9 +100,9 @@ def fit(
     """Train `model` and return the averaged weights that score best on unseen subjects; step 0 competes too.
 
     The members of an ensemble are trained side by side on batches of their own and scored together. A network that
-    starts at the identity is returned as it is when nothing beats it. Ctrl-C ends the training: the network of that
-    moment competes, and the best is kept. On the CPU equal arguments give equal bits: it works on one thread, whatever
-    torch is set to, which at batches of this size also costs least (measured, docs/training.md).
+    starts at the identity is returned as it is when nothing beats it. Ctrl-C or SIGTERM ends the training: the
+    network of that moment competes, and the best is kept. On the CPU equal arguments give equal bits: it works on one
+    thread, whatever torch is set to, which at batches of this size also costs least (measured, docs/training.md).
 
     Args:
         model: the network, on the CPU; its weights are changed.
@@ -144,8 +144,10 @@ def fit(
                 if report:
                     report(step, sum(losses) / len(losses), _best(here)[0])
                 losses.clear()
-    except KeyboardInterrupt:
-        fitted.interrupted = True
+    except BaseException as stop:
+        if isinstance(stop, Exception):
+            raise
+        fitted.interrupted = True  # Ctrl-C, SIGTERM or a run that Prefect cancels
         if done > fitted.candidates[-1].step:
             _compete(fitted, _score(average, rows.x, done, recipe, score))
     _gather(fitted.model, rows.x)

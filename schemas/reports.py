@@ -166,6 +166,7 @@ class Evaluation(Record):
     fmrs: list[str]
     unlabelled_rows: int
     notes: list[str] = Field(default_factory=list, description="what a reader should know of this evaluation")
+    served_unread: str | None = Field(default=None, description="why the served release could not be compared with")
     duplicate_rows: int = Field(
         description="of the rows evaluated, those whose raw embedding is byte-identical to another's: never paired"
     )

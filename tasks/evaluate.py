@@ -82,7 +82,7 @@ def evaluate(
     measure = _Measure(store, features, roster, settings, index, models, pairs, frozenset(untold), stored)
     everybody = measure.sample(np.arange(len(roster)), [RAW])
     held_out = np.flatnonzero(~seen[roster.subjects])
-    populations = {}
+    populations, served_unread = {}, None
     if len(roster.names) < 2:
         notes.append("fewer than two labelled subjects: nothing can be measured")
     else:
@@ -96,7 +96,8 @@ def evaluate(
             try:
                 before = measure.versus_served(chosen, modes, served)
             except StoreError as error:
-                notes.append(f"not compared with the served release {served.release.release}: {error}")
+                served_unread = str(error).partition("; run ")[0].rstrip(".")
+                notes.append(f"not compared with the served release {served.release.release}: {served_unread}")
                 log.warning("evaluation: %s", notes[-1])
         populations[HELD_OUT] = measure.population(HELD_OUT, chosen, modes, before)
     return Evaluation(
@@ -107,6 +108,7 @@ def evaluate(
         unlabelled_rows=roster.unlabelled,
         duplicate_rows=len(everybody.rows) - len(np.unique(everybody.rows.duplicates)),
         notes=notes,
+        served_unread=served_unread,
         populations=populations,
     )
 

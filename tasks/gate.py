@@ -71,7 +71,9 @@ def decide(evaluation: Evaluation, settings: GateSettings, served: Release | Non
     figures = guarded(population, settings)
     moved = _moved(population, settings)
     modes = [result for mode, result in population.modes.items() if mode != RAW]
-    judged = [_judge(result, figure, settings, served) for result in modes for figure in figures]
+    judged = [
+        _judge(result, figure, settings, served, evaluation.served_unread) for result in modes for figure in figures
+    ]
     for one in judged:
         surely = one.difference.value if one.difference.low is None else one.difference.low
         if surely is not None and surely > one.tolerance:
@@ -90,7 +92,9 @@ def decide(evaluation: Evaluation, settings: GateSettings, served: Release | Non
     )
 
 
-def _judge(result: ModeResult, figure: Guard, settings: GateSettings, served: Release | None) -> Judged:
+def _judge(
+    result: ModeResult, figure: Guard, settings: GateSettings, served: Release | None, unread: str | None
+) -> Judged:
     now = _figure(result, figure)
     reference, difference = RAW, result.difference.get(figure.cell, {}).get(figure.metric)
     if served is not None and result.mode in served.models:
@@ -102,7 +106,7 @@ def _judge(result: ModeResult, figure: Guard, settings: GateSettings, served: Re
         name = _name(figure.cell, figure.metric)
         reason = f"{name} is not estimable"
         if now.value is not None and reference != RAW:
-            reason = f"{name} has too few subjects in common that the models of both have not seen"
+            reason = unread or f"{name} has too few subjects in common that the models of both have not seen"
     if now is None or now.value is None or difference is None or difference.value is None:
         difference = Estimate(value=None, reason=reason)
     return Judged(

@@ -202,9 +202,10 @@ def test_readers_leave_a_damaged_file_where_it_is(store) -> None:
     assert {file: file.read_bytes() for file in before} == before
 
 
-def test_lost_files_of_the_served_release_do_not_stop_the_nights(
+def test_lost_files_of_the_served_release_are_told_and_do_not_stop_the_nights(
     run_pipeline, tiny_source, new_models, tmp_path
 ) -> None:
+    """With nothing left to compare with, the new release waits for an operator, who is told what to set."""
     source, store = tmp_path / "source", tmp_path / "store"
     shutil.copytree(tiny_source, source)
     first = run_pipeline(source, store)
@@ -212,14 +213,20 @@ def test_lost_files_of_the_served_release_do_not_stop_the_nights(
     for file in store.glob("features/mode=per_sample/shard=part-001/*.parquet"):
         file.unlink()
     pq.write_table(pq.read_table(changed).slice(1), changed)
-    second = run_pipeline(source, store)
-    assert second.status == "promoted"
-    [note] = [note for note in second.evaluation.notes if first.release in note]
+    kept_back = run_pipeline(source, store)
+    assert kept_back.status == "kept back"
+    [note] = [note for note in kept_back.evaluation.notes if first.release in note]
     assert "not compared with the served release" in note
     assert "is missing" in note
+    assert f"cannot be compared with {first.release}" in kept_back.reason
+    assert "is missing; mend the labels" in kept_back.reason
+    assert "set [gate] unmeasured = 'promote'" in kept_back.reason
+    anyway = {"gate": {"tolerance": 1.0, "unmeasured": "promote"}}
+    second = run_pipeline(source, store, **anyway)
+    assert second.status == "promoted"
     for model in Releases(Location(str(store))).serving().models.values():
         (store / model.path).unlink()
-    third = run_pipeline(source, store, models=new_models)
+    third = run_pipeline(source, store, models=new_models, **anyway)
     assert third.status == "promoted"
     [note] = [note for note in third.evaluation.notes if second.release in note]
     assert "the model is missing" in note

@@ -1,16 +1,21 @@
 """Ctrl-C and SIGTERM, sent to real processes: they end within seconds, keep what is complete, and say so."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from frontalis import cli
+from models.checkpoint import load
 from storage.location import Location
+from storage.lock import store_lock
 from storage.releases import Releases
 from tasks.synth import synthesize
 
@@ -90,6 +95,108 @@ def interrupted_while_computing(prefect_server, work: Path, number: int, errors:
     return errors.read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_training_keeps_the_best_so_far_and_leaves_no_server_behind(work, tmp_path, number) -> None:
+    """Without a server of one's own: Ctrl-C in a terminal goes to Prefect's temporary one as well."""
+    model = tmp_path / "model.safetensors"
+    with started("train", work / "shards", "--out", model, "--steps", 100_000, errors=tmp_path / "stderr") as run:
+        wait_for(lambda: "step 40" in run.errors.read_text() or run.poll() is not None)
+        assert run.poll() is None, run.errors.read_text()
+        os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
+        assert run.wait(90) == 128 + number, run.errors.read_text()
+        told = run.errors.read_text()
+        assert told.splitlines()[-1] == f"frontalis: interrupted; {model} is the best model until then"
+        assert "Traceback" not in told
+        assert load(model.read_bytes()).card.embedding_dim == 256
+        wait_for(lambda: not others_of(run.pid), 20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_training_that_has_not_begun_writes_nothing_and_leaves_no_server_behind(work, tmp_path, number) -> None:
+    model = tmp_path / "model.safetensors"
+    with started("train", work / "shards", "--out", model, errors=tmp_path / "stderr") as run:
+        wait_for(lambda: others_of(run.pid) or run.poll() is not None)  # Prefect starts its server
+        run.send_signal(number)
+        assert run.wait(60) == 128 + number, run.errors.read_text()
+        assert run.errors.read_text().splitlines() == ["frontalis: interrupted; no checkpoint was written"]
+        assert not model.exists()
+        wait_for(lambda: not others_of(run.pid), 20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("words", [["forget", "--subject", "ada"], ["vacuum"]])
+def test_commands_without_a_flow_say_what_is_left(tmp_path, words, number) -> None:
+    store = Location(str(tmp_path / "store"))
+    with store_lock(store, "test"), started(*words, "--store", store.uri, "--wait", 600, errors=tmp_path / "e") as run:
+        wait_for(lambda: is_open(run.pid, ".lock") or run.poll() is not None)
+        run.send_signal(number)
+        assert run.wait(60) == 128 + number, run.errors.read_text()
+    kept = cli._left[words[0]][0]
+    assert run.errors.read_text().splitlines() == [f"frontalis: interrupted; {kept}"]
+
+
+def test_a_command_that_is_held_up_by_its_disk_is_ended(tmp_path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / ".lock").touch()
+    os.mkfifo(store / "tombstones.json")  # nobody ever writes into it
+    with started("verify", "--store", store, errors=tmp_path / "stderr") as run:
+        time.sleep(8)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM
+    (told,) = run.errors.read_text().splitlines()
+    assert told.startswith("frontalis: interrupted")
+    assert told.endswith("; nothing was changed")
+
+
+def test_every_command_says_what_an_interrupt_leaves() -> None:
+    assert set(cli._left) == {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+
+
+class Run(subprocess.Popen[bytes]):
+    """A command of the command line in a session of its own, without a Prefect server; `errors` is its stderr."""
+
+    errors: Path
+
+
+@contextlib.contextmanager
+def started(*words: object, errors: Path) -> Iterator[Run]:
+    home = errors.parent / "prefect"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    with errors.open("wb") as file:
+        run = Run(
+            [sys.executable, "-m", "frontalis", *map(str, words)],
+            env={**environment, "PREFECT_HOME": str(home)},
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            start_new_session=True,
+        )
+    run.errors = errors
+    try:
+        yield run
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+
+
+def others_of(session: int) -> list[int]:
+    """Return the living processes of a session, without the one that leads it."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session != int(stat.parent.name) and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def is_open(process: int, name: str) -> bool:
+    with contextlib.suppress(OSError):
+        return any(str(file.readlink()).endswith(name) for file in Path(f"/proc/{process}/fd").iterdir())
+    return False
+
+
 def test_a_long_step_in_compiled_code_is_ended_after_the_grace(tmp_path) -> None:
     run = subprocess.Popen(
         [sys.executable, "-c", IN_COMPILED_CODE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -103,7 +210,7 @@ def test_a_long_step_in_compiled_code_is_ended_after_the_grace(tmp_path) -> None
     finally:
         run.kill()
     assert run.returncode == 128 + signal.SIGTERM
-    assert "interrupted in the middle of a long step; what is complete is kept" in told
+    assert "interrupted in the middle of a long step; nothing was changed" in told
 
 
 def test_handlers_are_put_back_and_the_block_raises() -> None:

@@ -1,0 +1,78 @@
+"""What a command shows when the world around it is broken: one line and an exit code, from real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FRONTALIS = [sys.executable, "-m", "frontalis"]
+
+
+def shell(words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash in which `$F` is the command line."""
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", words],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        cwd=folder,
+        timeout=120,
+        check=False,
+        env={**os.environ, "F": " ".join(FRONTALIS)},
+    )
+
+
+@pytest.mark.parametrize(
+    "words", ["releases --store $'caf\\xe9'", "query --store x --id $'\\xff'", "synth $'\\xc3\\x28'", "$'\\xff'"]
+)
+def test_words_that_are_no_utf8_are_refused(tmp_path, words) -> None:
+    done = shell(f"$F {words}", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("frontalis: ")
+    assert line.endswith("is no UTF-8; type or name it in UTF-8.")
+
+
+def test_output_that_cannot_be_written_is_told(tmp_path) -> None:
+    done = shell("$F -q synth shards --subjects 2 --per-subject 2 --dim 8 --shards 1 > /dev/full", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "frontalis: stdout cannot be written (No space left on device); the work itself is done."
+    ]
+    assert len(list(tmp_path.glob("shards/*.parquet"))) == 1
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path) -> None:
+    done = shell("$F -q synth shards --subjects 2 --per-subject 2 --dim 8 --shards 1 | true", tmp_path)
+    assert done.returncode in (0, 1)
+    assert done.stderr == ""
+
+
+def test_what_the_system_refuses_names_the_file(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    done = shell("$F -q synth file/shards --subjects 2 --per-subject 2 --dim 8 --shards 1", tmp_path)
+    assert done.returncode in (1, 2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("frontalis: ")
+    assert "file/shards" in line
+    assert "Not a directory" in line or "not a folder" in line
+
+
+def test_a_mistyped_option_is_refused_with_its_name(tmp_path) -> None:
+    done = shell("$F releases --stor x", tmp_path)
+    assert done.returncode == 2
+    assert "--stor" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_defect_keeps_its_traceback(tmp_path) -> None:
+    code = (
+        "import sys, typer\nfrom frontalis.border import run\napp = typer.Typer()\n"
+        "@app.command()\ndef broken() -> None:\n    raise KeyError('defect')\n"
+        "sys.argv = ['broken']\nsys.exit(run(app))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "KeyError: 'defect'" in done.stderr
