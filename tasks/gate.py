@@ -71,9 +71,8 @@ def decide(evaluation: Evaluation, settings: GateSettings, served: Release | Non
     figures = guarded(population, settings)
     moved = _moved(population, settings)
     modes = [result for mode, result in population.modes.items() if mode != RAW]
-    judged = [
-        _judge(result, figure, settings, served, evaluation.served_unread) for result in modes for figure in figures
-    ]
+    unread = evaluation.served_unread
+    judged = [_judge(result, figure, settings, served, unread) for result in modes for figure in figures]
     for one in judged:
         surely = one.difference.value if one.difference.low is None else one.difference.low
         if surely is not None and surely > one.tolerance:
