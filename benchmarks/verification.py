@@ -1,10 +1,11 @@
 """Exact verification over all pairs beside the plain matrix product, its limit, and beside what is used elsewhere.
 
-    python -m benchmarks.verification [--rows 50000 …] [--dim 512] [--repeats 3]
+    python -m benchmarks.verification [--rows 50000 …] [--dim 512] [--repeats 3] [--device cuda]
 
 Every competitor runs in a process of its own, so that its peak memory is its own; rounds alternate between competitors,
 so that a busy machine is busy for all of them; medians are printed. The competitors that keep all scores run only where
-those fit into memory. All use as many threads as torch has.
+those fit into memory. All use as many threads as torch has; with `--device cuda` only those run that use the GPU, and
+memory is what torch takes there beside the features.
 """
 
 import argparse
@@ -34,24 +35,27 @@ def people(n_rows: int, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return features, subjects, np.arange(n_rows) % PER_SUBJECT // 10  # ten frontal, four profile
 
 
-def product_only(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray) -> None:
+def product_only(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray, device: str) -> None:
     """The limit: every pair's product, block by block into one buffer, and nothing done with it."""
-    unit = torch.nn.functional.normalize(torch.from_numpy(features))
-    buffer = torch.empty(2048, 2048)
-    for start in range(0, len(unit), 2048):
-        rows = unit[start : start + 2048]
-        for left in range(start, len(unit), 2048):
-            columns = unit[left : left + 2048]
-            out = buffer.view(-1)[: len(rows) * len(columns)].view(len(rows), len(columns))
+    unit = torch.nn.functional.normalize(torch.from_numpy(features).to(device))
+    side = 2048 if device == "cpu" else 8192
+    buffer = torch.empty(side * side, device=device)
+    for start in range(0, len(unit), side):
+        rows = unit[start : start + side]
+        for left in range(start, len(unit), side):
+            columns = unit[left : left + side]
+            out = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
             torch.mm(rows, columns.T, out=out)
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
-def frontalis_total(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray) -> None:
-    all_pairs(features, subjects)
+def frontalis_total(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray, device: str) -> None:
+    all_pairs(features, subjects, device=device)
 
 
-def frontalis_cells(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray) -> None:
-    all_pairs(features, subjects, classes=poses, class_names=("frontal", "profile"))
+def frontalis_cells(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray, device: str) -> None:
+    all_pairs(features, subjects, classes=poses, class_names=("frontal", "profile"), device=device)
 
 
 def materialised(features: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,12 +66,12 @@ def materialised(features: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray
     return scores, same
 
 
-def sorting(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray) -> None:
+def sorting(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray, device: str) -> None:
     scores, same = materialised(features, subjects)
     verify(scores[same], scores[~same])
 
 
-def scikit_learn(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray) -> None:
+def scikit_learn(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray, device: str) -> None:
     from sklearn.metrics import roc_auc_score, roc_curve
 
     scores, same = materialised(features, subjects)
@@ -75,7 +79,7 @@ def scikit_learn(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray) 
     roc_auc_score(same, scores)
 
 
-def pyeer(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray) -> None:
+def pyeer(features: np.ndarray, subjects: np.ndarray, poses: np.ndarray, device: str) -> None:
     from pyeer.eer_stats import calculate_roc, calculate_roc_auc, get_eer_values
 
     scores, same = materialised(features, subjects)
@@ -95,16 +99,22 @@ COMPETITORS: dict[str, tuple[Callable[..., None], float]] = {
 }
 
 
-def measure(name: str, rows: int, dim: int) -> None:
+def measure(name: str, rows: int, dim: int, device: str) -> None:
     """Run one competitor and print its seconds and how far memory rose above the features, in MB."""
     features, subjects, poses = people(rows, dim)
-    COMPETITORS[name][0](*people(200, dim))  # imports and thread pools, not measured
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    COMPETITORS[name][0](*people(200, dim), device)  # imports, thread pools, the GPU's libraries: not measured
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    else:
+        torch.cuda.reset_peak_memory_stats()
     before = resident("VmRSS")
     start = time.perf_counter()
-    COMPETITORS[name][0](features, subjects, poses)
+    COMPETITORS[name][0](features, subjects, poses, device)
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "megabytes": (resident("VmHWM") - before) / 1024}))
+    taken = (resident("VmHWM") - before) / 1024
+    if device != "cpu":
+        taken = (torch.cuda.max_memory_allocated() - features.nbytes) / 1e6
+    print(json.dumps({"seconds": seconds, "megabytes": taken}))
 
 
 def resident(what: str) -> int:
@@ -118,21 +128,23 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[2_000, 5_000, 50_000])
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--one", choices=COMPETITORS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        measure(arguments.one, arguments.rows[0], arguments.dim)
+        measure(arguments.one, arguments.rows[0], arguments.dim, arguments.device)
         return
     print("| rows | pairs | what | seconds | million pairs/s | of the product | memory, MB |")
     print("|---:|---:|---|---:|---:|---:|---:|")
     for rows in arguments.rows:
         pairs = rows * (rows - 1) // 2
-        names = [name for name, (_, most) in COMPETITORS.items() if pairs <= most]
+        fit = pairs if arguments.device == "cpu" else SCORES_THAT_FIT + 1
+        names = [name for name, (_, most) in COMPETITORS.items() if max(pairs, fit) <= most]
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(arguments.repeats):
             for name in names:
                 command = [sys.executable, "-m", "benchmarks.verification", "--one", name]
-                command += ["--rows", str(rows), "--dim", str(arguments.dim)]
+                command += ["--rows", str(rows), "--dim", str(arguments.dim), "--device", arguments.device]
                 runs[name].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
         limit = statistics.median(run["seconds"] for run in runs["matrix product alone"])
         for name in names:
