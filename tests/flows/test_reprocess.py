@@ -17,6 +17,7 @@ from flows.evaluate import evaluate
 from flows.reprocess import reprocess
 from flows.rollback import roll_back
 from frontalis.cli import app
+from frontalis.interrupt import Watched
 from frontalis.printing import print_releases
 from models.checkpoint import load, save
 from schemas.errors import SettingsError
@@ -216,7 +217,8 @@ def test_evaluate_measures_a_release_again(night, tmp_path, prefect_server) -> N
     outcome = night()
     with temporary_settings({PREFECT_API_URL: prefect_server.url, PREFECT_LOGGING_TO_API_ENABLED: False}):
         again = evaluate(str(tmp_path / "store"), resamples=0)
-        typed = CliRunner().invoke(app, ["--quiet", "evaluate", "--store", str(tmp_path / "store"), "--json"])
+        words = ["--quiet", "evaluate", "--store", str(tmp_path / "store"), "--json"]
+        typed = CliRunner().invoke(app, words, obj=Watched(grace=60))
         with pytest.raises(SettingsError, match="is not in"):
             evaluate(str(tmp_path / "store"), release="r00009-none")
     assert json.loads(typed.stdout)["resamples"] == outcome.evaluation.resamples == 0
