@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.classical import CLASSICAL, Fold, Transform
 from metrics.allpairs import AllPairs, all_pairs
-from metrics.bootstrap import _draw, _Figure, _figures, _multiplicities
+from metrics.bootstrap import Figure, draw, draw_subjects, figures_of
 from models.architectures import build
 from models.dual_branch import DualBranchEnsemble, scale_change
 from models.training import Candidate, LabelledTensor, Recipe, fit
@@ -43,12 +43,12 @@ RAW = "raw per_sample"
 CHOOSING = Recipe(validate_every=120, shares=(1.0, 0.8, 0.6))
 
 CELLS = {"FP": "frontal-profile", "FF": "frontal-frontal", "PP": "profile-profile", "LFW": "LFW"}
-Key = tuple[str, _Figure]  # a cell and a figure in it
+Key = tuple[str, Figure]  # a cell and a figure in it
 Row = dict[str, list[float | None]]
 COLUMNS: Mapping[str, Key] = {
-    **{f"{short} EER": (cell, _Figure("eer")) for short, cell in CELLS.items()},
+    **{f"{short} EER": (cell, Figure("eer")) for short, cell in CELLS.items()},
     **{
-        f"{short} FNMR@{point:g}{where}": (CELLS[short], _Figure(kind, point))
+        f"{short} FNMR@{point:g}{where}": (CELLS[short], Figure(kind, point))
         for short in ("FP", "FF")
         for kind, where in (("fnmr_own", ""), ("fnmr_global", " global"))
         for point in POINTS
@@ -286,13 +286,13 @@ class Measured:
                 lfw = swept(file["lfw"], fold.lfw_test.subjects, np.zeros(len(fold.lfw_test), int))
             cells = {"all": cfp.overall, "LFW": lfw.overall, **cfp.cells}
             exact.append(
-                {(name, figure): value for name, cell in cells.items() for figure, value in _figures(cell).items()}
+                {(name, figure): value for name, cell in cells.items() for figure, value in figures_of(cell).items()}
             )
             # Equal seeds: a method's draws are those of raw, so that differences are paired.
-            drawn = _draw(cfp, _multiplicities(cfp, RESAMPLES, test, 0.95))
-            drawn["LFW"] = _draw(lfw, _multiplicities(lfw, RESAMPLES, FOLDS + test, 0.95))["all"]
+            drawn = draw(cfp, draw_subjects(cfp, RESAMPLES, test, 0.95))
+            drawn["LFW"] = draw(lfw, draw_subjects(lfw, RESAMPLES, FOLDS + test, 0.95))["all"]
             draws.append({(name, figure): value for name, of in drawn.items() for figure, value in of.items()})
-        return cls(exact, {key: np.mean([draw[key] for draw in draws], axis=0) for key in draws[0]})
+        return cls(exact, {key: np.mean([one[key] for one in draws], axis=0) for key in draws[0]})
 
     def rate(self, key: Key) -> float | None:
         """Return the mean over folds, None where a fold lacks it."""

@@ -67,10 +67,10 @@ def bootstrap(
 
     Raises ValueError for fewer than two subjects, or arguments out of range.
     """
-    drawn = _draw(result, _multiplicities(result, resamples, seed, level))
+    drawn = draw(result, draw_subjects(result, resamples, seed, level))
     return {
         cell.name: _by_kind(
-            {figure: _interval(value, drawn[cell.name][figure], level) for figure, value in _figures(cell).items()}
+            {figure: _interval(value, drawn[cell.name][figure], level) for figure, value in figures_of(cell).items()}
         )
         for cell in result
     }
@@ -86,11 +86,11 @@ def paired_bootstrap(
     Raises ValueError when they are not, and as `bootstrap` does.
     """
     _check_same_rows(base, other)
-    multiplicities = _multiplicities(base, resamples, seed, level)
-    before, after = _draw(base, multiplicities), _draw(other, multiplicities)
+    multiplicities = draw_subjects(base, resamples, seed, level)
+    before, after = draw(base, multiplicities), draw(other, multiplicities)
     differences = {}
     for cell, changed in zip(base, other, strict=True):
-        old, new = _figures(cell), _figures(changed)
+        old, new = figures_of(cell), figures_of(changed)
         differences[cell.name] = _by_kind(
             {
                 figure: _interval(
@@ -103,29 +103,34 @@ def paired_bootstrap(
 
 
 @dataclass(frozen=True)
-class _Figure:
-    kind: str  # a field of CellIntervals
+class Figure:
+    """A figure of a cell: `kind` is a field of `CellIntervals`, `target_fmr` the key in it, if it has keys."""
+
+    kind: str
     target_fmr: float | None = None
 
 
-def _figures(cell: Cell) -> dict[_Figure, float | None]:
+def figures_of(cell: Cell) -> dict[Figure, float | None]:
     """Return the exact figures of a cell."""
-    own = {_Figure("fnmr_own", point.target_fmr): point.fnmr for point in cell.verification.points}
-    fnmr = {_Figure("fnmr_global", point.target_fmr): point.fnmr for point in cell.at_global}
-    fmr = {_Figure("fmr_global", point.target_fmr): point.fmr for point in cell.at_global}
-    return {_Figure("eer"): cell.verification.eer.rate, _Figure("auc"): cell.verification.auc} | own | fnmr | fmr
+    own = {Figure("fnmr_own", point.target_fmr): point.fnmr for point in cell.verification.points}
+    fnmr = {Figure("fnmr_global", point.target_fmr): point.fnmr for point in cell.at_global}
+    fmr = {Figure("fmr_global", point.target_fmr): point.fmr for point in cell.at_global}
+    return {Figure("eer"): cell.verification.eer.rate, Figure("auc"): cell.verification.auc} | own | fnmr | fmr
 
 
-def _by_kind(intervals: dict[_Figure, Interval]) -> CellIntervals:
+def _by_kind(intervals: dict[Figure, Interval]) -> CellIntervals:
     by_target: dict[str, dict[float, Interval]] = {"fnmr_own": {}, "fnmr_global": {}, "fmr_global": {}}
     for figure, interval in intervals.items():
         if figure.target_fmr is not None:
             by_target[figure.kind][figure.target_fmr] = interval
-    return CellIntervals(intervals[_Figure("eer")], intervals[_Figure("auc")], **by_target)
+    return CellIntervals(intervals[Figure("eer")], intervals[Figure("auc")], **by_target)
 
 
-def _multiplicities(result: AllPairs, resamples: int, seed: int, level: float) -> Samples:
-    """How often each cluster is drawn, `[resamples, clusters]`."""
+def draw_subjects(result: AllPairs, resamples: int, seed: int, level: float) -> Samples:
+    """Return how often each cluster is drawn, `[resamples, clusters]`.
+
+    Raises ValueError for fewer than two subjects, or arguments out of range.
+    """
     n_clusters = len(result.overall.counts.genuine)
     if n_clusters < 2:
         raise ValueError(f"{n_clusters} subject(s); the bootstrap over subjects needs two or more")
@@ -135,7 +140,7 @@ def _multiplicities(result: AllPairs, resamples: int, seed: int, level: float) -
     return random.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples).astype(np.float64)
 
 
-def _draw(result: AllPairs, multiplicities: Samples) -> dict[str, dict[_Figure, Samples]]:
+def draw(result: AllPairs, multiplicities: Samples) -> dict[str, dict[Figure, Samples]]:
     """Return every figure of every cell in every draw, `[resamples]`, NaN where a draw does not have it."""
     targets = [point.target_fmr for point in result.overall.verification.points]
     span = _span(result.overall.counts)
@@ -144,13 +149,15 @@ def _draw(result: AllPairs, multiplicities: Samples) -> dict[str, dict[_Figure, 
     drawn = {}
     for cell in result:
         curves = total if cell is result.overall else _Curves.of(cell.counts, span, multiplicities)
-        drawn[cell.name] = {_Figure("eer"): curves.equal_error_rate(), _Figure("auc"): curves.auc()}
+        figures = {Figure("eer"): curves.equal_error_rate(), Figure("auc"): curves.auc()}
         for target in targets:
-            drawn[cell.name] |= {
-                _Figure("fnmr_own", target): curves.fnmr_at(curves.position_of_fmr(target)),
-                _Figure("fnmr_global", target): curves.fnmr_at(at_global[target]),
-                _Figure("fmr_global", target): curves.fmr_at(at_global[target]),
+            figures |= {
+                Figure("fnmr_own", target): curves.fnmr_at(curves.position_of_fmr(target)),
+                Figure("fnmr_global", target): curves.fnmr_at(at_global[target]),
+                Figure("fmr_global", target): curves.fmr_at(at_global[target]),
             }
+        # Between two edges rounding may lead out of [0, 1] by some 1e-16.
+        drawn[cell.name] = {figure: np.clip(samples, 0.0, 1.0) for figure, samples in figures.items()}
     return drawn
 
 

@@ -226,6 +226,11 @@ class GateDecision(Record):
     compared_with: str | None = Field(default=None, description="what decided was compared with; None if not one thing")
     judged: list[Judged] = Field(default_factory=list, description="every guarded figure of every mode")
 
+    @property
+    def because(self) -> str:
+        """The reason alone, where the verdict is told already."""
+        return self.reason.removeprefix("promoted: ").removeprefix("kept back: ")
+
 
 class GatedMetric(Record):
     """The first figure by which the gate judges: a metric (`eer`, `fnmr@1e-3` …) of a cell over a population."""

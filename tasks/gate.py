@@ -158,7 +158,7 @@ def _sentence(one: Judged) -> str:
     assert one.value is not None
     assert one.difference.value is not None
     name, change = _name(one.cell, one.metric), points(one.difference.value)
-    sentence = f"{one.mode}: {name} {one.value:.2%}, {change} points to {one.reference}"
+    sentence = f"{one.mode}: {name} {one.value:.2%}, {change} points against {one.reference}"
     if one.difference.low is None or one.difference.high is None:
         return sentence
     return f"{sentence} (95% interval {points(one.difference.low)} to {points(one.difference.high)})"

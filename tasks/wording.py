@@ -17,7 +17,7 @@ NOT_ESTIMABLE = "n/e"
 
 def percent(share: float) -> str:
     """Print a share in percent, without the sign: two decimals, below 0.1% two significant digits."""
-    value = 100 * share
+    value = _without_rounding(100 * share)
     if value == 0 or abs(value) >= 0.1 or not np.isfinite(value):
         return minus(f"{value:.2f}" if value else "0")
     return minus(np.format_float_positional(value, precision=2, fractional=False, trim="-"))
@@ -25,10 +25,15 @@ def percent(share: float) -> str:
 
 def points(difference: float) -> str:
     """Print a difference of shares in percentage points, with its sign: two decimals, more where they would say 0."""
-    value = 100 * difference
+    value = _without_rounding(100 * difference)
     if value == 0 or abs(value) >= 0.005:
         return minus(f"{value:+.2f}" if value else "0")
     return minus(np.format_float_positional(value, precision=1, fractional=False, sign=True, trim="-"))
+
+
+def _without_rounding(value: float) -> float:
+    """No count of pairs makes a rate as small as this; it is the rounding of sums."""
+    return 0.0 if abs(value) < 1e-9 else value
 
 
 def minus(number: str) -> str:

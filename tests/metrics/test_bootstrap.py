@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metrics.allpairs import AllPairs, Cell, ClusterCounts, GlobalPoint, all_pairs
-from metrics.bootstrap import bootstrap, paired_bootstrap
+from metrics.bootstrap import bootstrap, draw, draw_subjects, paired_bootstrap
 from metrics.tally import ScoreTally
 from metrics.verification import det_curve, rates_at, score_histogram, summarise
 
@@ -190,6 +190,14 @@ def test_a_cell_without_genuine_pairs_has_no_intervals_but_a_false_match_rate() 
     assert result.cells["a-a"].verification.n_genuine == 0
     assert alone.eer.low is alone.auc.low is alone.fnmr_own[0.1].low is alone.fnmr_global[0.1].low is None
     assert alone.fmr_global[0.1].low < alone.fmr_global[0.1].estimate < alone.fmr_global[0.1].high
+
+
+def test_drawn_rates_stay_between_0_and_1(faces: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    rows, subjects, _ = faces
+    result = all_pairs(rows, subjects)
+    drawn = draw(result, draw_subjects(result, 500, 0, 0.95))
+    for samples in drawn["all"].values():
+        assert not ((samples < 0) | (samples > 1)).any()
 
 
 def test_results_of_other_rows_are_not_compared(faces: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:

@@ -99,7 +99,7 @@ def test_first_release_is_judged_against_raw() -> None:
     worse = decide(evaluation(RAW_MODE, mode("per_sample", 0.13, difference(0.02, 0.01, 0.03))), GateSettings(), None)
     assert not worse.promoted
     assert "per_sample" in worse.reason
-    assert "+2.00 points to raw (95% interval +1.00 to +3.00)" in worse.reason
+    assert "+2.00 points against raw (95% interval +1.00 to +3.00)" in worse.reason
 
 
 def test_worse_than_served_is_kept_back_though_better_than_raw() -> None:
@@ -182,8 +182,8 @@ def test_mode_that_is_not_served_yet_is_compared_with_raw_and_each_reference_is_
     assert decision.promoted
     assert {(one.mode, one.reference) for one in decision.judged} == {("per_sample", "r00001-aa"), ("batch_stat", RAW)}
     assert decision.compared_with is None
-    assert "0 points to r00001-aa" in decision.reason
-    assert "−2.00 points to raw" in decision.reason
+    assert "0 points against r00001-aa" in decision.reason
+    assert "−2.00 points against raw" in decision.reason
 
 
 def test_model_that_does_not_tell_whom_it_has_seen_is_not_measured() -> None:
@@ -228,7 +228,7 @@ def test_harm_to_frontal_pairs_keeps_back_what_helps_profiles() -> None:
     decision = decide(evaluation(RAW_MODE, harmful), GateSettings(), None)
     assert not decision.promoted
     assert decision.reason == (
-        "kept back: per_sample: frontal–frontal EER 5.00%, +39.00 points to raw (95% interval +30.00 to +50.00), "
+        "kept back: per_sample: frontal–frontal EER 5.00%, +39.00 points against raw (95% interval +30.00 to +50.00), "
         "worse than the tolerance of 0.2 points"
     )
     assert decide(evaluation(RAW_MODE, harmful), ONE, None).promoted

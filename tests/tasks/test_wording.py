@@ -18,14 +18,23 @@ from tasks.wording import (
 
 @pytest.mark.parametrize(
     ("share", "printed"),
-    [(0.0, "0"), (0.12571, "12.57"), (1.0, "100.00"), (0.001, "0.10"), (0.00034567, "0.035"), (1e-6, "0.0001")],
+    [
+        (0.0, "0"),
+        (0.12571, "12.57"),
+        (1.0, "100.00"),
+        (0.001, "0.10"),
+        (0.00034567, "0.035"),
+        (1e-6, "0.0001"),
+        (-3.5e-16, "0"),
+    ],
 )
 def test_percent_keeps_two_significant_digits_of_small_shares(share: float, printed: str) -> None:
     assert percent(share) == printed
 
 
 @pytest.mark.parametrize(
-    ("difference", "printed"), [(0.0, "0"), (-0.0236, "−2.36"), (0.0085, "+0.85"), (-0.000004, "−0.0004")]
+    ("difference", "printed"),
+    [(0.0, "0"), (-0.0236, "−2.36"), (0.0085, "+0.85"), (-0.000004, "−0.0004"), (-3.5e-16, "0")],
 )
 def test_points_carry_their_sign_and_never_round_a_difference_to_nothing(difference: float, printed: str) -> None:
     assert points(difference) == printed
