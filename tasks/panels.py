@@ -86,7 +86,7 @@ def mode_legend(figure: Figure, shown: Iterable[str], modes: Iterable[str]) -> N
 
 
 def inner_legend(
-    axes: Axes, modes: Iterable[str], place: Literal["upper right", "lower right"] = "upper right"
+    axes: Axes, modes: Iterable[str], place: Literal["upper right", "lower right", "best"] = "upper right"
 ) -> None:
     """Name the lines of modes in a corner of the axes."""
     handles = [Line2D([], [], label=short(mode), **line_style(mode, modes)) for mode in modes]

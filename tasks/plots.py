@@ -237,7 +237,7 @@ def identification_curves(modes: Modes) -> list[Panel]:
         labels = keys if name == "cmc" else [percent_of(key) for key in keys]
         axes.set_xticks(range(len(keys)), labels)
         axes.set(xlim=(-0.4, len(keys) - 0.6), xlabel=x_label, ylabel=y_label)
-        inner_legend(axes, {mode: modes[mode] for mode in shown}, "lower right" if name == "cmc" else "upper right")
+        inner_legend(axes, {mode: modes[mode] for mode in shown}, "lower right" if name == "cmc" else "best")
         panels.append(Panel(name, f"{title}: " + "; ".join(said), figure))
     return panels
 

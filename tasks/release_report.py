@@ -5,8 +5,10 @@ The page itself is rendered by `tasks.report`. Channel weights are measured on a
 
 import json
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
 
@@ -94,9 +96,15 @@ def provenance(release: Release) -> dict[str, Any]:
         "models": {mode: model.digest for mode, model in release.models.items()},
         "model files": {mode: model.file_digest for mode, model in release.models.items()},
         "indexes": {mode: f"{index.factory}, {index.digest}" for mode, index in release.indexes.items()},
-        "versions": library_versions(),
+        "versions": library_versions() | run_versions(),
         "settings": release.settings,
     }
+
+
+def run_versions() -> dict[str, str]:
+    """Return the versions of Frontalis and of what else decides about a release's files and figures."""
+    names = ("frontalis", "pyarrow", "deltalake", "prefect")
+    return {name: metadata.version(name) for name in names} | {"faiss": faiss.__version__}
 
 
 def _point(release: Release) -> TrendPoint:
