@@ -23,6 +23,7 @@ from pyarrow import fs as pafs
 from schemas.errors import SettingsError, StoreError
 
 TEMPORARY = ".tmp-"
+NOWHERE = -1  # the size of a link whose target is not there
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Location:
             return None
         return Entry(self.name, info.size, info.mtime_ns or 0, self.etag())
 
-    def files(self, *suffixes: str, hidden: bool = False) -> list[Entry]:
+    def files(self, *suffixes: str, hidden: bool = False, whole: bool = False) -> list[Entry]:
         """List all files below, sorted by name; nothing where the folder is absent.
 
         Links to folders are followed, but for one that leads to a folder it lies in: its files are listed there.
@@ -109,14 +110,24 @@ class Location:
         Args:
             suffixes: keep names that end so (case-insensitive); none keeps all.
             hidden: also those below a folder, or of a name, that starts with `.` or `_`.
+            whole: refuse links that lead nowhere, which may stand for files of a disk that is not mounted.
+
+        Raises:
+            StoreError: a folder cannot be read, or such a link was found.
         """
         with self._naming():
             found = list(self._walk())
         kept = []
         for entry in found:
-            if suffixes and not entry.name.lower().endswith(suffixes):
-                continue
             if not hidden and any(step[:1] in "._" for step in entry.name.split("/")):
+                continue
+            if entry.size == NOWHERE:
+                if whole:
+                    raise StoreError(
+                        f"{self.uri}/{entry.name}: is a link that leads nowhere; mount what it leads to, or remove it."
+                    )
+                continue
+            if suffixes and not entry.name.lower().endswith(suffixes):
                 continue
             kept.append(entry)
         return sorted(kept, key=lambda entry: entry.name)
@@ -224,6 +235,8 @@ class Location:
                         stack.append((Path(child.path), below))
                     elif child.is_file():
                         yield _local_entry(child.path[root:], child.stat())
+                    elif child.is_symlink():
+                        yield Entry(child.path[root:], NOWHERE, 0, "")
             return
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         for info in self.fs.get_file_info(selector):

@@ -46,12 +46,15 @@ def find_shards(source: str) -> list[Shard]:
 
     Raises:
         SettingsError: the source does not exist, holds no Parquet file, or two files would get one key.
+        StoreError: a folder cannot be read, or a link leads nowhere: its rows would leave the next release.
     """
     place = Location(source)
     if not place.exists():
         raise SettingsError(f"source {source}: does not exist; pass a folder of Parquet shards.")
     itself = place.entry() if place.size() is not None else None
-    found = [(place, itself)] if itself else [(place / entry.name, entry) for entry in place.files(*SUFFIXES)]
+    found = (
+        [(place, itself)] if itself else [(place / entry.name, entry) for entry in place.files(*SUFFIXES, whole=True)]
+    )
     if not found:
         raise SettingsError(f"source {source}: holds no .parquet file.")
     with ThreadPoolExecutor(ETAG_REQUESTS) as pool:  # object storage lists no ETags

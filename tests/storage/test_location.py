@@ -139,6 +139,17 @@ def test_files_are_listed_by_name_and_hidden_ones_on_request(place: Location, tm
     assert (place / "nowhere").files() == []
 
 
+@pytest.mark.parametrize("name", ["dangling.parquet", "deep/disk"])
+def test_links_that_lead_nowhere_are_refused_where_a_whole_listing_is_wanted(place, tmp_path: Path, name) -> None:
+    (place / "a.parquet").write_bytes(b"x")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "_hidden").symlink_to(tmp_path / "nowhere")
+    assert [entry.name for entry in place.files(whole=True)] == ["a.parquet"]
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match=rf"{name}: is a link that leads nowhere; mount"):
+        place.files(".parquet", whole=True)
+
+
 def test_links_to_folders_are_followed(place: Location, tmp_path: Path) -> None:
     """As where a shard folder was moved to another disk; a link up the tree ends."""
     (tmp_path / "disk/deep").mkdir(parents=True)
