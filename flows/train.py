@@ -25,6 +25,7 @@ def train(
     validation: float | None = None,
     test: float | None = None,
     columns: dict[str, str] | None = None,
+    skip_bad_rows: bool = False,
 ) -> Trained:
     """Train a model on labelled shards and write its checkpoint; see `tasks.train`. What is None is by default.
 
@@ -47,6 +48,7 @@ def train(
         "validation": validation,
         "test": test,
         "columns": columns,
+        "skip_bad_rows": skip_bad_rows,
     }
     given = {name: value for name, value in values.items() if value is not None}
     trained = train_task(checked(TrainingSettings, given))

@@ -203,6 +203,7 @@ class TrainingSettings(Settings):
     )
     device: Device = "auto"
     max_rows: int = Field(default=500_000, ge=100, description="more labelled rows are sampled by subject")
+    skip_bad_rows: bool = Field(default=False, description="leave out embeddings that are not finite or of odd length")
     resamples: int = Field(default=1000, ge=0, le=100_000)
 
     @model_validator(mode="after")

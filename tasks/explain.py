@@ -92,7 +92,7 @@ def _rows(checkpoint: Checkpoint, model: str, source: str | None, columns: Colum
                 f"--model {model}: a {checkpoint.card.mode} model weighs each embedding anew; pass --source."
             )
         # Under a frozen statistic any row gives the one weight vector there is.
-        return TrainingRows(np.ones((1, dim), np.float32), np.array(["-"], object), np.array([UNKNOWN]), "", 0)
+        return TrainingRows(np.ones((1, dim), np.float32), np.array(["-"], object), np.array([UNKNOWN]), "")
     rows = read_training_rows([source], columns, labelled=False)
     if rows.x.shape[1] != dim:
         raise SettingsError(f"--source {source}: embeddings have {rows.x.shape[1]} numbers, the model wants {dim}.")

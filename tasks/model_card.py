@@ -28,7 +28,7 @@ def card_markdown(card: ModelCard) -> str:
         f"- training data: {card.training_data}",
         f"- split: {card.split.model_dump() if card.split else 'unknown'}",
         f"- subjects: {metrics.get('subjects')}, rows: {metrics.get('rows')}, "
-        f"of further views to train on: {metrics.get('augmented_rows')}",
+        f"of further views to train on: {metrics.get('augmented_rows')}, left out: {metrics.get('left_out') or 'none'}",
         f"- loss: {metrics.get('loss')}, seed {metrics.get('seed')}",
         f"- chosen on validation: step {metrics.get('best_step')} (0 would be raw), the learnt change scaled by "
         f"{metrics.get('change_scaled_by')}; better than raw there: {metrics.get('improved_on_validation')}",

@@ -73,10 +73,10 @@ def train_model(settings: TrainingSettings) -> Trained:
     Equal settings and rows give equal files, bit for bit, on one machine's CPU.
 
     Raises:
-        TrainingError: too few subjects, no subject with two rows, no subject column, mixed dimensions.
+        TrainingError: too few subjects, no subject with two rows, no subject column, mixed dimensions, NaN.
         SettingsError: a source does not exist.
     """
-    rows = read_training_rows(settings.sources, settings.columns, settings.max_rows)
+    rows = _read(settings, settings.sources)
     rule = SplitRule(
         salt=settings.salt,
         train=1 - settings.validation - settings.test,
@@ -92,7 +92,7 @@ def train_model(settings: TrainingSettings) -> Trained:
     _check(rows, parts)
     learn, data = parts["train"], rows.digest
     if settings.augment:
-        more = read_training_rows(settings.augment, settings.columns, settings.max_rows)
+        more = _read(settings, settings.augment)
         learn = _joined(learn, more.take(np.isin(more.subjects, np.unique(learn.subjects))))
         data = hashlib.blake2b((rows.digest + more.digest).encode(), digest_size=16).hexdigest()
     dim = rows.x.shape[1]
@@ -146,6 +146,7 @@ def train_model(settings: TrainingSettings) -> Trained:
             "subjects": _json(counts),
             "rows": _json({name: len(part) for name, part in parts.items()}),
             "augmented_rows": len(learn) - len(parts["train"]),
+            "left_out": _json(rows.skipped),
         },
         versions=library_versions(),
     )
@@ -285,6 +286,10 @@ def _log_ratios(cell: Cell, base: Cell, names: tuple[str, ...]) -> list[float]:
     few = HANDFUL / max(base.verification.n_genuine, 1)
     both = [(new[name], old[name]) for name in names]
     return [math.log((a + few) / (b + few)) for a, b in both if a is not None and b is not None]
+
+
+def _read(settings: TrainingSettings, sources: tuple[str, ...]) -> TrainingRows:
+    return read_training_rows(sources, settings.columns, settings.max_rows, skip_bad_rows=settings.skip_bad_rows)
 
 
 def _scaled(x: np.ndarray, mean_norm: float) -> Tensor:

@@ -5,8 +5,9 @@ Reading shards is `storage.shards`, what makes a row bad `schemas.shards`; who i
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ import xxhash
 from metrics.poses import UNKNOWN, pose_classes
 from schemas.errors import BadShardError, TrainingError
 from schemas.settings import ColumnNames
-from schemas.shards import ShardSchema, angle_column, check_shard, embedding_matrix, text_column
+from schemas.shards import Reason, ShardSchema, angle_column, check_shard, embedding_matrix, text_column
 from schemas.split import subject_key
 from storage.shards import Shard, find_shards, read_schema, stream_blocks
 
@@ -25,27 +26,30 @@ log = logging.getLogger("frontalis.train")
 BLOCK_ROWS = 16_384
 # Neither is the split's, nor the other's: who is read must not decide in which part he falls, or who of these is taken.
 _READ_SALT, _TAKE_SALT = "rows that are read", "rows that are taken"
+# They tell of a producer that is broken; a row without a face, or without a name, is nothing special.
+REFUSED = {Reason.NOT_FINITE: "holds NaN or infinity", Reason.WRONG_LENGTH: "has another length than the others"}
+NO_SUBJECT, REPEATED = "no_subject", "read_before"
 
 
 @dataclass(frozen=True)
 class TrainingRows:
     """Labelled rows: `x` float32 `[N, D]` as stored, subject names, pose classes into `POSE_CLASSES`.
 
-    `digest` stands for all that was read, `skipped` counts the rows that could not be used.
+    `digest` stands for all that was read, `skipped` counts the rows left out, by reason.
     """
 
     x: np.ndarray
     subjects: np.ndarray
     classes: np.ndarray
     digest: str
-    skipped: int
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, keep: np.ndarray) -> "TrainingRows":
         """Return the rows where `keep` is True, or those at its indices."""
-        return TrainingRows(self.x[keep], self.subjects[keep], self.classes[keep], self.digest, 0)
+        return TrainingRows(self.x[keep], self.subjects[keep], self.classes[keep], self.digest)
 
     def at_most(self, rows: int) -> "TrainingRows":
         """Return about so many rows at most: all, or those of a sample of subjects that depends on their names only."""
@@ -54,7 +58,12 @@ class TrainingRows:
 
 
 def read_training_rows(
-    sources: Sequence[str], columns: ColumnNames, max_rows: int | None = None, *, labelled: bool = True
+    sources: Sequence[str],
+    columns: ColumnNames,
+    max_rows: int | None = None,
+    *,
+    labelled: bool = True,
+    skip_bad_rows: bool = True,
 ) -> TrainingRows:
     """Read the good, labelled rows of all shards of all sources, the same vector only once.
 
@@ -64,17 +73,18 @@ def read_training_rows(
 
     Raises:
         TrainingError: a shard lacks the subject column, has another D than those before, or breaks the contract;
-            nothing is left.
+            nothing is left; unless `skip_bad_rows`, an embedding that is not finite or of another length.
         SettingsError: a source does not exist.
     """
     shards = [shard for source in sources for shard in find_shards(source)]
     share = _share(shards, max_rows)
     digest = hashlib.blake2b(digest_size=16)
     known: set[int] = set()
-    matrices, subjects, classes, skipped = [], [], [], 0
+    matrices, subjects, classes = [], [], []
+    skipped = Counter[str]()
     dim: int | None = None
     for shard in shards:
-        for width, block in _blocks(shard, columns, labelled):
+        for width, block in _blocks(shard, columns, labelled, skip_bad_rows):
             dim = dim or width
             if width != dim:
                 raise TrainingError(
@@ -85,7 +95,7 @@ def read_training_rows(
             ours = _sampled(names, share, _READ_SALT) if share < 1 else np.ones(len(names), bool)
             x, names, poses = x[ours], names[ours], poses[ours]
             fresh = np.array([_is_new(row, known) for row in x], bool)
-            skipped += bad + int((~fresh).sum())
+            skipped += bad + Counter({REPEATED: int((~fresh).sum())})
             matrices.append(x[fresh])
             subjects.append(names[fresh])
             classes.append(poses[fresh])
@@ -96,10 +106,10 @@ def read_training_rows(
         what = "a subject and a usable embedding" if labelled else "a usable embedding"
         raise TrainingError(f"{', '.join(sources)}: no row with {what}.")
     if skipped:
-        which = "without a subject, with a bad embedding" if labelled else "with a bad embedding"
-        log.warning("%d rows %s or read before were left out", skipped, which)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+        log.warning("%s rows were left out: %s", f"{skipped.total():,}", reasons)
     return TrainingRows(
-        np.concatenate(matrices), np.concatenate(subjects), np.concatenate(classes), digest.hexdigest(), skipped
+        np.concatenate(matrices), np.concatenate(subjects), np.concatenate(classes), digest.hexdigest(), dict(skipped)
     )
 
 
@@ -117,11 +127,11 @@ def _share(shards: Sequence[Shard], max_rows: int | None) -> float:
     return max_rows / total
 
 
-Block = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+Block = tuple[np.ndarray, np.ndarray, np.ndarray, Counter[str]]
 
 
-def _blocks(shard: Shard, columns: ColumnNames, labelled: bool) -> Iterator[tuple[int, Block]]:
-    """Yield D and (x, subjects, classes, how many rows were bad) of each block of a shard."""
+def _blocks(shard: Shard, columns: ColumnNames, labelled: bool, skip_bad_rows: bool) -> Iterator[tuple[int, Block]]:
+    """Yield D and (x, subjects, classes, how many rows were left out by reason) of each block of a shard."""
     try:
         schema = check_shard(shard.key, read_schema(shard)[0], columns)
         if labelled and "subject" not in schema.present:
@@ -131,22 +141,44 @@ def _blocks(shard: Shard, columns: ColumnNames, labelled: bool) -> Iterator[tupl
             )
         wanted = [columns.embedding, *(getattr(columns, role) for role in schema.present)]
         width = schema.dim
-        for _, block in stream_blocks(shard, wanted, BLOCK_ROWS):
+        for first, block in stream_blocks(shard, wanted, BLOCK_ROWS):
             width = width or _usual_length(block.column(columns.embedding))
-            if width is not None:
-                yield width, _block(block, schema, columns, width, labelled)
+            if width is None:
+                continue
+            matrix, reasons = embedding_matrix(block.column(columns.embedding), width)
+            if not skip_bad_rows:
+                _refuse(shard, first, reasons)
+            yield width, _block(block, schema, columns, matrix, reasons, labelled)
     except BadShardError as error:
         raise _refusal(error) from error
 
 
-def _block(block: pa.RecordBatch, schema: ShardSchema, columns: ColumnNames, dim: int, labelled: bool) -> Block:
-    matrix, reasons = embedding_matrix(block.column(columns.embedding), dim)
+def _refuse(shard: Shard, first: int, reasons: np.ndarray) -> None:
+    for row in np.flatnonzero(reasons != None):  # noqa: E711
+        if reasons[row] in REFUSED:
+            raise TrainingError(
+                f"shard {shard.key}, row {first + row}: the embedding {REFUSED[reasons[row]]}; mend the shard, or "
+                "leave out such rows with --skip-bad-rows."
+            )
+
+
+def _block(
+    block: pa.RecordBatch,
+    schema: ShardSchema,
+    columns: ColumnNames,
+    matrix: np.ndarray,
+    reasons: np.ndarray,
+    labelled: bool,
+) -> Block:
     good = reasons == None  # noqa: E711
+    bad = Counter(str(reason) for reason in reasons[~good])
     names = (
         text_column(block.column(columns.subject)) if "subject" in schema.present else pa.nulls(len(good), pa.string())
     )
     if labelled:
-        good &= names.is_valid().to_numpy(zero_copy_only=False)
+        named = names.is_valid().to_numpy(zero_copy_only=False)
+        bad[NO_SUBJECT] += int((good & ~named).sum())
+        good &= named
     pose = text_column(block.column(columns.pose)).to_pylist() if "pose" in schema.present else None
     yaw = None
     if "yaw" in schema.present:
@@ -154,7 +186,7 @@ def _block(block: pa.RecordBatch, schema: ShardSchema, columns: ColumnNames, dim
     unlabelled = pose is None and yaw is None
     classes = np.full(len(good), UNKNOWN, np.int64) if unlabelled else pose_classes(pose, yaw)
     subjects = np.array(names.fill_null("").to_pylist(), dtype=object)
-    return np.ascontiguousarray(matrix[good]), subjects[good], classes[good], int((~good).sum())
+    return np.ascontiguousarray(matrix[good]), subjects[good], classes[good], bad
 
 
 def _usual_length(column: pa.Array) -> int | None:

@@ -40,7 +40,7 @@ def test_rows_come_as_stored_with_subject_and_pose_class(tmp_path):
     assert rows.subjects.tolist() == list("ppqqrr")
     classes = [POSE_CLASSES[code] for code in rows.classes]
     assert classes == ["frontal", "half", "profile", "unknown", "profile", "frontal"]
-    assert rows.skipped == 0
+    assert rows.skipped == {}
 
 
 def test_without_any_pose_column_every_pose_is_unknown(tmp_path):
@@ -55,8 +55,8 @@ def test_bad_unlabelled_and_repeated_rows_are_left_out_and_counted(tmp_path, cap
     shard(tmp_path / "b.parquet", np.concatenate([x[:1], vectors(1, 9)]), ["p", "p"])
     rows = read(tmp_path)
     np.testing.assert_array_equal(rows.x, np.concatenate([x[[0, 4, 6, 7]], vectors(1, 9)]))
-    assert rows.skipped == 5
-    assert "5 rows" in caplog.text
+    assert rows.skipped == {"not_finite": 1, "zero_norm": 1, "no_subject": 1, "read_before": 2}
+    assert "5 rows were left out: 1 no_subject, 1 not_finite, 2 read_before, 1 zero_norm" in caplog.text
 
 
 def test_digest_follows_vectors_names_and_poses(tmp_path):
@@ -105,7 +105,26 @@ def test_a_few_rows_of_another_length_are_bad_rows(tmp_path):
     shard(tmp_path / "a.parquet", x, list("ppqqr"), free_length=True)
     rows = read(tmp_path)
     assert rows.x.shape == (4, DIM)
-    assert rows.skipped == 1
+    assert rows.skipped == {"wrong_length": 1}
+    with pytest.raises(TrainingError, match=r"shard a, row 0: the embedding has another length .* --skip-bad-rows"):
+        read(tmp_path, skip_bad_rows=False)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_embedding_that_is_not_finite_is_refused_unless_asked(tmp_path, value):
+    x = vectors(5)
+    x[3, 2] = value
+    shard(tmp_path / "a.parquet", x, list("ppqqr"))
+    with pytest.raises(TrainingError, match="shard a, row 3: the embedding holds NaN or infinity; mend the shard, or"):
+        read(tmp_path, skip_bad_rows=False)
+    assert read(tmp_path).skipped == {"not_finite": 1}
+
+
+def test_rows_without_a_face_are_left_out_even_so(tmp_path):
+    x = vectors(5)
+    x[3] = 0
+    shard(tmp_path / "a.parquet", x, list("ppqqr"))
+    assert read(tmp_path, skip_bad_rows=False).skipped == {"zero_norm": 1}
 
 
 def test_nothing_usable_is_refused(tmp_path):
