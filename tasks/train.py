@@ -20,7 +20,7 @@ from metrics.bootstrap import Interval, paired_bootstrap
 from models.architectures import build, check_arguments
 from models.checkpoint import library_versions, to_bytes
 from models.dual_branch import DualBranchSENet
-from models.inference import normalise
+from models.inference import normalise, torch_device
 from models.training import Candidate, Fitted, LabelledTensor, fit
 from schemas.errors import TrainingError
 from schemas.models import ModelCard
@@ -233,7 +233,6 @@ def _fit(settings: TrainingSettings, model: nn.Module, learn: TrainingRows, judg
     rows = LabelledTensor(
         _scaled(learn.x, mean_norm), torch.from_numpy(subjects), torch.from_numpy(learn.classes == PROFILE)
     )
-    on_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
     return fit(
         model,
         rows,
@@ -241,7 +240,7 @@ def _fit(settings: TrainingSettings, model: nn.Module, learn: TrainingRows, judg
         steps=settings.steps,
         seed=settings.seed,
         loss=settings.loss,
-        device="cuda" if on_gpu else "cpu",
+        device=torch_device(settings.device),
         report=report,
     )
 
