@@ -109,7 +109,9 @@ def train(
     validation: Annotated[float | None, typer.Option(help="Share of subjects that choose the model; 0.1.")] = None,
     test: Annotated[float | None, typer.Option(help="Share of subjects that only measure it; 0.1.")] = None,
     column: Columns = None,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out NaN and odd lengths, not refuse them.")] = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out NaN and odd lengths, not refuse them.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one checkpoint and measure it on subjects it has not seen."""
