@@ -5,7 +5,7 @@ Reading shards is `storage.shards`, what makes a row bad `schemas.shards`; who i
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import xxhash
 from metrics.poses import UNKNOWN, pose_classes
 from schemas.errors import BadShardError, TrainingError
 from schemas.settings import ColumnNames
-from schemas.shards import ShardSchema, angle_column, check_shard, embedding_matrix, text_column
+from schemas.shards import ShardSchema, angle_column, check_shard, embedding_matrix, fitted_column
 from schemas.split import subject_key
 from storage.shards import Shard, find_shards, read_schema, stream_blocks
 
@@ -131,23 +131,33 @@ def _blocks(shard: Shard, columns: ColumnNames, labelled: bool) -> Iterator[tupl
             )
         wanted = [columns.embedding, *(getattr(columns, role) for role in schema.present)]
         width = schema.dim
-        for _, block in stream_blocks(shard, wanted, BLOCK_ROWS):
+        for first, block in stream_blocks(shard, wanted, BLOCK_ROWS):
             width = width or _usual_length(block.column(columns.embedding))
             if width is not None:
-                yield width, _block(block, schema, columns, width, labelled)
+                texts: dict[str, pa.Array] = {
+                    role: fitted_column(shard.key, name, block.column(name), pa.string(), first)
+                    for role in ("subject", "pose")
+                    if role in schema.present and (name := getattr(columns, role))
+                }
+                yield width, _block(block, texts, schema, columns, width, labelled)
     except BadShardError as error:
         raise _refusal(error) from error
 
 
-def _block(block: pa.RecordBatch, schema: ShardSchema, columns: ColumnNames, dim: int, labelled: bool) -> Block:
+def _block(
+    block: pa.RecordBatch,
+    texts: Mapping[str, pa.Array],
+    schema: ShardSchema,
+    columns: ColumnNames,
+    dim: int,
+    labelled: bool,
+) -> Block:
     matrix, reasons = embedding_matrix(block.column(columns.embedding), dim)
     good = reasons == None  # noqa: E711
-    names = (
-        text_column(block.column(columns.subject)) if "subject" in schema.present else pa.nulls(len(good), pa.string())
-    )
+    names = texts.get("subject", pa.nulls(len(good), pa.string()))
     if labelled:
         good &= names.is_valid().to_numpy(zero_copy_only=False)
-    pose = text_column(block.column(columns.pose)).to_pylist() if "pose" in schema.present else None
+    pose = texts["pose"].to_pylist() if "pose" in texts else None
     yaw = None
     if "yaw" in schema.present:
         yaw = angle_column(block.column(columns.yaw))[0].to_numpy(zero_copy_only=False).astype(np.float64)
