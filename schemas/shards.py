@@ -172,18 +172,20 @@ def embedding_matrix(column: pa.Array, dim: int) -> tuple[npt.NDArray[np.float32
     return matrix, reasons
 
 
-def text_column(column: pa.Array) -> pa.Array:
-    """Return a column as plain strings (dictionaries decoded, integers printed).
+def fitted_column(shard: str, name: str, column: pa.Array, kind: pa.DataType, first: int) -> pa.Array:
+    """Return a column as plain `kind`, as `plain_column` does; `first` is the number of its first row.
 
     Raises:
-        pa.ArrowInvalid: a value is no UTF-8, which other readers of the store would stumble over.
+        BadShardError: a value does not fit. The message names the column, the row and what kind of value it is, never
+            the value: it may be the name of a person.
     """
-    return plain_column(column, pa.string())
-
-
-def id_column(column: pa.Array, id_type: pa.DataType) -> pa.Array:
-    """Return the id column as `id_type` (string or int64), dictionaries decoded. Raises as `text_column` does."""
-    return plain_column(column, id_type)
+    try:
+        return plain_column(column, kind)
+    except (pa.ArrowException, UnicodeError) as error:
+        raise BadShardError(
+            f"shard {shard}: column {name!r} is {column.type} and does not fit the {kind} of the store "
+            f"({_misfit(column, kind, first)}); cast it in the source."
+        ) from error
 
 
 def plain_column(column: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -196,6 +198,29 @@ def plain_column(column: pa.Array, kind: pa.DataType) -> pa.Array:
     if _is_string(array.type):
         array.validate(full=True)
     return array.cast(kind)
+
+
+def _misfit(column: pa.Array, kind: pa.DataType, first: int) -> str:
+    low, high = 0, len(column)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if not _fits(column.slice(low, middle - low), kind) else (middle, high)
+    if _fits(column.slice(0, 0), kind) is False or not len(column):
+        return "no value of that type can be cast"
+    value = column.slice(low, 1)
+    value = value.dictionary_decode() if pa.types.is_dictionary(value.type) else value
+    if not (_is_string(value.type) or pa.types.is_binary(value.type) or pa.types.is_large_binary(value.type)):
+        return f"row {first + low} holds a {value.type} that it cannot hold"
+    what = "no UTF-8" if _is_string(kind) else f"no {kind}"
+    return f"row {first + low} holds {pc.binary_length(value)[0].as_py():,} bytes that are {what}"
+
+
+def _fits(column: pa.Array, kind: pa.DataType) -> bool:
+    try:
+        plain_column(column, kind)
+    except (pa.ArrowException, UnicodeError):
+        return False
+    return True
 
 
 def angle_column(column: pa.Array) -> tuple[pa.Array, int]:

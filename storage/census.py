@@ -16,14 +16,15 @@ from schemas.errors import BadShardError, FrontalisError
 from schemas.features import input_digest
 from schemas.ids import id_checks, id_keys
 from schemas.settings import ColumnNames
-from schemas.shards import check_shard, id_column, text_column
+from schemas.shards import check_shard, fitted_column
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
-from storage.shards import Shard, content_digest, open_shard, still_same
+from storage.shards import Shard, content_digest, read_schema, still_same, stream_blocks
 
 NO_KEY = -1
 CENSUS = "census"
 ENTRIES = "shards.parquet"
+BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -148,40 +149,43 @@ class Census:
             BadShardError: the shard does not meet the contract, or cannot be read.
         """
         content = content_digest(shard)
-        with open_shard(shard) as parquet:
-            schema = check_shard(shard.key, parquet.schema_arrow, columns)
-            wanted = [columns.id] + ([columns.subject] if forget and "subject" in schema.present else [])
-            keys, checks, hits, gone = [], [], set[str](), 0
-            for batch in parquet.iter_batches(batch_size=65_536, columns=wanted):
-                ids = id_column(batch.column(columns.id), schema.id_type)
-                left_out = ids.is_null().to_numpy(zero_copy_only=False)
-                if forget is not None:
-                    subjects = text_column(batch.column(columns.subject)) if len(wanted) > 1 else None
-                    forgotten, matched = forget(ids, subjects)
-                    gone += int(forgotten.sum())
-                    hits.update(matched)
-                    left_out = left_out | forgotten
-                known = ids.filter(pa.array(~left_out))
-                key = np.full(len(ids), NO_KEY, np.int64)
-                check = np.full(len(ids), NO_KEY, np.int64)
-                key[~left_out] = id_keys(known)
-                check[~left_out] = id_checks(known)
-                keys.append(key)
-                checks.append(check)
-            entry = Entry(
-                key=shard.key,
-                uri=shard.uri,
-                size=shard.size,
-                mtime_ns=shard.mtime_ns,
-                change=shard.change,
-                basis=basis,
-                content=content,
-                rows=int(parquet.metadata.num_rows),
-                dim=schema.dim,
-                id_type=str(schema.id_type),
-                forgotten=sorted(hits),
-                forgotten_rows=gone,
-            )
+        arrow, rows = read_schema(shard)
+        schema = check_shard(shard.key, arrow, columns)
+        wanted = [columns.id] + ([columns.subject] if forget and "subject" in schema.present else [])
+        keys, checks, hits, gone = [], [], set[str](), 0
+        for first, batch in stream_blocks(shard, wanted, BLOCK_ROWS):
+            ids = fitted_column(shard.key, columns.id, batch.column(columns.id), schema.id_type, first)
+            left_out = ids.is_null().to_numpy(zero_copy_only=False)
+            if forget is not None:
+                subjects = None
+                if len(wanted) > 1:
+                    names = batch.column(columns.subject)
+                    subjects = fitted_column(shard.key, columns.subject, names, pa.string(), first)
+                forgotten, matched = forget(ids, subjects)
+                gone += int(forgotten.sum())
+                hits.update(matched)
+                left_out = left_out | forgotten
+            known = ids.filter(pa.array(~left_out))
+            key = np.full(len(ids), NO_KEY, np.int64)
+            check = np.full(len(ids), NO_KEY, np.int64)
+            key[~left_out] = id_keys(known)
+            check[~left_out] = id_checks(known)
+            keys.append(key)
+            checks.append(check)
+        entry = Entry(
+            key=shard.key,
+            uri=shard.uri,
+            size=shard.size,
+            mtime_ns=shard.mtime_ns,
+            change=shard.change,
+            basis=basis,
+            content=content,
+            rows=rows,
+            dim=schema.dim,
+            id_type=str(schema.id_type),
+            forgotten=sorted(hits),
+            forgotten_rows=gone,
+        )
         if not still_same(shard):
             raise BadShardError(f"shard {shard.key}: {shard.uri} was rewritten while it was read; run again.")
         self.write_keys(entry, _concatenated(keys), _concatenated(checks))

@@ -110,7 +110,8 @@ class Location:
         Args:
             suffixes: keep names that end so (case-insensitive); none keeps all.
             hidden: also those below a folder, or of a name, that starts with `.` or `_`.
-            whole: refuse links that lead nowhere, which may stand for files of a disk that is not mounted.
+            whole: miss nothing of a disk that is not mounted. A link that leads nowhere is listed with the size
+                `NOWHERE` where its name ends as wanted; another may stand for a folder, and is refused.
 
         Raises:
             StoreError: a folder cannot be read, or such a link was found.
@@ -121,13 +122,14 @@ class Location:
         for entry in found:
             if not hidden and any(step[:1] in "._" for step in entry.name.split("/")):
                 continue
-            if entry.size == NOWHERE:
-                if whole:
-                    raise StoreError(
-                        f"{self.uri}/{entry.name}: is a link that leads nowhere; mount what it leads to, or remove it."
-                    )
+            wanted = not suffixes or entry.name.lower().endswith(suffixes)
+            if entry.size == NOWHERE and not whole:
                 continue
-            if suffixes and not entry.name.lower().endswith(suffixes):
+            if entry.size == NOWHERE and not wanted:
+                raise StoreError(
+                    f"{self.uri}/{entry.name}: is a link that leads nowhere; mount what it leads to, or remove it."
+                )
+            if not wanted:
                 continue
             kept.append(entry)
         return sorted(kept, key=lambda entry: entry.name)

@@ -15,11 +15,10 @@ import pyarrow.parquet as pq
 
 from schemas.errors import BadShardError, SettingsError, StoreError
 from schemas.features import DIGEST_BYTES, printable, shard_key
+from storage.blocks import open_parquet, read_blocks
 from storage.location import Location, digest_file
 
 SUFFIXES = (".parquet", ".pq")
-# Column chunks are read through a buffer of this size rather than whole, so a huge row group stays bounded in memory.
-READ_BUFFER = 1 << 20
 ETAG_REQUESTS = 16
 
 
@@ -46,7 +45,8 @@ def find_shards(source: str) -> list[Shard]:
 
     Raises:
         SettingsError: the source does not exist, holds no Parquet file, or two files would get one key.
-        StoreError: a folder cannot be read, or a link leads nowhere: its rows would leave the next release.
+        StoreError: a folder cannot be read, or a link that may stand for a folder leads nowhere: its shards would leave
+            the next release. A link of a shard's name that leads nowhere is a shard that cannot be read.
     """
     place = Location(source)
     if not place.exists():
@@ -111,10 +111,7 @@ def open_shard(shard: Shard) -> Iterator[pq.ParquetFile]:
         BadShardError: the file is unreadable, truncated, encrypted or no Parquet, also when found while reading rows.
     """
     with _as_bad_shard(shard), shard.place.open_input() as file:
-        parquet = pq.ParquetFile(
-            file, buffer_size=READ_BUFFER, pre_buffer=False, page_checksum_verification=True, memory_map=False
-        )
-        yield parquet
+        yield open_parquet(file)
 
 
 def read_schema(shard: Shard) -> tuple[pa.Schema, int]:
@@ -129,26 +126,10 @@ def stream_blocks(shard: Shard, columns: Sequence[str], rows: int) -> Iterator[t
     Blocks cross row groups, so how a file was cut never shows in them. Memory: a few blocks.
 
     Raises:
-        BadShardError: a page cannot be read.
+        BadShardError: a page cannot be read, or a column unpacks to too much.
     """
-    with open_shard(shard) as parquet:
-        first = 0
-        pending: list[pa.RecordBatch] = []
-        # Not every version of the reader fills a batch across row groups; this makes it certain.
-        for batch in parquet.iter_batches(batch_size=rows, columns=list(columns), use_threads=False):
-            pending.append(batch)
-            while sum(part.num_rows for part in pending) >= rows:
-                whole = _joined(pending)
-                yield first, whole.slice(0, rows)
-                first += rows
-                rest = whole.slice(rows)
-                pending = [rest] if rest.num_rows else []
-        if pending:
-            yield first, _joined(pending)
-
-
-def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+    with _as_bad_shard(shard), shard.place.open_input() as file:
+        yield from read_blocks(file, f"shard {shard.key}", columns, rows)
 
 
 @contextlib.contextmanager

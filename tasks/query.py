@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from schemas.errors import BadShardError, SettingsError, StoreError, clipped
@@ -18,6 +17,7 @@ from schemas.ids import id_keys
 from schemas.releases import Release
 from schemas.reports import RAW
 from schemas.shards import embedding_dim, embedding_matrix, plain_column
+from storage.blocks import open_parquet, read_blocks
 from storage.features import features_table, matrix_of, read_rows
 from storage.location import Location
 from storage.releases import Releases
@@ -25,6 +25,8 @@ from tasks.index import open_ids, open_index
 
 MAX_K = 10_000
 MAX_NUMBERS = 1 << 28  # 1 GiB of float32 a call
+MAX_ID_BYTES = 1 << 28
+BLOCK_ROWS = 4096
 
 
 class Neighbour(BaseModel):
@@ -152,7 +154,7 @@ def _from_npy(path: str) -> tuple[list[str | int], np.ndarray]:
 
 
 def _from_parquet(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
-    with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as parquet:
+    with Path(path).open("rb") as file, open_parquet(file) as parquet:
         found, rows = parquet.schema_arrow, parquet.metadata.num_rows
         if found.names.count("embedding") != 1 or not rows:
             raise ValueError(f"columns {', '.join(found.names[:8])}, {rows} rows; wanted rows with one 'embedding'")
@@ -161,17 +163,25 @@ def _from_parquet(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
             raise ValueError(f"{width} numbers a row, the index has {dim}")
         _check_size(rows * dim)
         wanted = [name for name in ("id", "embedding") if name in found.names]
-        table = parquet.read(columns=wanted, use_threads=False)
-    matrix, reasons = embedding_matrix(table["embedding"].combine_chunks(), dim)
-    for row, reason in enumerate(reasons):
-        if reason is not None:
-            raise ValueError(f"row {row}: {reason}, wanted {dim} finite numbers that are not all zero")
-    if "id" not in table.column_names:
-        return list(range(len(matrix))), matrix
-    ids = table["id"].combine_chunks()
+        names: list[str | int] = []
+        matrix, text = np.empty((rows, dim), np.float32), 0
+        for first, block in read_blocks(file, "file", wanted, BLOCK_ROWS):
+            part, reasons = embedding_matrix(block.column("embedding"), dim)
+            for row, reason in enumerate(reasons, first):
+                if reason is not None:
+                    raise ValueError(f"row {row}: {reason}, wanted {dim} finite numbers that are not all zero")
+            matrix[first : first + len(part)] = part
+            ids = _names(block.column("id")) if "id" in wanted else pa.nulls(len(part))
+            text += ids.nbytes
+            if text > MAX_ID_BYTES:
+                raise ValueError(f"ids of more than {MAX_ID_BYTES:,} bytes in {rows:,} rows; split the file")
+            names += [row if name is None else name for row, name in enumerate(ids.to_pylist(), first)]
+    return names, matrix
+
+
+def _names(ids: pa.Array) -> pa.Array:
     kind = ids.type.value_type if pa.types.is_dictionary(ids.type) else ids.type
-    names = plain_column(ids, pa.int64() if pa.types.is_integer(kind) else pa.string()).to_pylist()
-    return [row if name is None else name for row, name in enumerate(names)], matrix
+    return plain_column(ids, pa.int64() if pa.types.is_integer(kind) else pa.string())
 
 
 def _check_size(numbers: int) -> None:

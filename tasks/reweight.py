@@ -33,7 +33,7 @@ from schemas.shards import (
     angle_column,
     check_shard,
     embedding_matrix,
-    plain_column,
+    fitted_column,
 )
 from storage.features import features_table, parquet_writer, quarantine_table, vector_column, write_quarantine
 from storage.location import Location
@@ -184,7 +184,7 @@ class _Reader:
                 raise InterruptedRunError(
                     f"shard {self.work.shard.key}: the run was told to stop; run it again to go on."
                 )
-            meta = self._meta(block, schema, record)
+            meta = self._meta(first, block, schema, record)
             matrix, reasons = embedding_matrix(block.column(columns.embedding), self.dim)
             keep = self._sort_out(first, meta, reasons, record)
             if keep.all():
@@ -201,25 +201,21 @@ class _Reader:
         table = pa.Table.from_batches(self.bad, schema=file_schema(QUARANTINE_SCHEMA))
         write_quarantine(quarantine_table(Location(self.spec.store)).place / self.work.quarantine, table)
 
-    def _meta(self, block: pa.RecordBatch, schema: pa.Schema, record: bool) -> pa.RecordBatch:
+    def _meta(self, first: int, block: pa.RecordBatch, schema: pa.Schema, record: bool) -> pa.RecordBatch:
         names = [item.name for item in schema if item.name not in VECTOR_COLUMNS]
-        return pa.RecordBatch.from_arrays([self._column(block, schema.field(name), record) for name in names], names)
+        return pa.RecordBatch.from_arrays(
+            [self._column(first, block, schema.field(name), record) for name in names], names
+        )
 
-    def _column(self, block: pa.RecordBatch, item: pa.Field, record: bool) -> pa.Array:
+    def _column(self, first: int, block: pa.RecordBatch, item: pa.Field, record: bool) -> pa.Array:
         """Return one column of the features: from the shard where it has it, else null."""
         columns, role = self.spec.columns, item.name
         if role != "id" and role not in self.shard.present and role not in columns.keep:
             return pa.nulls(block.num_rows, item.type)
         name = role if role in columns.keep else getattr(columns, role)
-        try:
-            if role not in ("yaw", "pitch", "roll"):
-                return plain_column(block.column(name), item.type)
-            array, out_of_range = angle_column(block.column(name))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise BadShardError(
-                f"shard {self.work.shard.key}: column {name!r} is {block.column(name).type} and does not fit the "
-                f"{item.type} of the store ({str(error).splitlines()[0][:160]}); cast it in the source."
-            ) from error
+        if role not in ("yaw", "pitch", "roll"):
+            return fitted_column(self.work.shard.key, name, block.column(name), item.type, first)
+        array, out_of_range = angle_column(block.column(name))
         if record:
             self.out_of_range += out_of_range
             if role == "yaw":

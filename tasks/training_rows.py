@@ -17,7 +17,7 @@ import xxhash
 from metrics.poses import UNKNOWN, pose_classes
 from schemas.errors import BadShardError, TrainingError
 from schemas.settings import ColumnNames
-from schemas.shards import Reason, ShardSchema, angle_column, check_shard, embedding_matrix, text_column
+from schemas.shards import Reason, angle_column, check_shard, embedding_matrix, fitted_column
 from schemas.split import subject_key
 from storage.shards import Shard, find_shards, read_schema, stream_blocks
 
@@ -148,7 +148,13 @@ def _blocks(shard: Shard, columns: ColumnNames, labelled: bool, skip_bad_rows: b
             matrix, reasons = embedding_matrix(block.column(columns.embedding), width)
             if not skip_bad_rows:
                 _refuse(shard, first, reasons)
-            yield width, _block(block, schema, columns, matrix, reasons, labelled)
+            texts: dict[str, pa.Array] = {
+                role: fitted_column(shard.key, name, block.column(name), pa.string(), first)
+                for role in ("subject", "pose")
+                if role in schema.present and (name := getattr(columns, role))
+            }
+            yaw = block.column(columns.yaw) if "yaw" in schema.present else None
+            yield width, _block(matrix, reasons, texts, yaw, labelled)
     except BadShardError as error:
         raise _refusal(error) from error
 
@@ -163,28 +169,19 @@ def _refuse(shard: Shard, first: int, reasons: np.ndarray) -> None:
 
 
 def _block(
-    block: pa.RecordBatch,
-    schema: ShardSchema,
-    columns: ColumnNames,
-    matrix: np.ndarray,
-    reasons: np.ndarray,
-    labelled: bool,
+    matrix: np.ndarray, reasons: np.ndarray, texts: Mapping[str, pa.Array], yaw: pa.Array | None, labelled: bool
 ) -> Block:
     good = reasons == None  # noqa: E711
     bad = Counter(str(reason) for reason in reasons[~good])
-    names = (
-        text_column(block.column(columns.subject)) if "subject" in schema.present else pa.nulls(len(good), pa.string())
-    )
+    names = texts.get("subject", pa.nulls(len(good), pa.string()))
     if labelled:
         named = names.is_valid().to_numpy(zero_copy_only=False)
         bad[NO_SUBJECT] += int((good & ~named).sum())
         good &= named
-    pose = text_column(block.column(columns.pose)).to_pylist() if "pose" in schema.present else None
-    yaw = None
-    if "yaw" in schema.present:
-        yaw = angle_column(block.column(columns.yaw))[0].to_numpy(zero_copy_only=False).astype(np.float64)
-    unlabelled = pose is None and yaw is None
-    classes = np.full(len(good), UNKNOWN, np.int64) if unlabelled else pose_classes(pose, yaw)
+    pose = texts["pose"].to_pylist() if "pose" in texts else None
+    angles = None if yaw is None else angle_column(yaw)[0].to_numpy(zero_copy_only=False).astype(np.float64)
+    unlabelled = pose is None and angles is None
+    classes = np.full(len(good), UNKNOWN, np.int64) if unlabelled else pose_classes(pose, angles)
     subjects = np.array(names.fill_null("").to_pylist(), dtype=object)
     return np.ascontiguousarray(matrix[good]), subjects[good], classes[good], bad
 

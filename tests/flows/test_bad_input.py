@@ -176,7 +176,7 @@ CASES: dict[str, Case] = {
     "id of HTML": Case(Fine(), with_id("<script>alert(1)</script>")),
     "id with control characters": Case(Fine(), with_id("\x1b[2J\0\x07")),
     "empty id": Case(Fine(), with_id("")),
-    "id that is no UTF-8": Case(Bad("UTF8"), shard(INVALID_UTF8)),
+    "id that is no UTF-8": Case(Bad("that are no UTF-8"), shard(INVALID_UTF8)),
     # names of shards
     "name with a newline": Case(Fine(), shard(), name="a\nb.parquet"),
     "name of dots": Case(Fine(), shard(), name="odd/a....parquet"),
@@ -224,7 +224,7 @@ CASES: dict[str, Case] = {
     "flipped bit": Case(Bad("cannot be read as Parquet"), write=flipped),
     "encrypted": Case(Bad("cannot be read as Parquet"), write=encrypted(plaintext_footer=False)),
     "encrypted column": Case(Bad("cannot be read as Parquet"), write=encrypted(plaintext_footer=True)),
-    "broken link": Case(Fine(rows=0), write=lambda path: path.symlink_to(path.parent / "nowhere")),
+    "broken link": Case(Bad("cannot be found"), write=lambda path: path.symlink_to(path.parent / "nowhere")),
     "named pipe": Case(Fine(rows=0), write=lambda path: os.mkfifo(path)),
     "folder of that name": Case(Fine(rows=0), write=lambda path: path.mkdir()),
     "dictionary": Case(Fine(), write=coded(use_dictionary=True)),

@@ -1,0 +1,218 @@
+"""Reading Parquet in blocks whose memory is bounded, also where a small file unpacks to a very large one.
+
+Dictionaries, run lengths and compression let a few kilobytes stand for gigabytes. So the footer decides how many rows
+are decoded at once, and a block that would grow beyond its bound makes the shard a bad one. The footer is trusted, and
+one page is always unpacked whole. What the rows mean is left to `schemas.shards`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from schemas.errors import BadShardError
+
+# Column chunks are read through a buffer of this size rather than whole, so a huge row group stays bounded in memory.
+READ_BUFFER = 1 << 20
+# A block may hold the bounds below times its rows, or times these where it is shorter.
+BOUND_ROWS = 4096
+# Numbers a row of an embedding, on average over a block; no recogniser known gives half of that.
+NUMBERS = 8192
+# Bytes a row, on average over a block, of one column of text or bytes. Ids, names and paths stay far below.
+TEXT_BYTES = 16_384
+# What a column may unpack to before it is looked at: enough for 16,384 rows of 512 numbers.
+DECODED_BYTES = 32 << 20
+# What one column of a row group may unpack to, unless it takes more than 1/64 of that in the file. Embeddings hardly
+# compress; even those of one bit a number take 1/32.
+UNPACKED_BYTES = 128 << 20
+UNPACKED_RATIO = 64
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One column of one row group: `values` counts the numbers of lists, `unpacked` the bytes of its pages."""
+
+    group: int
+    rows: int
+    values: int
+    packed: int
+    unpacked: int
+    encodings: tuple[str, ...]
+
+
+def open_parquet(file: Any, **options: Any) -> pq.ParquetFile:
+    """Open a file for streaming. Raises OSError, pa.ArrowException."""
+    return pq.ParquetFile(
+        file, buffer_size=READ_BUFFER, pre_buffer=False, page_checksum_verification=True, memory_map=False, **options
+    )
+
+
+def read_blocks(file: Any, name: str, columns: Sequence[str], rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield (first row number, block) of consecutive `rows` rows in file order, the tail shorter.
+
+    Blocks cross row groups, so how a file was cut never shows in them. Memory: a few blocks.
+
+    Args:
+        file: an open file.
+        name: how messages call it: `shard part-07`.
+        columns: top-level columns to read.
+        rows: rows of a block.
+
+    Raises:
+        BadShardError: a column unpacks to far more than embeddings, ids and names do.
+        OSError, pa.ArrowException: a page cannot be read.
+    """
+    parquet = open_parquet(file)
+    kinds = {column: _kind(parquet.schema_arrow, column) for column in columns}
+    limits = {column: limit for column, kind in kinds.items() if (limit := _row_limit(kind))}
+    together = rows
+    for column in limits:
+        together = min(together, _rows_at_once(file, parquet, name, column, kinds[column], together))
+    first, held = 0, dict.fromkeys(limits, 0)
+    pending: list[pa.RecordBatch] = []
+    # Not every version of the reader fills a batch across row groups; this makes it certain.
+    for batch in parquet.iter_batches(batch_size=together, columns=list(columns), use_threads=False):
+        pending.append(batch)
+        for column, limit in limits.items():
+            sizes = _row_sizes(batch.column(column))
+            held[column] += _sum(sizes)
+            if held[column] > limit * max(rows, BOUND_ROWS):
+                raise BadShardError(
+                    f"{name}: column {column!r} unpacks to {held[column]:,} bytes in the rows from {first:,} on, one "
+                    f"value to {pc.max(sizes).as_py():,}; at most {limit:,} a row are taken on average. Shorten the "
+                    "values, or leave the column out."
+                )
+        while sum(part.num_rows for part in pending) >= rows:
+            whole = _joined(pending)
+            yield first, whole.slice(0, rows)
+            first += rows
+            rest = whole.slice(rows)
+            pending = [rest] if rest.num_rows else []
+            held = {column: _sum(_row_sizes(rest.column(column))) for column in limits}
+    if pending:
+        yield first, _joined(pending)
+
+
+def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+
+
+def _kind(schema: pa.Schema, column: str) -> pa.DataType:
+    at = schema.get_field_index(column)
+    kind = schema.field(at).type if at >= 0 else pa.null()
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _row_limit(kind: pa.DataType) -> int:
+    """Return the bytes that a row may take on average, 0 for columns that cannot take many."""
+    if _is_list(kind):
+        return NUMBERS * _width(kind)
+    if pa.types.is_fixed_size_binary(kind):
+        return NUMBERS * 4
+    return TEXT_BYTES if _is_text(kind) else 0
+
+
+def _rows_at_once(file: Any, parquet: pq.ParquetFile, name: str, column: str, kind: pa.DataType, rows: int) -> int:
+    """Return how many of `rows` rows may be decoded together, by the largest row that the column may hold."""
+    if pa.types.is_fixed_size_binary(kind):
+        return min(rows, max(1, DECODED_BYTES // int(kind.byte_width)))
+    if pa.types.is_fixed_size_list(kind):
+        rows = min(rows, max(1, DECODED_BYTES // (int(kind.list_size) * _width(kind))))
+    for chunk in _chunks(parquet, column):
+        unpacked = chunk.values * _width(kind) if _is_list(kind) else chunk.unpacked
+        if unpacked > max(UNPACKED_BYTES, UNPACKED_RATIO * chunk.packed):
+            raise BadShardError(
+                f"{name}: column {column!r} unpacks from {chunk.packed:,} to {unpacked:,} bytes in row group "
+                f"{chunk.group} of {chunk.rows:,} rows; shorten the values, or write smaller row groups."
+            )
+        largest = -(-unpacked // max(chunk.rows, 1))
+        if _is_text(kind) and unpacked * min(chunk.rows, rows) > DECODED_BYTES:
+            largest = max(largest, _longest_coded(file, parquet, column, chunk))
+        rows = min(rows, max(1, DECODED_BYTES // max(largest, 1)))
+    return rows
+
+
+def _chunks(parquet: pq.ParquetFile, column: str) -> Iterator[_Chunk]:
+    metadata = parquet.metadata
+    paths = [parquet.schema.column(at).path for at in range(metadata.num_columns)]
+    leaves = [at for at, path in enumerate(paths) if path == column or path.startswith(f"{column}.")]
+    hollow = open_parquet(pa.BufferReader(b""), metadata=metadata)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if not group.num_rows:
+            continue
+        _refuse_encrypted(hollow, number, column)
+        if group.num_columns != metadata.num_columns:
+            raise OSError(f"row group {number} has {group.num_columns} columns of {metadata.num_columns}")
+        for chunk in map(group.column, leaves):
+            yield _Chunk(
+                number,
+                group.num_rows,
+                chunk.num_values,
+                chunk.total_compressed_size,
+                chunk.total_uncompressed_size,
+                chunk.encodings,
+            )
+
+
+def _refuse_encrypted(hollow: pq.ParquetFile, group: int, column: str) -> None:
+    """Raise OSError where the column is encrypted: to ask for its sizes would abort the process (pyarrow 26).
+
+    `hollow` has the footer of the file and no data, so whatever else it raises is of no account.
+    """
+    try:
+        next(hollow.iter_batches(batch_size=1, row_groups=[group], columns=[column], use_threads=False), None)
+    except (OSError, pa.ArrowException) as error:
+        if "crypt" in str(error):
+            raise
+
+
+def _longest_coded(file: Any, parquet: pq.ParquetFile, column: str, chunk: _Chunk) -> int:
+    """Return the most bytes of a value that may stand in the file once and in many rows."""
+    if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each value may begin with the whole of the one before
+        return chunk.unpacked
+    coded = open_parquet(file, metadata=parquet.metadata, read_dictionary=[column])
+    batch = next(coded.iter_batches(batch_size=1, row_groups=[chunk.group], columns=[column], use_threads=False))
+    values = batch.column(0)
+    return int(pc.max(pc.binary_length(values.dictionary)).as_py() or 0)
+
+
+def _row_sizes(column: pa.Array) -> pa.Array:
+    """Return the bytes of every row."""
+    column = column.storage if isinstance(column, pa.ExtensionArray) else column
+    if pa.types.is_dictionary(column.type):
+        return _row_sizes(column.dictionary).take(column.indices)
+    if _is_list(column.type):
+        numbers = pc.list_value_length(column).cast(pa.int64())
+        if pa.types.is_fixed_size_list(column.type):  # a null row takes as much room as the others
+            numbers = numbers.fill_null(column.type.list_size)
+        return pc.multiply(numbers, _width(column.type))
+    return pc.binary_length(column).cast(pa.int64())
+
+
+def _sum(sizes: pa.Array) -> int:
+    return int(pc.sum(sizes).as_py() or 0)
+
+
+def _width(kind: pa.DataType) -> int:
+    return int(kind.value_type.bit_width // 8)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(lists and pa.types.is_floating(kind.value_type))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+    )
