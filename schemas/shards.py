@@ -200,17 +200,27 @@ def plain_column(column: pa.Array, kind: pa.DataType) -> pa.Array:
     return array.cast(kind)
 
 
+def angle_column(column: pa.Array) -> tuple[pa.Array, int]:
+    """Return degrees as float32 with values outside [−180, 180] or not finite made null, and how many those were."""
+    array = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    array = array.cast(pa.float32(), safe=False)
+    bad = pc.fill_null(pc.invert(pc.less_equal(pc.abs(array), 180.0)), False)
+    bad = pc.or_(bad, pc.fill_null(pc.is_nan(array), False))
+    count = int(pc.sum(bad).as_py() or 0)
+    return (pc.if_else(bad, pa.scalar(None, pa.float32()), array) if count else array), count
+
+
 def _misfit(column: pa.Array, kind: pa.DataType, first: int) -> str:
     low, high = 0, len(column)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if not _fits(column.slice(low, middle - low), kind) else (middle, high)
-    if _fits(column.slice(0, 0), kind) is False or not len(column):
+    if not _fits(column.slice(0, 0), kind):
         return "no value of that type can be cast"
     value = column.slice(low, 1)
     value = value.dictionary_decode() if pa.types.is_dictionary(value.type) else value
     if not (_is_string(value.type) or pa.types.is_binary(value.type) or pa.types.is_large_binary(value.type)):
-        return f"row {first + low} holds a {value.type} that it cannot hold"
+        return f"row {first + low} holds a {value.type} that cannot be cast"
     what = "no UTF-8" if _is_string(kind) else f"no {kind}"
     return f"row {first + low} holds {pc.binary_length(value)[0].as_py():,} bytes that are {what}"
 
@@ -221,16 +231,6 @@ def _fits(column: pa.Array, kind: pa.DataType) -> bool:
     except (pa.ArrowException, UnicodeError):
         return False
     return True
-
-
-def angle_column(column: pa.Array) -> tuple[pa.Array, int]:
-    """Return degrees as float32 with values outside [−180, 180] or not finite made null, and how many those were."""
-    array = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    array = array.cast(pa.float32(), safe=False)
-    bad = pc.fill_null(pc.invert(pc.less_equal(pc.abs(array), 180.0)), False)
-    bad = pc.or_(bad, pc.fill_null(pc.is_nan(array), False))
-    count = int(pc.sum(bad).as_py() or 0)
-    return (pc.if_else(bad, pa.scalar(None, pa.float32()), array) if count else array), count
 
 
 def _from_lists(column: pa.Array, dim: int, reasons: npt.NDArray[np.object_]) -> npt.NDArray[np.float32]:

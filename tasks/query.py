@@ -131,7 +131,7 @@ def read_vectors(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
     except FileNotFoundError as error:
         raise SettingsError(f"--vectors {path}: there is no such file.") from error
     except (ValueError, OSError, EOFError, SyntaxError, BadShardError, pa.ArrowException) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        why = (str(error).splitlines() or [type(error).__name__])[0][:240]
         raise SettingsError(f"--vectors {path}: cannot be read ({why}).") from error
     if matrix.shape[1] != dim:
         raise SettingsError(f"--vectors {path}: has {matrix.shape[1]} numbers a row, the index {dim}.")

@@ -90,6 +90,20 @@ def scaled(factor: float) -> pa.Array:
     return fixed(matrix)
 
 
+def dense(value: object, rows: int = 100) -> pa.Array:
+    """The same value in every row, stored once."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([value]))
+
+
+def dense_shard(**columns: pa.Array) -> pa.Table:
+    return pa.table({"id": [f"odd-{row}" for row in range(100)], "embedding": fixed(vectors(100)), **columns})
+
+
+def long_lists(path: Path) -> None:
+    lists = pa.ListArray.from_arrays(range(0, 11_000_000, 1_000_000), np.zeros(10_000_000, np.float32))
+    pq.write_table(dense_shard(embedding=pa.chunked_array([lists] * 10)), path, row_group_size=10)
+
+
 def with_id(value: str) -> pa.Table:
     return shard([value, *(f"odd-{row}" for row in range(1, N))])
 
@@ -167,6 +181,16 @@ CASES: dict[str, Case] = {
         Row({"null_id": 1, "duplicate_id": 1, "not_finite": 1}),
         shard([None, "odd-2", *(f"odd-{row}" for row in range(2, N))], with_value(np.nan)),
     ),
+    "one vector of a million numbers": Case(Row({"wrong_length": 1}), shard(embedding=with_row([0.5] * 1_000_000))),
+    # what a small file unpacks to
+    "one id of a megabyte": Case(Fine(), with_id("x" * 1_000_000)),
+    "ids of a megabyte": Case(
+        Bad("one value to 1,000,000; at most 16,384 a row"), dense_shard(id=dense("x" * 1_000_000))
+    ),
+    "subjects of a megabyte": Case(
+        Bad("one value to 1,000,000; at most 16,384 a row"), dense_shard(subject=dense("x" * 1_000_000))
+    ),
+    "vectors of a million numbers": Case(Bad("one value to 4,000,000; at most 32,768 a row"), write=long_lists),
     # ids that are merely odd
     "id with a newline": Case(Fine(), with_id("a\nb")),
     "id with a slash": Case(Fine(), with_id("/etc/passwd")),

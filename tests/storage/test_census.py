@@ -227,3 +227,39 @@ def test_a_new_store_takes_the_ids_that_most_rows_have(kinds, store: str | None,
 def test_a_shard_of_another_length_has_no_say_in_the_type_of_ids() -> None:
     entries = {"a": entry("a", 5), "b": entry("b", 500, dim=8, id_type="int64")}
     assert list(find_misfits(entries, COLUMNS, 4, None)) == ["b"]
+
+
+COUNT = """
+from schemas.errors import BadShardError
+from schemas.settings import ColumnNames
+from storage.census import Census
+from storage.location import Location
+from storage.shards import find_shards
+def read(path):
+    [shard] = find_shards(path)
+    try:
+        return Census(Location(path + "-census")).count(shard, ColumnNames(), "basis", None).rows
+    except BadShardError as error:
+        return error
+"""
+
+
+@pytest.mark.parametrize("kind", ["ids", "late ids", "ids in pages", "ids with one beginning"])
+def test_counting_a_small_file_costs_no_gigabytes(kind: str, tmp_path: Path, hostile, memory_grown) -> None:
+    hostile(tmp_path / "fine" / "a.parquet", "harmless")
+    hostile(tmp_path / "bad" / "odd.parquet", kind)
+    grown, said = memory_grown(COUNT, tmp_path / "fine", tmp_path / "bad")
+    assert said[0] == "8192"
+    assert said[1].startswith("shard odd: column 'id' unpacks ")
+    assert grown < 400e6, grown
+
+
+def test_a_value_that_is_no_text_is_named_by_its_row(source: Path, census: Census) -> None:
+    offsets = np.arange(0, 4 * 5001, 4, np.int32)
+    content = bytearray(b"Anna" * 5000)
+    content[4 * 4321] = 0xFF
+    ids = pa.Array.from_buffers(pa.string(), 5000, [None, pa.py_buffer(offsets), pa.py_buffer(bytes(content))])
+    write(source, "a", ids)
+    with pytest.raises(BadShardError, match=r"row 4321 holds 4 bytes that are no UTF-8") as caught:
+        count(census, source)
+    assert "nna" not in str(caught.value)

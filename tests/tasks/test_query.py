@@ -265,6 +265,30 @@ def test_hostile_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "trapped").exists()
 
 
+READ = """
+from schemas.errors import SettingsError
+from tasks.query import read_vectors
+def read(path):
+    try:
+        return len(read_vectors(path, 32)[0])
+    except SettingsError as error:
+        return error
+"""
+
+
+@pytest.mark.parametrize("kind", ["ids", "late ids", "ids with one beginning", "lists", "lists in many row groups"])
+def test_a_small_file_costs_no_gigabytes(kind: str, tmp_path: Path, hostile, memory_grown) -> None:
+    fine, odd = tmp_path / "fine.parquet", tmp_path / "odd.parquet"
+    hostile(fine, "harmless")
+    hostile(odd, kind)
+    grown, said = memory_grown(READ, fine, odd)
+    assert said[0] == "8192"
+    column = "embedding" if kind.startswith("lists") else "id"
+    assert said[1].startswith(f"--vectors {odd}: cannot be read (file: column '{column}' unpacks ")
+    assert said[1].endswith(").")
+    assert grown < 400e6, grown
+
+
 @pytest.mark.parametrize("which", ["index.faiss", "ids.parquet"])
 def test_damaged_index_answers_nothing(which: str, serve) -> None:
     store = serve([f"a-{row}" for row in range(ROWS)], [f"b-{row}" for row in range(ROWS)])
