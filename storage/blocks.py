@@ -77,13 +77,12 @@ def read_blocks(file: Any, name: str, columns: Sequence[str], rows: int) -> Iter
     for batch in parquet.iter_batches(batch_size=together, columns=list(columns), use_threads=False):
         pending.append(batch)
         for column, limit in limits.items():
-            sizes = _row_sizes(batch.column(column))
-            held[column] += _sum(sizes)
+            held[column] += _taken(batch.column(column))
             if held[column] > limit * max(rows, BOUND_ROWS):
                 raise BadShardError(
                     f"{name}: column {column!r} unpacks to {held[column]:,} bytes in the rows from {first:,} on, one "
-                    f"value to {pc.max(sizes).as_py():,}; at most {limit:,} a row are taken on average. Shorten the "
-                    "values, or leave the column out."
+                    f"value to {max(map(_taken, _each(batch.column(column)))):,}; at most {limit:,} a row are taken on "
+                    "average. Shorten the values, or leave the column out."
                 )
         while sum(part.num_rows for part in pending) >= rows:
             whole = _joined(pending)
@@ -91,7 +90,7 @@ def read_blocks(file: Any, name: str, columns: Sequence[str], rows: int) -> Iter
             first += rows
             rest = whole.slice(rows)
             pending = [rest] if rest.num_rows else []
-            held = {column: _sum(_row_sizes(rest.column(column))) for column in limits}
+            held = {column: _taken(rest.column(column)) if pending else 0 for column in limits}
     if pending:
         yield first, _joined(pending)
 
@@ -181,21 +180,22 @@ def _longest_coded(file: Any, parquet: pq.ParquetFile, column: str, chunk: _Chun
     return int(pc.max(pc.binary_length(values.dictionary)).as_py() or 0)
 
 
-def _row_sizes(column: pa.Array) -> pa.Array:
-    """Return the bytes of every row."""
+def _taken(column: pa.Array) -> int:
+    """Return the bytes that the values of a column take as plain arrays."""
     column = column.storage if isinstance(column, pa.ExtensionArray) else column
-    if pa.types.is_dictionary(column.type):
-        return _row_sizes(column.dictionary).take(column.indices)
-    if _is_list(column.type):
-        numbers = pc.list_value_length(column).cast(pa.int64())
-        if pa.types.is_fixed_size_list(column.type):  # a null row takes as much room as the others
-            numbers = numbers.fill_null(column.type.list_size)
-        return pc.multiply(numbers, _width(column.type))
-    return pc.binary_length(column).cast(pa.int64())
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return int(pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0)
+    if pa.types.is_fixed_size_binary(kind):
+        return len(column) * int(kind.byte_width)
+    if pa.types.is_fixed_size_list(kind):  # a null row takes as much room as the others
+        return len(column) * int(kind.list_size) * _width(kind)
+    lengths, unit = (pc.list_value_length(column), _width(kind)) if _is_list(kind) else (pc.binary_length(column), 1)
+    return int(pc.sum(lengths).as_py() or 0) * unit
 
 
-def _sum(sizes: pa.Array) -> int:
-    return int(pc.sum(sizes).as_py() or 0)
+def _each(column: pa.Array) -> Iterator[pa.Array]:
+    return (column.slice(row, 1) for row in range(len(column)))
 
 
 def _width(kind: pa.DataType) -> int:
