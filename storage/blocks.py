@@ -19,7 +19,7 @@ from schemas.errors import BadShardError
 READ_BUFFER = 1 << 20
 # A block may hold the bounds below times its rows, or times these where it is shorter.
 BOUND_ROWS = 4096
-# Numbers a row of an embedding, on average over a block; no recogniser known gives half of that.
+# Numbers a row of an embedding, on average over a block: twice the longest that recognisers commonly give (4,096).
 NUMBERS = 8192
 # Bytes a row, on average over a block, of one column of text or bytes. Ids, names and paths stay far below.
 TEXT_BYTES = 16_384
