@@ -20,10 +20,11 @@ from schemas.ids import id_keys
 from schemas.releases import IndexRef, Release
 from schemas.reports import RAW
 from storage.census import CENSUS, Census
-from storage.features import complete_rows, features_table, quarantine_table
+from storage.features import features_table, quarantine_table
 from storage.leftovers import find_leftovers
 from storage.location import digest_file
 from storage.releases import Releases
+from storage.sealed import check_whole
 from storage.tables import LiveFile, Snapshot, Table
 from storage.tombstones import Tombstones
 from tasks.index import open_ids, open_index
@@ -189,7 +190,7 @@ class _Check:
                 self._file(table, file, name)
             except FileNotFoundError:
                 self._wrong(name, "is missing", "run `frontalis reprocess` with this source and these models")
-            except (pa.ArrowException, OSError, FrontalisError) as error:
+            except (pa.ArrowException, OSError, ValueError, KeyError, FrontalisError) as error:
                 self._wrong(name, f"cannot be read ({str(error).splitlines()[0][:120]})", RECOMPUTE)
 
     def _file(self, table: Table, file: LiveFile, name: str) -> None:
@@ -202,9 +203,8 @@ class _Check:
         if size != file.size:
             self._wrong(name, f"has {size} bytes, the table says {file.size}", RECOMPUTE)
             return
-        if complete_rows(place) is None:
-            self._wrong(name, "cannot be read: its digest differs", RECOMPUTE)
-            return
+        with place.open_input() as stream:
+            check_whole(stream)
         keys, rows, forgotten = [], 0, 0
         with place.open_input() as stream:
             parquet = pq.ParquetFile(stream, pre_buffer=False, page_checksum_verification=True)

@@ -7,6 +7,8 @@ here. Anything else is a defect, and its traceback is shown.
 import logging
 import os
 import sys
+from collections.abc import Callable
+from typing import Any, TextIO, cast
 
 import typer
 
@@ -19,14 +21,26 @@ FAILED = 1
 def run(app: typer.Typer) -> int:
     """Run the command that was typed and return its exit code. The command finds its `Watched` as the context's `obj`.
 
-    Refused are arguments that are no UTF-8. Whoever closes the pipe of the output has read enough: that is told by the
-    exit code only.
+    Refused are arguments that are no UTF-8. Where stdout is lost, on a full disk or because its reader has gone, the
+    work goes on; a success then becomes a failure.
     """
+    stdout = None
+    if sys.stdout is not None:  # else it was closed by whoever started the process
+        stdout = _Stdout(sys.stdout)
+        sys.stdout = cast(TextIO, stdout)
     try:
         with stops_within() as watched:
-            return _run(app, watched)
+            code = _run(app, watched)
     except Interrupt as interrupt:
-        return _refuse(f"interrupted; {watched.kept()}", interrupt.exit_code)
+        code = _refuse(f"interrupted; {watched.said()}", interrupt.exit_code)
+    if stdout is None:
+        return code
+    stdout.flush()
+    if stdout.lost is None or code:
+        return code
+    if isinstance(stdout.lost, BrokenPipeError):  # the reader has read enough
+        return FAILED
+    return _refuse(f"stdout cannot be written ({stdout.lost.strerror}); the work itself is done.", FAILED)
 
 
 def log_to_stderr() -> None:
@@ -38,22 +52,50 @@ def log_to_stderr() -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
+class _Stdout:
+    """The stdout of the process; once it is `lost`, what is printed goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, what: Callable[[], object]) -> None:
+        try:
+            what()
+        except OSError as error:
+            self.lost = self.lost or error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # or Python finds it again at exit
+
+
 def _run(app: typer.Typer, watched: Watched) -> int:
     try:
         _check_words(sys.argv[1:])
-        status = app(standalone_mode=False, obj=watched)
-        sys.stdout.flush()
-        return int(status or 0)
+        return int(app(standalone_mode=False, obj=watched) or 0)
     except FrontalisError as error:
         return _refuse(str(error), error.exit_code)
+    except SystemExit as ended:  # so the library that reads the command line ends where a connection breaks
+        if isinstance(ended.__context__, OSError):
+            return _refuse(f"{ended.__context__.strerror}: whoever was talked to is gone; run again.", FAILED)
+        raise
     except Exception as error:
         if watched.signal is not None:  # what came of ending in the middle, such as a server that is gone
             raise Interrupt(watched.signal) from error
         if show := getattr(error, "show", None):  # an option that cannot be used, of typer's or click's kind
             show()
             return int(getattr(error, "exit_code", 2))
-        if isinstance(error, OSError):
-            return _system_refused(error)
+        if isinstance(error, OSError) and error.strerror:
+            what = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+            return _refuse(f"{what}{error.strerror}.", FAILED)
         raise
 
 
@@ -62,19 +104,6 @@ def _check_words(words: list[str]) -> None:
     for word in words:
         if any("\ud800" <= character <= "\udfff" for character in word):
             raise SettingsError(f"{word}: is no UTF-8; type or name it in UTF-8.")
-
-
-def _system_refused(error: OSError) -> int:
-    if error.filename is not None:
-        return _refuse(f"{os.fsdecode(error.filename)}: {error.strerror}.", FAILED)
-    try:
-        print(flush=True)  # noqa: T201 - whether it is stdout that cannot be written
-    except OSError as lost:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python finds it again at exit
-        if isinstance(lost, BrokenPipeError):
-            return FAILED
-        return _refuse(f"stdout cannot be written ({lost.strerror}); the work itself is done.", FAILED)
-    raise error
 
 
 class _OneLine(logging.Formatter):

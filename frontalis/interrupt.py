@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 GRACE_SECONDS = 8.0
+ASKING_SECONDS = 3.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -43,6 +44,19 @@ class Watched:
     grace: float
     kept: Callable[[], str] = lambda: "nothing was changed"
     signal: int | None = None
+
+    def said(self) -> str:
+        """Return what is left, in words, soon and whatever `kept` does: it may ask a storage that does not answer."""
+        found = ["what is complete is kept"]
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):
+                found.append(self.kept())
+
+        asking = threading.Thread(target=ask, name="frontalis-kept", daemon=True)
+        asking.start()
+        asking.join(ASKING_SECONDS)
+        return found[-1]
 
 
 @contextlib.contextmanager
@@ -92,7 +106,7 @@ def _watch(reader: socket.socket, over: threading.Event, watched: Watched) -> No
             if not over.wait(watched.grace):
                 _end_children()
                 print(  # noqa: T201
-                    f"frontalis: interrupted in the middle of a long step; {watched.kept()}",
+                    f"frontalis: interrupted in the middle of a long step; {watched.said()}",
                     file=sys.stderr,
                     flush=True,
                 )

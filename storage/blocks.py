@@ -177,7 +177,10 @@ def _longest_coded(file: Any, parquet: pq.ParquetFile, column: str, chunk: _Chun
     coded = open_parquet(file, metadata=parquet.metadata, read_dictionary=[column])
     batch = next(coded.iter_batches(batch_size=1, row_groups=[chunk.group], columns=[column], use_threads=False))
     values = batch.column(0)
-    return int(pc.max(pc.binary_length(values.dictionary)).as_py() or 0)
+    values = values.storage if isinstance(values, pa.ExtensionArray) else values
+    if not pa.types.is_dictionary(values.type):
+        return chunk.unpacked
+    return int(pc.max(_lengths(values.dictionary)).as_py() or 0)
 
 
 def _taken(column: pa.Array) -> int:
@@ -185,13 +188,20 @@ def _taken(column: pa.Array) -> int:
     column = column.storage if isinstance(column, pa.ExtensionArray) else column
     kind = column.type
     if pa.types.is_dictionary(kind):
-        return int(pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0)
+        return int(pc.sum(_lengths(column.dictionary).take(column.indices)).as_py() or 0)
     if pa.types.is_fixed_size_binary(kind):
         return len(column) * int(kind.byte_width)
     if pa.types.is_fixed_size_list(kind):  # a null row takes as much room as the others
         return len(column) * int(kind.list_size) * _width(kind)
-    lengths, unit = (pc.list_value_length(column), _width(kind)) if _is_list(kind) else (pc.binary_length(column), 1)
+    lengths, unit = (pc.list_value_length(column), _width(kind)) if _is_list(kind) else (_lengths(column), 1)
     return int(pc.sum(lengths).as_py() or 0) * unit
+
+
+def _lengths(text: pa.Array) -> pa.Array:
+    """Return the bytes of each value. Arrow has no such function for views."""
+    if pa.types.is_string_view(text.type) or pa.types.is_binary_view(text.type):
+        text = text.cast(pa.large_binary())
+    return pc.binary_length(text)
 
 
 def _each(column: pa.Array) -> Iterator[pa.Array]:

@@ -7,6 +7,7 @@ removed by `flows.reprocess` alone. Which files are wanted is `tasks.plan`; comm
 """
 
 import contextlib
+import errno
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +23,7 @@ from storage.location import Location
 from storage.sealed import check_whole, checked_footer, sealed_writer
 from storage.tables import LiveFile, Table
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FEATURES = "features"
 QUARANTINE = "quarantine"
 
@@ -34,8 +36,12 @@ class DamagedFilesError(StoreError):
 
     def __init__(self, places: Sequence[Location], why: str) -> None:
         self.places = list(places)
+        self.why = why
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
         super().__init__(f"{places[0].uri}{more}: is damaged ({why}); run `frontalis reprocess` to compute it again.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.places, self.why)
 
 
 def features_table(store: Location) -> Table:
@@ -155,6 +161,8 @@ def opened(table: Table, file: LiveFile) -> Iterator[pq.ParquetFile]:
     except FileNotFoundError as error:
         raise _missing(place) from error
     except _UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:  # of what is written from it
+            raise
         why = (str(error).splitlines() or ["no reason given"])[0][:120]
         if _damage(place, file.rows) is None:
             raise StoreError(f"{place.uri}: cannot be read now ({why}); run again.") from error

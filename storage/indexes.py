@@ -136,8 +136,10 @@ class VectorIndex:
         lists = _lists_of(self._index)
         if lists is None:
             return np.sort(faiss.vector_to_array(self._index.id_map))
-        held = [keys for keys, _ in _listed(lists)]
-        return np.sort(np.concatenate([np.empty(0, np.int64), *held]))
+        held = lists.invlists  # codes are not looked at: not every kind gives them as bytes
+        sizes = {number: held.list_size(number) for number in range(lists.nlist)}
+        found = [faiss.rev_swig_ptr(held.get_ids(number), rows) for number, rows in sizes.items() if rows]
+        return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
 
     def whole_rows(self) -> Iterator[Batch] | None:
         """Yield keys and unit vectors, list by list, where lists hold them uncompressed; None for other kinds.

@@ -237,7 +237,7 @@ class Location:
                         stack.append((Path(child.path), below))
                     elif child.is_file():
                         yield _local_entry(child.path[root:], child.stat())
-                    elif child.is_symlink():
+                    elif child.is_symlink() and not Path(child.path).exists():
                         yield Entry(child.path[root:], NOWHERE, 0, "")
             return
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)

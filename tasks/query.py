@@ -156,8 +156,10 @@ def _from_npy(path: str) -> tuple[list[str | int], np.ndarray]:
 def _from_parquet(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
     with Path(path).open("rb") as file, open_parquet(file) as parquet:
         found, rows = parquet.schema_arrow, parquet.metadata.num_rows
-        if found.names.count("embedding") != 1 or not rows:
-            raise ValueError(f"columns {', '.join(found.names[:8])}, {rows} rows; wanted rows with one 'embedding'")
+        if found.names.count("embedding") != 1 or found.names.count("id") > 1 or not rows:
+            raise ValueError(
+                f"columns {', '.join(found.names[:8])}, {rows} rows; wanted one 'embedding', one 'id' at most"
+            )
         width = embedding_dim(path, "embedding", found.field("embedding").type)
         if width not in (None, dim):
             raise ValueError(f"{width} numbers a row, the index has {dim}")

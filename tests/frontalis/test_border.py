@@ -50,6 +50,60 @@ def test_a_reader_that_has_read_enough_is_no_error(tmp_path) -> None:
     assert done.stderr == ""
 
 
+def test_a_closed_stdout_is_no_error(tmp_path) -> None:
+    done = shell("$F -q synth shards --subjects 2 --per-subject 2 --dim 8 --shards 1 >&-", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+BROKEN = """
+import errno, sys, typer
+from frontalis.border import run
+from schemas.errors import StoreBusyError
+app = typer.Typer()
+@app.command()
+def command() -> None:
+    print("an outcome")
+    {body}
+@app.command()
+def other() -> None: ...
+sys.argv = ["frontalis", "command"]
+sys.exit(run(app))
+"""
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(
+    ("body", "where", "code", "told"),
+    [
+        ("raise StoreBusyError('busy')", "/dev/full", 3, "frontalis: busy"),
+        (
+            "raise OSError(errno.ENOSPC, 'No space left on device')",
+            "/dev/full",
+            1,
+            "frontalis: No space left on device.",
+        ),
+        ("raise OSError(errno.ENOSPC, 'No space left on device')", "out", 1, "frontalis: No space left on device."),
+        ("raise BrokenPipeError(errno.EPIPE, 'Broken pipe')", "out", 1, "frontalis: Broken pipe: whoever was talked"),
+        ("pass", "/dev/full", 1, "frontalis: stdout cannot be written (No space left on device)"),
+        ("pass", "out", 0, ""),
+    ],
+)
+def test_the_exit_code_is_that_of_the_work(tmp_path, body, where, code, told, buffered) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    if not buffered:
+        environment["PYTHONUNBUFFERED"] = "1"
+    with (tmp_path / where).open("w") as out:
+        words = [sys.executable, "-c", BROKEN.format(body=body)]
+        done = subprocess.run(
+            words, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, check=False, env=environment
+        )
+    assert done.returncode == code
+    assert done.stderr.startswith(told)
+    assert len(done.stderr.splitlines()) == bool(told)
+    if where == "out":
+        assert (tmp_path / "out").read_text() == "an outcome\n"
+
+
 def test_what_the_system_refuses_names_the_file(tmp_path) -> None:
     (tmp_path / "file").touch()
     done = shell("$F -q synth file/shards --subjects 2 --per-subject 2 --dim 8 --shards 1", tmp_path)

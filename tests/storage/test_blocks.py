@@ -87,3 +87,17 @@ def test_a_well_compressed_shard_is_fine(tmp_path: Path) -> None:
     assert table.nbytes > 30 * (tmp_path / "a.parquet").stat().st_size
     with (tmp_path / "a.parquet").open("rb") as file:
         assert sum(block.num_rows for _, block in read_blocks(file, "shard a", ["embedding"], 4096)) == rows
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string_view(), pa.binary_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_text_of_every_kind_is_read_and_measured(tmp_path: Path, kind: pa.DataType) -> None:
+    rows = 20_000
+    ids = pa.array([f"id-{row}" for row in range(rows)])
+    ids = ids.dictionary_encode() if pa.types.is_dictionary(kind) else ids.cast(kind)
+    pq.write_table(pa.table({"id": ids}), tmp_path / "a.parquet", row_group_size=7000)
+    with (tmp_path / "a.parquet").open("rb") as file:
+        blocks = [block for _, block in read_blocks(file, "shard a", ["id"], 4096)]
+    assert [block.num_rows for block in blocks] == [4096] * 4 + [rows - 4 * 4096]
+    assert blocks[1].column("id").type == pq.read_schema(tmp_path / "a.parquet").field("id").type

@@ -257,6 +257,11 @@ class TestUpdate:
         assert set(found[0].tolist()) == set(keys[100:].tolist())
         assert (found[100:, :10] == keys[900:, None]).any(axis=1).mean() > 0.9
 
+    @pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs", "IVF16,PQ8", "IVF16,SQ8", "IVF16,Flat", "Flat", "HNSW8"])
+    def test_keys_of_every_kind_are_those_of_the_rows(self, factory):
+        keys, vectors = make_rows(900, 32)
+        assert built(keys, vectors, factory).keys().tolist() == sorted(keys.tolist())
+
     def test_keys_that_are_not_there_are_passed_over(self):
         keys, vectors = make_rows(50, 8)
         index = built(keys, vectors)

@@ -147,6 +147,10 @@ def test_a_whole_listing_misses_no_link_that_leads_nowhere(place: Location, tmp_
         ("a.parquet", 1),
         ("b.parquet", NOWHERE),
     ]
+    os.mkfifo(tmp_path / "_pipe")
+    (tmp_path / "pipe.parquet").symlink_to(tmp_path / "_pipe")  # leads somewhere, but to no file
+    (tmp_path / "null").symlink_to("/dev/null")
+    assert [entry.name for entry in place.files(".parquet", whole=True)] == ["a.parquet", "b.parquet"]
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/disk").symlink_to(tmp_path / "nowhere")
     assert [entry.name for entry in place.files(".parquet")] == ["a.parquet"]

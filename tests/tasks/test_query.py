@@ -242,7 +242,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "zero": (".npy", array(np.stack([np.ones(D), np.zeros(D)])), "row 1 is zero or not finite"),
     "beyond float32": (".npy", array(np.full((1, D), 1e300)), "row 0 is zero or not finite"),
     "no Parquet": (".parquet", content(b"PAR1" + bytes(50) + b"PAR1"), "cannot be read"),
-    "no embedding": (".parquet", table(vector=[[1.0]]), "wanted rows with one 'embedding'"),
+    "no embedding": (".parquet", table(vector=[[1.0]]), "wanted one 'embedding'"),
     "embedding of text": (".parquet", table(embedding=["x"]), "has type string"),
     "short row": (".parquet", table(embedding=[[1.0] * D, [1.0]]), "row 1: wrong_length"),
     "null row": (".parquet", table(embedding=[[1.0] * D, None]), "row 1: null_embedding"),
