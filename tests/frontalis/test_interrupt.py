@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from frontalis import cli
+from frontalis.interrupt import Watched
 from models.checkpoint import load
 from storage.location import Location
 from storage.lock import store_lock
@@ -211,6 +212,17 @@ def test_a_long_step_in_compiled_code_is_ended_after_the_grace(tmp_path) -> None
         run.kill()
     assert run.returncode == 128 + signal.SIGTERM
     assert "interrupted in the middle of a long step; nothing was changed" in told
+
+
+def test_what_is_left_is_told_soon_whatever_is_asked_for_it() -> None:
+    def broken() -> str:
+        raise OSError("no answer")
+
+    assert Watched(1.0, lambda: "all of it").said() == "all of it"
+    assert Watched(1.0, broken).said() == "what is complete is kept"
+    started = time.monotonic()
+    assert Watched(1.0, lambda: time.sleep(60) or "").said() == "what is complete is kept"
+    assert time.monotonic() - started < 30
 
 
 def test_handlers_are_put_back_and_the_block_raises() -> None:

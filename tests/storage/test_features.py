@@ -1,6 +1,7 @@
 """Feature files: vectors go in and out without a copy, bytes depend on rows alone, damage is told from trouble."""
 
 import io
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +246,9 @@ def test_any_flipped_bit_is_refused_or_changes_nothing(table: Table) -> None:
 def test_other_readers_pass_over_the_seal(table: Table, file: LiveFile) -> None:
     place = (table.place / file.path).path
     assert pq.read_table(place)["id"].to_pylist() == pl.read_parquet(place)["id"].to_list()
+
+
+def test_the_error_of_damaged_files_survives_a_process_border(table: Table) -> None:
+    error = pickle.loads(pickle.dumps(DamagedFilesError([table.place / "a", table.place / "b"], "its digest differs")))
+    assert [place.uri for place in error.places] == [(table.place / name).uri for name in "ab"]
+    assert "a and 1 more: is damaged (its digest differs)" in str(error)
