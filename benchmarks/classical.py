@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from tasks.train import PROFILE
-from tasks.training_rows import TrainingRows
+from tasks.training.rows import TrainingRows
+from tasks.training.train import PROFILE
 
 Transform = Callable[[np.ndarray], np.ndarray]
 

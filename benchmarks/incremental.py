@@ -1,8 +1,8 @@
-"""What a night costs: `frontalis reprocess` over many shards, at first, without a change, with one shard changed.
+"""What a run_once costs: `frontalis reprocess` over many shards, at first, without a change, with one shard changed.
 
     python -m benchmarks.incremental [--shards 1000] [--rows 500] [--dim 64] [--repeats 3] [--changes 3]
 
-Each night is a process of its own against a running Prefect server, as a schedule starts it. `work` is what the flow
+Each run_once is a process of its own against a running Prefect server, as a schedule starts it. `work` is what the flow
 says of itself, `whole` the process from start to end, `cpu` its user and system time with that of its children (the
 server's is not in it). Wall times mean little on a busy machine, so the load average stands beside them, and the CPU
 time, which a busy machine changes least.
@@ -34,7 +34,7 @@ from models.architectures import build
 from models.checkpoint import save
 from models.se import gather_statistics
 from schemas.models import Mode, ModelCard
-from tasks.synth import synthesize
+from tasks.synthetic.shards import synthesize
 
 MODES: tuple[Mode, ...] = ("per_sample", "batch_stat")
 PER_SUBJECT = 10
@@ -42,7 +42,7 @@ HEALTHY_SECONDS = 120
 
 
 @dataclass(frozen=True)
-class Night:
+class Measured:
     """Seconds of one run, and what it did."""
 
     what: str
@@ -59,8 +59,8 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=500, help="of a shard, a multiple of 10")
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3, help="nights without a change")
-    parser.add_argument("--changes", type=int, default=3, help="nights with one shard changed, another each time")
+    parser.add_argument("--repeats", type=int, default=3, help="runs without a change")
+    parser.add_argument("--changes", type=int, default=3, help="runs with one shard changed, another each time")
     parser.add_argument("--folder", help="where to work; a temporary folder by default")
     options = parser.parse_args()
     print(f"{options.shards:,} shards of {options.rows:,} rows, D = {options.dim}, two models, {os.cpu_count()} cores")
@@ -77,23 +77,23 @@ def main() -> None:
             + "".join(f"{mode} = '{folder / mode}.safetensors'\n" for mode in MODES)
             + "[evaluation]\nmax_rows = 5000\nresamples = 0\n[gate]\ntolerance = 1.0\n"
         )
-        nights = [night("first", folder, url)]
-        nights += [night("unchanged", folder, url) for _ in range(options.repeats)]
+        runs = [run_once("first", folder, url)]
+        runs += [run_once("unchanged", folder, url) for _ in range(options.repeats)]
         for number in range(options.changes):
             change_one(folder / "source", number)
-            nights.append(night("one shard changed", folder, url))
-    show(nights)
+            runs.append(run_once("one shard changed", folder, url))
+    show(runs)
 
 
-def night(what: str, folder: Path, url: str) -> Night:
-    """Run one night and take its times; its log goes to stderr."""
+def run_once(what: str, folder: Path, url: str) -> Measured:
+    """Run one run_once and take its times; its log goes to stderr."""
     command = [sys.executable, "-m", "frontalis", "reprocess", "--config", str(folder / "pipeline.toml"), "--json"]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     done = subprocess.run(command, env=environment(folder, url), stdout=subprocess.PIPE, text=True, check=True)
     whole = time.monotonic() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     outcome = json.loads(done.stdout)
-    return Night(
+    return Measured(
         what,
         outcome["status"],
         outcome["shards_computed"],
@@ -104,15 +104,15 @@ def night(what: str, folder: Path, url: str) -> Night:
     )
 
 
-def show(nights: list[Night]) -> None:
-    print(f"{'night':<18} {'status':<10} {'computed':>8} {'work s':>8} {'whole s':>8} {'cpu s':>8} {'load':>6}")
-    for one in nights:
+def show(runs: list[Measured]) -> None:
+    print(f"{'run_once':<18} {'status':<10} {'computed':>8} {'work s':>8} {'whole s':>8} {'cpu s':>8} {'load':>6}")
+    for one in runs:
         print(
             f"{one.what:<18} {one.status:<10} {one.computed:>8,} {one.work:>8.1f} {one.whole:>8.1f} {one.cpu:>8.1f} "
             f"{one.load:>6.1f}"
         )
     for what in ("unchanged", "one shard changed"):
-        same = [one for one in nights if one.what == what]
+        same = [one for one in runs if one.what == what]
         if same:
             print(
                 f"{what}, median of {len(same)}: work {statistics.median(one.work for one in same):.2f} s, "

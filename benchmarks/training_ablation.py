@@ -33,8 +33,8 @@ from schemas.models import Mode
 from schemas.reports import POSE_CLASSES
 from schemas.settings import ColumnNames
 from schemas.split import subject_key
-from tasks.train import PROFILE, WHITENING, Judge, features
-from tasks.training_rows import TrainingRows, read_training_rows
+from tasks.training.rows import TrainingRows, read_training_rows
+from tasks.training.train import PROFILE, WHITENING, ValidationScorer, features
 
 FOLDS = 7
 RESAMPLES = 2000
@@ -81,7 +81,7 @@ class Network:
     """
 
     architecture: str
-    loss: str = "shared_bar"
+    loss: str = "global_threshold"
     arguments: Mapping[str, float] = ()  # type: ignore[assignment]
     choose: bool = False
 
@@ -189,7 +189,7 @@ def keep(path: Path, fold: Fold, apply: Transform) -> None:
     unfinished.replace(path)
 
 
-def train(network: Network, mode: Mode, fold: Fold) -> tuple[torch.nn.Module, float, Judge, Candidate]:
+def train(network: Network, mode: Mode, fold: Fold) -> tuple[torch.nn.Module, float, ValidationScorer, Candidate]:
     """Return a network whose change is as long as it learnt, the scale of its input, its judge, and the choice."""
     torch.set_num_threads(1)
     learn = fold.train
@@ -201,7 +201,7 @@ def train(network: Network, mode: Mode, fold: Fold) -> tuple[torch.nn.Module, fl
     scaled = torch.from_numpy(learn.x) * (dim**0.5 / mean_norm)
     _, codes = np.unique(learn.subjects, return_inverse=True)
     rows = LabelledTensor(scaled, torch.from_numpy(codes), torch.from_numpy(learn.classes == PROFILE))
-    judge = Judge(fold.validation, mean_norm)
+    judge = ValidationScorer(fold.validation, mean_norm)
     calls = iter(range(10**6))
     last_wins: Callable[[torch.nn.Module], float] = lambda _model: -float(next(calls))  # noqa: E731
     recipe = CHOOSING if network.choose else Recipe(lengthening=1.0, validate_every=10**6)

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from schemas.settings import TrainingSettings
-from tasks.synth import synthesize
-from tasks.train import train_model
+from tasks.synthetic.shards import synthesize
+from tasks.training.train import train_model
 
 
 def main() -> None:

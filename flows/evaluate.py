@@ -4,12 +4,12 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.utilities.annotations import opaque
 
-from flows.progress import tell_progress
+from flows.progress import show_progress
+from reports.html import markdown_table
 from schemas.reports import Evaluation
 from schemas.settings import EvaluationSettings, PipelineSettings
 from storage.features import features_table
 from storage.releases import Releases
-from tasks.report import markdown_table
 from tasks.stages import evaluate_task
 
 
@@ -29,7 +29,7 @@ def evaluate(
         SettingsError: no such store, release or pairs file.
         StoreError: nothing is served yet, or its features are damaged or vacuumed.
     """
-    tell_progress()
+    show_progress()
     history = Releases.of(store)
     record = history.servable(release) if release else history.serving()
     settings = PipelineSettings.model_validate({**record.settings, "store": store})

@@ -7,7 +7,7 @@ their level to them.
 import logging
 
 
-def tell_progress() -> None:
+def show_progress() -> None:
     """Let `frontalis` loggers tell progress (INFO), unless somebody, such as `frontalis --quiet`, chose a level."""
     logger = logging.getLogger("frontalis")
     if logger.level == logging.NOTSET:

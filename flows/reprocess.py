@@ -18,8 +18,9 @@ from prefect.states import Completed, Failed
 from prefect.utilities.annotations import opaque
 from pydantic import BaseModel, Field
 
-from flows.progress import tell_progress
+from flows.progress import show_progress
 from flows.runner import check_runner, reweight_all
+from reports.html import markdown_table
 from schemas.errors import FrontalisError, SettingsError, StoreError
 from schemas.features import digest_of
 from schemas.releases import ModelRef, Release, release_name
@@ -32,14 +33,13 @@ from storage.releases import Releases
 from storage.shards import refuse_nested
 from storage.tables import Snapshot
 from storage.tombstones import Tombstones
-from tasks.forgotten import settle
+from tasks.evaluation.pairs import read_pairs
 from tasks.gate import decide, gated
 from tasks.index import Previous
-from tasks.pairs import read_pairs
+from tasks.maintenance.erased_releases import mark_erased_releases
 from tasks.plan import Plan
 from tasks.publish import Published
-from tasks.release_report import write_report
-from tasks.report import markdown_table
+from tasks.release import write_report
 from tasks.stages import evaluate_task, index_task, models_task, plan_task, publish_task
 
 log = logging.getLogger("frontalis.reprocess")
@@ -48,7 +48,7 @@ log = logging.getLogger("frontalis.reprocess")
 class Outcome(BaseModel):
     """What a run came to, for the person or program that started it."""
 
-    status: Literal["promoted", "kept back", "unchanged"]
+    status: Literal["promoted", "rejected", "unchanged"]
     release: str
     store: str
     reason: str
@@ -87,15 +87,15 @@ def reprocess(config: str | None = None, settings: PipelineSettings | None = Non
         SettingsError: neither or both are given, or something in them cannot be used.
         CompletedWithBadShardsError: some shards cannot be used; the work on the others is done.
     """
-    tell_progress()
+    show_progress()
     if (config is None) == (settings is None):
         raise SettingsError("reprocess: pass either config (a pipeline.toml) or settings.")
     outcome = run(load_pipeline(config) if config is not None else settings)  # type: ignore[arg-type]
     if outcome.data.bad_shards:
         error = CompletedWithBadShardsError(outcome)
         return Failed(message=str(error), data=error, name="CompletedWithBadShards")
-    if outcome.status == "kept back":
-        return Completed(message=outcome.reason, data=outcome, name="KeptBack")
+    if outcome.status == "rejected":
+        return Completed(message=outcome.reason, data=outcome, name="Rejected")
     return outcome
 
 
@@ -125,7 +125,7 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
     history, tombstones = Releases(store), Tombstones(store)
     models = models_task(settings)
     plan = plan_task(settings, models)
-    releases = settle(history, tombstones)
+    releases = mark_erased_releases(history, tombstones)
     content = release_content(settings, plan.wanted, [fault.shard for fault in plan.faults], pairs)
     latest = releases[-1] if releases and _is_indexed(store, releases[-1]) else None
     if not plan.groups and latest and latest.content == content:
@@ -143,7 +143,9 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
     release = _release(settings, plan, published, releases, content, models)
     release = release.model_copy(update={"tombstones": tombstones.digest})
     outcome = _measure_and_record(settings, release, published, history, releases)
-    settle(history, tombstones)  # the release served until now may hold a person whose forgetting was interrupted
+    mark_erased_releases(
+        history, tombstones
+    )  # the release served until now may hold a person whose forgetting was interrupted
     warnings = [warning for result in results for warning in result.warnings]
     for warning in warnings:
         log.warning("%s", warning)
@@ -216,7 +218,7 @@ def _measure_and_record(
     log.info("%s: %s", release.release, decision.reason)
     _artifacts(settings, release, evaluation)
     return Outcome(
-        status="promoted" if decision.promoted else "kept back",
+        status="promoted" if decision.promoted else "rejected",
         release=release.release,
         store=settings.store,
         reason=decision.reason,
@@ -290,15 +292,15 @@ def _is_indexed(store: Location, release: Release) -> bool:
 
 
 def _unchanged(settings: PipelineSettings, release: Release, faults: Sequence[ShardFault], seconds: float) -> Outcome:
-    """Return the outcome of a run without work: what was kept back yesterday is still kept back today."""
+    """Return the outcome of a run without work: what was rejected yesterday is still rejected today."""
     log.info("nothing changed since %s: no shard was computed", release.release)
-    kept_back = not release.gate.promoted and not release.serving
+    rejected = not release.gate.promoted and not release.serving
     since = f"nothing changed since {release.release} of {release.created:%Y-%m-%d %H:%M} UTC"
     return Outcome(
-        status="kept back" if kept_back else "unchanged",
+        status="rejected" if rejected else "unchanged",
         release=release.release,
         store=settings.store,
-        reason=f"{release.gate.reason} ({since})" if kept_back else since,
+        reason=f"{release.gate.reason} ({since})" if rejected else since,
         seconds=seconds,
         data=release.data.model_copy(update={"bad_shards": list(faults)}),
         gated_name=release.gated_name,

@@ -28,7 +28,7 @@ from tasks.stages import Sealed, reweight_task
 log = logging.getLogger("frontalis.reprocess")
 
 CONNECT_SECONDS = 10
-TELL_SECONDS = 1.0
+PROGRESS_SECONDS = 1.0
 
 
 def check_runner(runner: RunnerSettings) -> None:
@@ -98,7 +98,7 @@ def _reweight() -> list[ShardResult]:
             results += future.result()
             done += futures[future]
             now = time.monotonic()
-            if now - last > TELL_SECONDS or done == total:
+            if now - last > PROGRESS_SECONDS or done == total:
                 rate = done / max(now - started, 1e-9)
                 log.info("reweight: %s of %s rows, %s rows/s, %.0f s left", f"{done:,}", f"{total:,}", f"{rate:,.0f}",
                          (total - done) / rate)  # fmt: skip

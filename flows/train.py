@@ -4,10 +4,10 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.progress import tell_progress
+from flows.progress import show_progress
 from schemas.settings import TrainingSettings, checked
-from tasks.model_card import card_markdown
-from tasks.train import Trained, train_model
+from tasks.training.model_card import card_markdown
+from tasks.training.train import Trained, train_model
 
 train_task = task(name="train", tags=["frontalis"], cache_policy=NO_CACHE, persist_result=False)(train_model)
 
@@ -27,7 +27,7 @@ def train(
     columns: dict[str, str] | None = None,
     skip_bad_rows: bool = False,
 ) -> Trained:
-    """Train a model on labelled shards and write its checkpoint; see `tasks.train`. What is None is by default.
+    """Train a model on labelled shards and write its checkpoint; see `tasks.training.train`. None means the default.
 
     `columns` maps a role of `schemas.settings.ColumnNames` to the column's name in the sources.
 
@@ -35,7 +35,7 @@ def train(
         SettingsError: an option cannot be used.
         TrainingError: the rows cannot support a model.
     """
-    tell_progress()
+    show_progress()
     values = {
         "sources": tuple(sources),
         "out": out,

@@ -17,7 +17,7 @@ from frontalis.border import FAILED, log_to_stderr, run
 from frontalis.interrupt import GRACE_SECONDS, Interrupt, Watched
 from schemas.errors import SettingsError
 
-KEPT_BACK = 5
+REJECTED = 5
 TRAIN_GRACE_SECONDS = 60.0  # after Ctrl-C the best model so far is measured and written
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -87,7 +87,7 @@ def synth(
     bad_rows: Annotated[int, typer.Option(min=0, help="Plant about so many bad rows of several kinds.")] = 0,
 ) -> None:
     """Make synthetic shards that behave like measured embeddings."""
-    from tasks.synth import synthesize
+    from tasks.synthetic.shards import synthesize
 
     made = synthesize(
         out, subjects=subjects, per_subject=per_subject, dim=dim, shards=shards, seed=seed, bad_rows=bad_rows
@@ -103,7 +103,7 @@ def train(
     mode: Annotated[str, typer.Option(help="per_sample or batch_stat.")] = "per_sample",
     augment: Annotated[list[str] | None, typer.Option(help="Further views of the same subjects; repeat.")] = None,
     architecture: Annotated[str | None, typer.Option(help="dual_branch_ensemble (default), dual_branch or se.")] = None,
-    loss: Annotated[str | None, typer.Option(help="shared_bar (default), supcon or triplet.")] = None,
+    loss: Annotated[str | None, typer.Option(help="global_threshold (default), supcon or triplet.")] = None,
     seed: int = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="360 by default; the last one is kept, or raw.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of subjects that choose the model; 0.1.")] = None,
@@ -188,8 +188,8 @@ def reprocess(
         raise
     assert isinstance(outcome, Outcome)
     print_outcome(outcome, as_json)
-    if outcome.status == "kept back":
-        raise typer.Exit(KEPT_BACK)
+    if outcome.status == "rejected":
+        raise typer.Exit(REJECTED)
 
 
 @_command(kept="nothing was changed")
@@ -263,7 +263,7 @@ def rollback(
     store: Store, release: Annotated[str, typer.Argument(help="The release to serve.")], as_json: AsJson = False
 ) -> None:
     """Serve an older release from now on: its features, indexes and models together."""
-    from flows.rollback import roll_back
+    from tasks.maintenance.rollback import roll_back
 
     served = roll_back(store, release)
     print(served.model_dump_json() if as_json else f"{served.release} is served now")  # noqa: T201
@@ -278,8 +278,8 @@ def forget(
     as_json: AsJson = False,
 ) -> None:
     """Delete a person or a row everywhere, and keep them out while the source still has them."""
-    from flows.forget import forget as delete
     from frontalis.printing import print_forgotten
+    from tasks.maintenance.forget import forget as delete
 
     print_forgotten(delete(store, subject=subject, id_=id_, wait=wait), store, as_json)
 
@@ -297,8 +297,8 @@ def vacuum(
     as_json: AsJson = False,
 ) -> None:
     """Remove the files that no kept release needs."""
-    from flows.vacuum import clean
     from frontalis.printing import print_vacuumed
+    from tasks.maintenance.vacuum import clean
 
     print_vacuumed(clean(store, keep=keep, dry_run=dry_run, grace_hours=grace_hours, wait=wait), as_json)
 
@@ -306,8 +306,8 @@ def vacuum(
 @_command(kept="nothing was changed")
 def verify(store: Store, as_json: AsJson = False) -> None:
     """Check every file of the store against what its releases say."""
-    from flows.verify import check
     from frontalis.printing import print_checked
+    from tasks.maintenance.verify import check
 
     checked = check(store)
     print_checked(checked, as_json)

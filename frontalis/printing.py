@@ -14,12 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from schemas.errors import one_line
-from schemas.releases import Release
-from schemas.reports import ALL, RAW, Estimate, Evaluation, Population
-from tasks.model_card import change_interval
-from tasks.report_tables import filled
-from tasks.wording import (
+from reports.tables import filled
+from reports.text import (
     cell_name,
     difference_of,
     figure_of,
@@ -31,15 +27,19 @@ from tasks.wording import (
     points_interval,
     population_name,
 )
+from schemas.errors import one_line
+from schemas.releases import Release
+from schemas.reports import ALL, RAW, Estimate, Evaluation, Population
+from tasks.training.model_card import change_interval
 
 if TYPE_CHECKING:
-    from flows.forget import Forgotten
     from flows.reprocess import Outcome
-    from flows.vacuum import Vacuumed
-    from flows.verify import Checked
     from tasks.explain import Explanation
+    from tasks.maintenance.forget import Forgotten
+    from tasks.maintenance.vacuum import Vacuumed
+    from tasks.maintenance.verify import Checked
     from tasks.query import QueryAnswer
-    from tasks.train import Trained
+    from tasks.training.train import Trained
 
 CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")  # first, in this order
 

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from metrics.cosine import SCORES_PER_UNIT, Features, unit_rows
-from metrics.sweep import COARSE_BINS, COARSE_SHIFT, GRID_POINTS, CellCounts, Rows, sweep
-from metrics.tally import ScoreTally
+from metrics.pair_counts import COARSE_BINS, COARSE_SHIFT, GRID_POINTS, CellCounts, Rows, sweep
+from metrics.score_counts import ScoreCounts
 from metrics.verification import (
     FMR_POINTS,
     DetCurve,
@@ -196,12 +196,12 @@ def _total(counted: Sequence[CellCounts], n_clusters: int) -> CellCounts:
     return CellCounts(impostor, genuine, genuine_by_cluster, ends_by_cluster)
 
 
-def _tally(counts: CellCounts) -> ScoreTally:
+def _tally(counts: CellCounts) -> ScoreCounts:
     # The coarse counts tell where to look; most of the eight million counters are never used.
     bins = np.flatnonzero(counts.ends_by_cluster.any(axis=0))
     used = slice(int(bins[0]) << COARSE_SHIFT, int(bins[-1]) + 1 << COARSE_SHIFT) if len(bins) else slice(0, 0)
     observed = used.start + np.flatnonzero(counts.impostor[used])
-    return ScoreTally.from_counts(_score(counts.genuine), _score(observed), counts.impostor[observed])
+    return ScoreCounts.from_counts(_score(counts.genuine), _score(observed), counts.impostor[observed])
 
 
 def _score(grid_numbers: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
@@ -212,7 +212,7 @@ def _score(grid_numbers: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
 def _cell(
     name: str,
     counts: CellCounts,
-    tally: ScoreTally,
+    tally: ScoreCounts,
     verification: Verification,
     global_points: Sequence[OperatingPoint],
 ) -> Cell:
@@ -226,7 +226,7 @@ def _cell(
     )
 
 
-def _at_global(tally: ScoreTally, point: OperatingPoint) -> GlobalPoint:
+def _at_global(tally: ScoreCounts, point: OperatingPoint) -> GlobalPoint:
     if point.threshold is None:
         return GlobalPoint(point.target_fmr, None, None, None, point.reason)
     fmr, fnmr = rates_at(tally, point.threshold)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from metrics.cosine import SCORES_PER_UNIT, Features, shift_to_grid, unit_rows
-from metrics.tally import ScoreTally
+from metrics.score_counts import ScoreCounts
 from metrics.verification import fewest_for, operating_point
 
 RANKS = (1, 5, 10)
@@ -88,7 +88,7 @@ def identify(
     """
     probes = _outcomes(candidate_subjects, candidate_scores, probe_subjects, mated)
     strangers, counts = np.unique(probes.best_score[~mated], return_counts=True)
-    tally = ScoreTally.from_counts(np.sort(probes.own_score[mated]), strangers, counts)
+    tally = ScoreCounts.from_counts(np.sort(probes.own_score[mated]), strangers, counts)
     return Identification(
         n_mated=int(mated.sum()),
         n_non_mated=int((~mated).sum()),
@@ -292,7 +292,7 @@ def _rank_rate(wanted: int, rank: NDArray[np.int64], cut_off: int) -> RankRate:
     return RankRate(wanted, float(np.mean(rank <= wanted)))
 
 
-def _search_point(tally: ScoreTally, target: float) -> SearchPoint:
+def _search_point(tally: ScoreCounts, target: float) -> SearchPoint:
     point = operating_point(tally, target)
     if point.threshold is not None:
         return SearchPoint(target, point.threshold, point.fmr, point.fnmr)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from metrics.tally import ScoreTally
+from metrics.score_counts import ScoreCounts
 
 FMR_POINTS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
@@ -86,10 +86,10 @@ def verify(genuine: ArrayLike, impostor: ArrayLike, fmr_points: Sequence[float] 
     >>> verify([0.9, 0.8, 0.3], [0.5, 0.2, 0.1, 0.0], fmr_points=[0.25]).at(0.25)
     OperatingPoint(target_fmr=0.25, threshold=0.3, fmr=0.25, fnmr=0.0, reason=None)
     """
-    return summarise(ScoreTally.from_scores(genuine, impostor), fmr_points)
+    return summarise(ScoreCounts.from_scores(genuine, impostor), fmr_points)
 
 
-def summarise(tally: ScoreTally, fmr_points: Sequence[float] = FMR_POINTS) -> Verification:
+def summarise(tally: ScoreCounts, fmr_points: Sequence[float] = FMR_POINTS) -> Verification:
     """Compute all verification figures of a tally."""
     return Verification(
         n_genuine=tally.n_genuine,
@@ -101,7 +101,7 @@ def summarise(tally: ScoreTally, fmr_points: Sequence[float] = FMR_POINTS) -> Ve
     )
 
 
-def operating_point(tally: ScoreTally, target_fmr: float) -> OperatingPoint:
+def operating_point(tally: ScoreCounts, target_fmr: float) -> OperatingPoint:
     """FNMR at the smallest observed score t with FMR(t) **at most** `target_fmr` (ISO/IEC 19795-1:2021, FNMR at FMR).
 
     The target is read as the decimal number that it prints as, so 0.29 of 100 impostors are 29 and not 28.
@@ -140,7 +140,7 @@ def _as_printed(rate: float) -> Fraction:
     return Fraction(repr(float(rate)))
 
 
-def rates_at(tally: ScoreTally, threshold: float) -> tuple[float | None, float | None]:
+def rates_at(tally: ScoreCounts, threshold: float) -> tuple[float | None, float | None]:
     """FMR and FNMR at any threshold; None for a rate that has no pairs."""
     false_matches, false_non_matches = _errors_at(tally, threshold)
     fmr = false_matches / tally.n_impostor if tally.n_impostor else None
@@ -148,7 +148,7 @@ def rates_at(tally: ScoreTally, threshold: float) -> tuple[float | None, float |
     return fmr, fnmr
 
 
-def equal_error_rate(tally: ScoreTally) -> EqualErrorRate:
+def equal_error_rate(tally: ScoreCounts) -> EqualErrorRate:
     """EER as FVC2000 defines it (Maio et al., "FVC2000", IEEE TPAMI 24(3), 2002), exact from counts.
 
     t2 is the smallest observed score with FMR <= FNMR, t1 the observed score just below it (t1 = t2 when both rates are
@@ -176,7 +176,7 @@ def equal_error_rate(tally: ScoreTally) -> EqualErrorRate:
     return EqualErrorRate((false_matches / n_impostor + false_non_matches / n_genuine) / 2, threshold)
 
 
-def auc(tally: ScoreTally) -> float | None:
+def auc(tally: ScoreCounts) -> float | None:
     """Area under the ROC curve: P(genuine > impostor) + ½ P(equal), the Mann-Whitney statistic with exact ties."""
     if _missing_pairs(tally):
         return None
@@ -187,7 +187,7 @@ def auc(tally: ScoreTally) -> float | None:
     return float(1 - Fraction(lost_halves, 2 * tally.n_genuine * tally.n_impostor))
 
 
-def d_prime(tally: ScoreTally) -> float | None:
+def d_prime(tally: ScoreCounts) -> float | None:
     """d′ = (μ_genuine − μ_impostor) / √((σ²_genuine + σ²_impostor) / 2), population variances (Daugman 2000).
 
     Negative when genuine scores are the lower ones. None when a class is empty or all scores of each class are equal.
@@ -202,7 +202,7 @@ def d_prime(tally: ScoreTally) -> float | None:
     return (float(genuine.mean()) - mean_impostor) / math.sqrt(variance / 2) if variance > 0 else None
 
 
-def det_curve(tally: ScoreTally, points: int = 512) -> DetCurve:
+def det_curve(tally: ScoreCounts, points: int = 512) -> DetCurve:
     """At most `points` exact points of the DET curve, spread evenly in log FMR and in log FNMR.
 
     Thinning drops points, it never moves one. Empty when a class of pairs is empty.
@@ -218,7 +218,7 @@ def det_curve(tally: ScoreTally, points: int = 512) -> DetCurve:
     return DetCurve(thresholds, fmr, tally.false_non_matches(thresholds) / tally.n_genuine)
 
 
-def score_histogram(tally: ScoreTally, bins: int = 200, low: float = -1.0, high: float = 1.0) -> ScoreHistogram:
+def score_histogram(tally: ScoreCounts, bins: int = 200, low: float = -1.0, high: float = 1.0) -> ScoreHistogram:
     """Histogram of both kinds of scores over `bins` equal bins of [low, high]."""
     edges = np.linspace(low, high, bins + 1)
     inner = edges[1:-1]
@@ -227,18 +227,18 @@ def score_histogram(tally: ScoreTally, bins: int = 200, low: float = -1.0, high:
     return ScoreHistogram(edges, genuine.astype(np.int64), impostor.astype(np.int64))
 
 
-def _missing_pairs(tally: ScoreTally) -> str | None:
+def _missing_pairs(tally: ScoreCounts) -> str | None:
     if not tally.n_genuine:
         return "no genuine pair"
     return None if tally.n_impostor else "no impostor pair"
 
 
-def _errors_at(tally: ScoreTally, threshold: float) -> tuple[int, int]:
+def _errors_at(tally: ScoreCounts, threshold: float) -> tuple[int, int]:
     """Python integers, so that cross products of counts cannot overflow."""
     return int(tally.false_matches(threshold)), int(tally.false_non_matches(threshold))
 
 
-def _weighted_sum(tally: ScoreTally, errors: tuple[int, int]) -> int:
+def _weighted_sum(tally: ScoreCounts, errors: tuple[int, int]) -> int:
     """FMR + FNMR, times both totals: an integer that orders points exactly."""
     return errors[0] * tally.n_genuine + errors[1] * tally.n_impostor
 

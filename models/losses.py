@@ -51,7 +51,7 @@ class SupervisedContrastive(nn.Module):
         return loss
 
 
-class SharedBar(nn.Module):
+class GlobalThresholdLoss(nn.Module):
     """Every genuine pair has to clear one bar, which all impostor pairs of the batch set together.
 
     With s the cosine similarity over the temperature, and N impostor pairs:
@@ -87,7 +87,7 @@ class SharedBar(nn.Module):
 
 
 LOSSES: Mapping[str, Callable[..., nn.Module]] = {
-    "shared_bar": SharedBar,
+    "global_threshold": GlobalThresholdLoss,
     "supcon": SupervisedContrastive,
     "triplet": BatchHardTriplet,
 }

@@ -1,7 +1,7 @@
 """Training a network on embeddings: balanced batches, noise, weight averaging, and a choice that unseen people make.
 
-The loop knows tensors only. Reading and splitting the rows is left to `tasks.train`, which also passes the score that
-chooses among the candidates, since models never judge themselves.
+The loop knows tensors only. `tasks.training.train` reads and splits the rows, and passes the score that chooses among
+the candidates.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def fit(
     *,
     steps: int,
     seed: int,
-    loss: str = "shared_bar",
+    loss: str = "global_threshold",
     recipe: Recipe | None = None,
     device: str = "cpu",
     report: Callable[[int, float, Candidate], None] | None = None,

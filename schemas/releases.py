@@ -7,7 +7,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from schemas.models import Statistic
-from schemas.reports import DataQuality, Estimate, GateDecision, IndexAudit, Record
+from schemas.reports import DataQuality, Estimate, GateDecision, IndexRecall, Record
 
 
 class ModelRef(Record):
@@ -37,9 +37,9 @@ class IndexRef(Record):
     recall_queries: int = Field(default=0, description="on how many; 0 where the index is exact")
 
     @property
-    def audit(self) -> IndexAudit:
+    def audit(self) -> IndexRecall:
         """What a report tells of the index."""
-        return IndexAudit(
+        return IndexRecall(
             kind=self.factory,
             rows=self.rows,
             recall_at_1=self.recall_at_1,

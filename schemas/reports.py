@@ -110,7 +110,7 @@ class IdentificationResult(Record):
     )
 
 
-class IndexAudit(Record):
+class IndexRecall(Record):
     """The index of a release, and how much of what an exact search finds it finds, measured when it was written."""
 
     kind: str = Field(description="its `faiss.index_factory` string")
@@ -125,7 +125,7 @@ class ModeResult(Record):
 
     mode: str
     model_digest: str | None
-    tells_seen: bool = Field(default=True, description="False: whom the model has seen is unknown, and may be here")
+    training_subjects_known: bool = Field(default=True, description="False: leakage cannot be excluded")
     thresholds: dict[str, float | None] = Field(description="global `score >= t` threshold at each FMR point")
     cells: dict[str, CellResult]
     difference: dict[str, dict[str, Estimate]] = Field(
@@ -171,7 +171,7 @@ class Evaluation(Record):
         description="of the rows evaluated, those whose raw embedding is byte-identical to another's: never paired"
     )
     populations: dict[str, Population]
-    indexes: dict[str, IndexAudit] = Field(default_factory=dict, description="by mode, the index of the release")
+    indexes: dict[str, IndexRecall] = Field(default_factory=dict, description="by mode, the index of the release")
 
 
 class ChannelWeights(Record):
@@ -206,7 +206,7 @@ class DataQuality(Record):
     bad_shards: list[ShardFault] = Field(default_factory=list)
 
 
-class Judged(Record):
+class GuardedResult(Record):
     """A guarded figure of one mode as the gate saw it: its value, and its difference to a reference."""
 
     mode: str
@@ -224,12 +224,12 @@ class GateDecision(Record):
     promoted: bool
     reason: str
     compared_with: str | None = Field(default=None, description="what decided was compared with; None if not one thing")
-    judged: list[Judged] = Field(default_factory=list, description="every guarded figure of every mode")
+    judged: list[GuardedResult] = Field(default_factory=list, description="every guarded figure of every mode")
 
     @property
     def because(self) -> str:
         """The reason alone, where the verdict is told already."""
-        return self.reason.removeprefix("promoted: ").removeprefix("kept back: ")
+        return self.reason.removeprefix("promoted: ").removeprefix("rejected: ")
 
 
 class GatedMetric(Record):

@@ -189,7 +189,7 @@ class TrainingSettings(Settings):
     mode: Mode = "per_sample"
     augment: tuple[str, ...] = Field(default=(), description="further views of the same subjects, for training only")
     architecture: Literal["dual_branch_ensemble", "dual_branch", "se"] = "dual_branch_ensemble"
-    loss: Literal["shared_bar", "supcon", "triplet"] = "shared_bar"
+    loss: Literal["global_threshold", "supcon", "triplet"] = "global_threshold"
     columns: ColumnNames = ColumnNames()
     seed: int = Field(default=0, ge=0, lt=2**31)
     salt: str = Field(default="frontalis", min_length=1, max_length=64, description="of the subject split")

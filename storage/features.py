@@ -2,7 +2,7 @@
 
 The bytes of a file depend on its rows alone, so that whoever writes a name writes the same file. Vectors do not
 compress: they are stored plain, without dictionary and statistics, in row groups of one block (measurements in
-`docs/decisions.md`). Every file is sealed (`storage.sealed`). Reading changes nothing: a damaged file is told, and
+`docs/decisions.md`). Every file is sealed (`storage.checksums`). Reading changes nothing: a damaged file is told, and
 removed by `flows.reprocess` alone. Which files are wanted is `tasks.plan`; committing them is `storage.tables`.
 """
 
@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from schemas.errors import StoreError
 from schemas.features import PARTITIONS, VECTOR, VECTOR_COLUMNS
+from storage.checksums import check_whole, checked_footer, checksummed_writer
 from storage.location import Location
-from storage.sealed import check_whole, checked_footer, sealed_writer
 from storage.tables import LiveFile, Table
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -57,14 +57,16 @@ def quarantine_table(store: Location) -> Table:
 def parquet_writer(file: Any, schema: pa.Schema) -> contextlib.AbstractContextManager[pq.ParquetWriter]:
     """Open a writer of feature rows (no partition columns) into a stream that is open for writing."""
     dictionary = [f.name for f in schema if pa.types.is_string(f.type) and f.name != "id"]
-    return sealed_writer(file, schema, compression="none", use_dictionary=dictionary or False, write_statistics=False)
+    return checksummed_writer(
+        file, schema, compression="none", use_dictionary=dictionary or False, write_statistics=False
+    )
 
 
 def write_quarantine(place: Location, rows: pa.Table) -> None:
     """Write the quarantined rows of a shard, no partition column, as the file `place`."""
     with (
         place.writing() as file,
-        sealed_writer(file, rows.schema, compression="zstd", write_statistics=False) as writer,
+        checksummed_writer(file, rows.schema, compression="zstd", write_statistics=False) as writer,
     ):
         writer.write_table(rows)
 

@@ -1,8 +1,8 @@
 """What lies in a store although nothing needs it: files of old versions, of interrupted runs, and temporary ones.
 
-A set difference again: what is on disk minus what the kept releases, the newest table versions and the census name.
+A set difference again: what is on disk minus what the kept releases, the newest table versions and the manifest name.
 Only names that this program gives, where it gives them, are looked at: a file of somebody else's is never a leftover,
-whatever folder it lies in. Deciding which releases are kept, and deleting, is left to `flows.vacuum`.
+whatever folder it lies in. Deciding which releases are kept, and deleting, is left to `tasks.maintenance.vacuum`.
 """
 
 import re
@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from schemas.releases import Release
-from storage.census import CENSUS, ENTRIES, Census
 from storage.features import FEATURES, QUARANTINE, features_table, quarantine_table
 from storage.location import TEMPORARY, Location
+from storage.manifest import MANIFEST, RECORDS, Manifest
 from storage.releases import RELEASES, Releases
 
 _HEX, _RELEASE = "[0-9a-f]+", "r[0-9]{5,}-[0-9a-f]+"
@@ -24,11 +24,11 @@ _OURS = re.compile(
     rf"|indexes/{_RELEASE}/[^/]+/(index\.faiss|ids\.parquet)"
     rf"|reports/{_RELEASE}/(index\.html|metrics\.json|plots/[^/]+\.(svg|png))"
     rf"|models/{_HEX}\.safetensors"
-    rf"|{CENSUS}/({re.escape(ENTRIES)}|keys/{_HEX}-{_HEX}\.parquet)"
+    rf"|{MANIFEST}/({re.escape(RECORDS)}|keys/{_HEX}-{_HEX}\.parquet)"
 )
 # What a killed writer leaves: our own temporary files, and those of Delta's log.
 _TEMPORARY = re.compile(
-    rf"(({_TABLES}|indexes|reports|models|{CENSUS})/(.*/)?)?{re.escape(TEMPORARY)}[0-9a-f]{{16}}"
+    rf"(({_TABLES}|indexes|reports|models|{MANIFEST})/(.*/)?)?{re.escape(TEMPORARY)}[0-9a-f]{{16}}"
     rf"|({_TABLES})/_delta_log/(_commit_[^/]*\.tmp|[^/]*\.(json|parquet)#\d+)"
 )
 
@@ -77,6 +77,6 @@ def _needed(store: Location, kept: list[Release]) -> tuple[set[str], tuple[str, 
             needed |= {f"{table.place.name}/{path}" for path in table.snapshot(version).files}
     needed |= {model.path for release in kept for model in release.models.values()}
     needed |= {path for release in kept for index in release.indexes.values() for path in (index.path, index.ids_path)}
-    needed |= {f"{CENSUS}/{name}" for name in Census(store / CENSUS).load().names()}
+    needed |= {f"{MANIFEST}/{name}" for name in Manifest(store / MANIFEST).load().names()}
     folders = tuple(f"{release.report.rsplit('/', 1)[0]}/" for release in kept if release.report)
     return needed, folders

@@ -27,7 +27,7 @@ NOWHERE = -1  # the size of a link whose target is not there
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileEntry:
     """A file found by `Location.files`: `name` is relative to the location, `change` tells rewrites apart."""
 
     name: str
@@ -87,7 +87,7 @@ class Location:
             info = self.fs.get_file_info(self.path)
         return int(info.size) if info.type == pafs.FileType.File else None
 
-    def entry(self) -> Entry | None:
+    def entry(self) -> FileEntry | None:
         """Return the file itself as `files` would list it, or None where there is no file."""
         if self.is_local:
             with self._naming():
@@ -100,9 +100,9 @@ class Location:
             info = self.fs.get_file_info(self.path)
         if info.type != pafs.FileType.File:
             return None
-        return Entry(self.name, info.size, info.mtime_ns or 0, self.etag())
+        return FileEntry(self.name, info.size, info.mtime_ns or 0, self.etag())
 
-    def files(self, *suffixes: str, hidden: bool = False, whole: bool = False) -> list[Entry]:
+    def files(self, *suffixes: str, hidden: bool = False, whole: bool = False) -> list[FileEntry]:
         """List all files below, sorted by name; nothing where the folder is absent.
 
         Links to folders are followed, but for one that leads to a folder it lies in: its files are listed there.
@@ -217,7 +217,7 @@ class Location:
             }
         return options
 
-    def _walk(self) -> Iterator[Entry]:
+    def _walk(self) -> Iterator[FileEntry]:
         if self.is_local:
             # os.scandir gives ctime and inode, which a rewrite with the same size and mtime cannot keep.
             stack: list[tuple[Path, frozenset[tuple[int, int]]]] = [(Path(self.path), frozenset())]
@@ -238,12 +238,12 @@ class Location:
                     elif child.is_file():
                         yield _local_entry(child.path[root:], child.stat())
                     elif child.is_symlink() and not Path(child.path).exists():
-                        yield Entry(child.path[root:], NOWHERE, 0, "")
+                        yield FileEntry(child.path[root:], NOWHERE, 0, "")
             return
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         for info in self.fs.get_file_info(selector):
             if info.type == pafs.FileType.File:
-                yield Entry(info.path[len(self.path) + 1 :], info.size, info.mtime_ns or 0, "")
+                yield FileEntry(info.path[len(self.path) + 1 :], info.size, info.mtime_ns or 0, "")
 
     def etag(self) -> str:
         """Return what object storage says of the content (its ETag); empty for local files."""
@@ -298,8 +298,8 @@ class Location:
             ) from error
 
 
-def _local_entry(name: str, found: os.stat_result) -> Entry:
-    return Entry(name, found.st_size, found.st_mtime_ns, f"{found.st_ctime_ns}-{found.st_ino}")
+def _local_entry(name: str, found: os.stat_result) -> FileEntry:
+    return FileEntry(name, found.st_size, found.st_mtime_ns, f"{found.st_ctime_ns}-{found.st_ino}")
 
 
 def digest_file(place: Location, new: Callable[[], Any]) -> str:

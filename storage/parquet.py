@@ -1,4 +1,4 @@
-"""Small Parquet files as bytes: census, releases and id maps are read and written whole.
+"""Small Parquet files as bytes: manifest, releases and id maps are read and written whole.
 
 Reading goes through one synchronous reader on purpose. `pyarrow.parquet.read_table` over Python-owned memory leaves
 work to background threads, which may release that memory while the interpreter exits and abort the process (seen in

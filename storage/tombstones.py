@@ -1,7 +1,7 @@
 """Who was forgotten: salted hashes of ids and subjects whose rows never come back while the source still has them.
 
 The list names nobody: a tombstone is a keyed BLAKE2b hash under a random salt that never leaves the store. Taking the
-rows out of the tables and indexes is left to `flows.forget`.
+rows out of the tables and indexes is left to `tasks.maintenance.forget`.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Tombstones:
 
     @property
     def digest(self) -> str:
-        """A digest of the list; part of what a shard's census depends on."""
+        """A digest of the list; part of what a shard's manifest depends on."""
         return digest_of(*sorted(mark.encode() for mark in self.marks))[:12] if self.marks else "none"
 
     def mark(self, kind: str, value: str) -> str:

@@ -2,7 +2,7 @@
 
 Rows are taken from the features at one table version; subjects that a model has seen in training or validation are left
 out wherever modes are compared, and their number is told. The definitions are those of `metrics`; what is done with the
-figures is left to `tasks.gate` and `tasks.report`.
+figures is left to `tasks.gate` and `reports.html`.
 """
 
 import logging
@@ -35,11 +35,11 @@ from schemas.reports import (
 from schemas.settings import EvaluationSettings
 from storage.location import Location
 from storage.tables import Snapshot
-from tasks.identify import identify_mode
+from tasks.evaluation.identification import identify_mode
+from tasks.evaluation.pairs import Pairs, pairs_accuracy, read_pairs
+from tasks.evaluation.rows import LabelledRows, Roster, read_labelled, read_roster, sample_subjects, stored_ids
+from tasks.evaluation.served import served_features
 from tasks.index import Previous
-from tasks.labelled import LabelledRows, Roster, read_labelled, read_roster, sample_subjects, stored_ids
-from tasks.pairs import Pairs, pairs_accuracy, read_pairs
-from tasks.served import served_features
 
 log = logging.getLogger("frontalis.evaluate")
 
@@ -164,7 +164,7 @@ class _Measure:
             results[mode] = ModeResult(
                 mode=mode,
                 model_digest=self.models[mode].digest if mode in self.models else None,
-                tells_seen=mode not in self.untold,
+                training_subjects_known=mode not in self.untold,
                 thresholds={
                     fmr: swept[mode].overall.verification.at(float(fmr)).threshold for fmr in self.settings.fmrs
                 },

@@ -2,7 +2,7 @@
 
 Given labelled shards, each channel's identity-relatedness (variance between subjects over variance within a subject
 across views) is measured on the raw embeddings and set against the learnt weights. Definitions are those of
-`models.explain`, drawing those of `tasks.plots`.
+`models.explain`, drawing those of `reports.plots`.
 """
 
 import csv
@@ -16,15 +16,15 @@ from metrics.poses import UNKNOWN
 from models.checkpoint import Checkpoint, load
 from models.explain import identity_relatedness, rank_correlation, top_channels
 from models.se import SEBlock
+from reports.plots import channel_relatedness
+from reports.plots import channel_weights as draw
+from reports.theme import png_file, svg_file
 from schemas.errors import SettingsError
 from schemas.reports import POSE_CLASSES, ChannelWeights
 from schemas.settings import ColumnNames
 from storage.location import Location
-from tasks.plots import channel_relatedness
-from tasks.plots import channel_weights as draw
-from tasks.release_report import model_weights
-from tasks.theme import png_file, svg_file
-from tasks.training_rows import TrainingRows, read_training_rows
+from tasks.release import model_weights
+from tasks.training.rows import TrainingRows, read_training_rows
 
 SAMPLE_ROWS = 20_000
 

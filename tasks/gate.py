@@ -3,18 +3,28 @@
 Every mode is judged in every guarded figure over the subjects that no model has seen. It is worse with confidence where
 the 95% interval of the paired difference to its reference lies wholly above the tolerance; one such figure keeps the
 release back. The reference is the same mode of the release served until now, or raw where that mode is not served. What
-was measured of the served release must be measured of the next one too: without a comparison the release is kept back,
+was measured of the served release must be measured of the next one too: without a comparison the release is rejected,
 unless the settings say otherwise.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from reports.text import cell_name, figure_of, metric_name, points
 from schemas.releases import Release
-from schemas.reports import ALL, RAW, Estimate, Evaluation, GateDecision, GatedMetric, Judged, ModeResult, Population
+from schemas.reports import (
+    ALL,
+    RAW,
+    Estimate,
+    Evaluation,
+    GateDecision,
+    GatedMetric,
+    GuardedResult,
+    ModeResult,
+    Population,
+)
 from schemas.settings import GateSettings, Guard
 from tasks.evaluate import HELD_OUT
-from tasks.wording import cell_name, figure_of, metric_name, points
 
 NOBODY = "there are fewer than two labelled subjects that no model has seen"
 UNTOLD = "its model does not tell whom it was trained on"
@@ -76,7 +86,7 @@ def decide(evaluation: Evaluation, settings: GateSettings, served: Release | Non
     for one in judged:
         surely = one.difference.value if one.difference.low is None else one.difference.low
         if surely is not None and surely > one.tolerance:
-            reason = f"kept back: {_sentence(one)}, worse than the tolerance of {100 * one.tolerance:g} points"
+            reason = f"rejected: {_sentence(one)}, worse than the tolerance of {100 * one.tolerance:g} points"
             return GateDecision(promoted=False, reason=reason + moved, compared_with=one.reference, judged=judged)
     for one in judged:
         if served is not None and one.difference.value is None and _must_compare(one.mode, one, settings, served):
@@ -93,7 +103,7 @@ def decide(evaluation: Evaluation, settings: GateSettings, served: Release | Non
 
 def _judge(
     result: ModeResult, figure: Guard, settings: GateSettings, served: Release | None, unread: str | None
-) -> Judged:
+) -> GuardedResult:
     now = _figure(result, figure)
     reference, difference = RAW, result.difference.get(figure.cell, {}).get(figure.metric)
     if served is not None and result.mode in served.models:
@@ -108,7 +118,7 @@ def _judge(
             reason = unread or f"{name} has too few subjects in common that the models of both have not seen"
     if now is None or now.value is None or difference is None or difference.value is None:
         difference = Estimate(value=None, reason=reason)
-    return Judged(
+    return GuardedResult(
         mode=result.mode,
         cell=figure.cell,
         metric=figure.metric,
@@ -119,7 +129,7 @@ def _judge(
     )
 
 
-def _must_compare(mode: str, figure: Guard | Judged, settings: GateSettings, served: Release) -> bool:
+def _must_compare(mode: str, figure: Guard | GuardedResult, settings: GateSettings, served: Release) -> bool:
     """Return whether only a comparison with the served release will do: it was measured in this figure of this mode."""
     if settings.unmeasured == "promote" or mode not in served.models:
         return False
@@ -135,10 +145,10 @@ def _was_measured(served: Release, mode: str | None = None) -> bool:
 
 
 def _incomparable(served: Release, why: str) -> str:
-    return f"kept back: it cannot be compared with {served.release}, which is served and was measured: {why}{WAY_OUT}"
+    return f"rejected: it cannot be compared with {served.release}, which is served and was measured: {why}{WAY_OUT}"
 
 
-def _praise(judged: Sequence[Judged], figures: Sequence[Guard]) -> str:
+def _praise(judged: Sequence[GuardedResult], figures: Sequence[Guard]) -> str:
     """Say of each mode how it does in the first figure, and of the others that they were looked at."""
     parts, harmless = [], []
     for one in judged:
@@ -154,7 +164,7 @@ def _praise(judged: Sequence[Judged], figures: Sequence[Guard]) -> str:
     return ("promoted: " if measured else "promoted without a measurement: ") + "; ".join(dict.fromkeys(parts))
 
 
-def _sentence(one: Judged) -> str:
+def _sentence(one: GuardedResult) -> str:
     assert one.value is not None
     assert one.difference.value is not None
     name, change = _name(one.cell, one.metric), points(one.difference.value)
@@ -177,7 +187,7 @@ def _has_pairs(population: Population, cell: str) -> bool:
 
 
 def _figure(result: ModeResult, figure: Guard) -> Estimate | None:
-    return figure_of(result.cells[figure.cell], figure.metric) if result.tells_seen else None
+    return figure_of(result.cells[figure.cell], figure.metric) if result.training_subjects_known else None
 
 
 def _name(cell: str, metric: str) -> str:

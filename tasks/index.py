@@ -1,7 +1,7 @@
 """Index: a FAISS index a mode over the published features, updated where little changed and rebuilt where much did.
 
 Beside `index.faiss` lies `ids.parquet`, which maps FAISS's 64-bit keys back to id, subject and shard. What the index is
-and how it searches is `storage.indexes`; which release is served, `tasks.gate`.
+and how it searches is `storage.vectors.index`; which release is served, `tasks.gate`.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ import pyarrow.compute as pc
 
 from schemas.errors import StoreError
 from schemas.features import DIGEST_BYTES
-from schemas.ids import id_keys
 from schemas.index import IndexSettings
 from schemas.releases import IndexRef, Release
 from storage.features import check_files, features_table, matrix_of, read_rows
-from storage.indexes import Batch, VectorIndex, build, choose_factory, read_index, rebuild_reason
+from storage.ids import id_keys
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
-from storage.recall import Recall, audit_recall
 from storage.tables import LiveFile, Snapshot, Table
+from storage.vectors.index import Batch, VectorIndex, build, choose_factory, read_index, rebuild_reason
+from storage.vectors.recall import Recall, audit_recall
 
 log = logging.getLogger("frontalis.index")
 

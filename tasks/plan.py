@@ -1,6 +1,6 @@
 """Plan: what a run has to do, as a set difference.
 
-Wanted file names (from the census of the source and the model digests) minus names that are live is work; live minus
+Wanted file names (from the manifest of the source and the model digests) minus names that are live is work; live minus
 wanted are removals; a wanted file that lies complete in its place already is reused. Nothing else remembers how far a
 run has come. Computing is left to `tasks.reweight`, committing to `tasks.publish`.
 """
@@ -19,9 +19,9 @@ from schemas.releases import ModelRef
 from schemas.reports import RAW, ShardFault
 from schemas.settings import ColumnNames, PipelineSettings
 from schemas.shards import check_shard
-from storage.census import CENSUS, Census, Entry, find_misfits, mark_repeats
 from storage.features import complete_rows, features_table, quarantine_table
 from storage.location import Location
+from storage.manifest import MANIFEST, Manifest, ShardRecord, find_misfits, mark_repeats
 from storage.shards import Shard, find_shards, read_schema
 from storage.tables import LiveFile, Snapshot
 from storage.tombstones import Tombstones
@@ -49,7 +49,7 @@ class Plan:
 
     base: Snapshot
     schema: pa.Schema
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, ShardRecord]
     inputs: Mapping[str, str]
     models: Mapping[str, ModelRef]
     wanted: Mapping[str, tuple[str, str]]
@@ -137,14 +137,14 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
     table = features_table(store)
     base = table.snapshot()
     known = table.schema()
-    census = Census(store / CENSUS).load()
+    manifest = Manifest(store / MANIFEST).load()
     shards = find_shards(settings.source)
     dim = next(iter(models.values())).dim
     contract = Contract(settings.columns, Tombstones(store), dim, None if known is None else _id_type(known))
-    entries, errors = take_census(census, shards, contract)
+    entries, errors = update_manifest(manifest, shards, contract)
     if not entries:
         raise next(iter(errors.values()))
-    census.save(entries)
+    manifest.save(entries)
     digests = {RAW: raw_digest(settings, dim), **{mode: model.digest for mode, model in models.items()}}
     inputs = {key: entry.input_digest for key, entry in entries.items() if entry.rows}
     if not inputs:
@@ -200,33 +200,33 @@ class Contract:
     id_type: str | None
 
 
-def take_census(
-    census: Census, shards: Sequence[Shard], contract: Contract
-) -> tuple[dict[str, Entry], dict[str, BadShardError]]:
+def update_manifest(
+    manifest: Manifest, shards: Sequence[Shard], contract: Contract
+) -> tuple[dict[str, ShardRecord], dict[str, BadShardError]]:
     """Return the entry of every usable shard and the error of every other one.
 
     A shard that has not changed since the last run is not opened. A bad shard keeps its last good entry, so that its
     features stay as they are; one that never was good owns no id.
     """
     columns, tombstones = contract.columns, contract.tombstones
-    basis = census_basis(columns, tombstones)
+    basis = manifest_basis(columns, tombstones)
     forget = tombstones.match if tombstones else None
     found = {shard.key: shard for shard in shards}
     errors: dict[str, BadShardError] = {}
 
-    def look(shard: Shard) -> Entry | BadShardError:
+    def look(shard: Shard) -> ShardRecord | BadShardError:
         try:
-            return census.count(shard, columns, basis, forget)
+            return manifest.count(shard, columns, basis, forget)
         except BadShardError as error:
             return error
 
-    def look_at(some: Sequence[Shard]) -> dict[str, Entry]:
+    def look_at(some: Sequence[Shard]) -> dict[str, ShardRecord]:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             seen = dict(zip((shard.key for shard in some), pool.map(look, some), strict=True))
         errors.update({key: error for key, error in seen.items() if isinstance(error, BadShardError)})
-        return {key: entry for key, entry in seen.items() if isinstance(entry, Entry)}
+        return {key: entry for key, entry in seen.items() if isinstance(entry, ShardRecord)}
 
-    before = {key: entry for key, entry in census.entries.items() if key in found}
+    before = {key: entry for key, entry in manifest.entries.items() if key in found}
     unchanged = {key: entry for key, entry in before.items() if entry.describes(found[key], basis)}
     fresh = look_at([shard for shard in shards if shard.key not in unchanged])
     misfits = find_misfits({**unchanged, **fresh}, columns, contract.dim, contract.id_type)
@@ -234,18 +234,18 @@ def take_census(
     last_good = {key: entry for key, entry in before.items() if key in errors and key not in unchanged}
     usable = {key: entry for key, entry in {**unchanged, **fresh}.items() if key not in misfits}
     entries = {**usable, **last_good}
-    if entries == census.entries:
+    if entries == manifest.entries:
         return entries, errors
-    keys = {key: census.row_keys(entry) for key, entry in entries.items()}
+    keys = {key: manifest.row_keys(entry) for key, entry in entries.items()}
     lost = look_at([found[key] for key, row_keys in keys.items() if row_keys is None and key not in errors])
     entries |= lost
-    keys |= {key: census.row_keys(entry) for key, entry in lost.items()}
+    keys |= {key: manifest.row_keys(entry) for key, entry in lost.items()}
     whole = {key: row_keys for key, row_keys in keys.items() if row_keys is not None}
     return {**entries, **mark_repeats({key: entries[key] for key in whole}, whole)}, errors
 
 
-def census_basis(columns: ColumnNames, tombstones: Tombstones) -> str:
-    """Return the digest of what a census entry depends on beside the file."""
+def manifest_basis(columns: ColumnNames, tombstones: Tombstones) -> str:
+    """Return the digest of what a manifest entry depends on beside the file."""
     return digest_of(columns.model_dump_json().encode(), tombstones.digest.encode())[:12]
 
 
@@ -268,7 +268,7 @@ def group_work(work: Sequence[ShardWork], group_rows: int, workers: int) -> list
 
 
 def _sort_out(
-    store: Location, base: Snapshot, wanted: Mapping[str, tuple[str, str]], entries: Mapping[str, Entry]
+    store: Location, base: Snapshot, wanted: Mapping[str, tuple[str, str]], entries: Mapping[str, ShardRecord]
 ) -> tuple[list[LiveFile], list[str]]:
     """Tell wanted files that lie complete, though not live yet, from those to compute.
 

@@ -45,7 +45,7 @@ def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResul
     if not any(rows[path] for path in wanted):
         what = faults[0].reason if faults else "every row is bad or forgotten"
         raise BadShardError(f"source {settings.source}: no row can be used, so nothing was published: {what}")
-    # Quarantine first: were the features live and their bad rows not, those would be a leftover to `flows.vacuum`.
+    # Quarantine first: were the features live and their bad rows not, vacuum would remove those.
     quarantine = _publish_quarantine(store, wanted)
     snapshot = features.commit(plan.base, plan.schema, add, remove)
     return Published(snapshot, quarantine, data_quality(plan, faults, snapshot, quarantine, quarantine_table(store)))

@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from schemas.errors import BadShardError, SettingsError, StoreError, clipped
-from schemas.ids import id_keys
 from schemas.releases import Release
 from schemas.reports import RAW
 from schemas.shards import embedding_dim, embedding_matrix, plain_column
 from storage.blocks import open_parquet, read_blocks
 from storage.features import features_table, matrix_of, read_rows
+from storage.ids import id_keys
 from storage.location import Location
 from storage.releases import Releases
 from tasks.index import open_ids, open_index

@@ -34,7 +34,9 @@ from schemas.split import SplitRule, split_of, subject_key
 from tasks.plan import Plan, make_plan, prepare_models
 from tasks.publish import Published, publish
 from tasks.reweight import ReweightSpec, ShardResult, reweight_group
-from tasks.synth import synthesize
+from tasks.synthetic.shards import synthesize
+
+pytest_plugins = ["tests.pipeline_fixtures", "tests.report_fixtures"]
 
 TINY_DIM = 32
 TINY_SUBJECTS = 20
@@ -193,7 +195,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeC
 def make_checkpoint() -> MakeCheckpoint:
     """`make_checkpoint(path, mode, *, dim=32, seed=0, strength=0.02)`: an untrained network, its weights perturbed.
 
-    A small `strength` moves features a little (the gate lets it pass); a large one (1.0) ruins them (kept back).
+    A small `strength` moves features a little (the gate lets it pass); a large one (1.0) ruins them (rejected).
     """
     return _make_checkpoint
 
@@ -224,7 +226,7 @@ def _make_checkpoint(
 
 
 @dataclass(frozen=True)
-class Night:
+class StagesResult:
     """What the stages up to the commit gave: a run without Prefect, index and evaluation. Unpacks in this order."""
 
     plan: Plan
@@ -236,15 +238,15 @@ class Night:
 
 
 @pytest.fixture(scope="session")
-def night() -> Callable[[PipelineSettings], Night]:
-    """`night(settings)`: plan, reweight and publish in this process."""
+def run_stages() -> Callable[[PipelineSettings], StagesResult]:
+    """`run_stages(settings)`: plan, reweight and publish in this process."""
 
-    def run(settings: PipelineSettings) -> Night:
+    def run(settings: PipelineSettings) -> StagesResult:
         models = prepare_models(settings)
         plan = make_plan(settings, models)
         spec = ReweightSpec.of(settings, models, plan.schema)
         results = [result for group in plan.groups for result in reweight_group(group, spec)]
-        return Night(plan, results, publish(settings, plan, results))
+        return StagesResult(plan, results, publish(settings, plan, results))
 
     return run
 

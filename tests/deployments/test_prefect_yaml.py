@@ -187,10 +187,10 @@ def test_a_release_that_got_worse_is_completed_but_kept_back(
     ruined = make_checkpoint(pipeline.with_name("ruined.safetensors"), seed=3, strength=1.0)
     pipeline.write_text(f'source = "shards"\nstore = "store"\n[models]\nper_sample = "{ruined.name}"\n')
     printed = operator("deployment", "run", "reprocess/nightly", "--param", f"config={pipeline}", "--watch")
-    assert "'KeptBack'" in printed
+    assert "'Rejected'" in printed
     state = get(prefect_server, f"/flow_runs/{run_id(printed)}")["state"]
     assert state["type"] == "COMPLETED"
-    assert state["message"].startswith("kept back: per_sample: frontal–profile EER")
+    assert state["message"].startswith("rejected: per_sample: frontal–profile EER")
 
 
 @pytest.mark.timeout(600)

@@ -276,7 +276,7 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outcome(name: str, tmp_path: Path, night, pipeline_of) -> None:
+def test_outcome(name: str, tmp_path: Path, run_stages, pipeline_of) -> None:
     case = CASES[name]
     source, store = tmp_path / "source", tmp_path / "store"
     source.mkdir()
@@ -290,7 +290,7 @@ def test_outcome(name: str, tmp_path: Path, night, pipeline_of) -> None:
         with odd.open("wb") as file:
             pq.write_table(case.table, file)
 
-    plan, results, published = night(pipeline_of(source, store, **case.options))
+    plan, results, published = run_stages(pipeline_of(source, store, **case.options))
 
     data = published.data
     warnings = [warning for result in results for warning in result.warnings]
@@ -318,13 +318,13 @@ def test_outcome(name: str, tmp_path: Path, night, pipeline_of) -> None:
     _check_nothing_outside(tmp_path)
 
 
-def test_odd_ids_come_back_as_they_were(tmp_path: Path, night, pipeline_of) -> None:
+def test_odd_ids_come_back_as_they_were(tmp_path: Path, run_stages, pipeline_of) -> None:
     odd = [case.table["id"][0].as_py() for name, case in CASES.items() if name.startswith("id ") and case.table and
            isinstance(case.outcome, Fine)]  # fmt: skip
     source = tmp_path / "source"
     source.mkdir()
     pq.write_table(shard(odd), source / "odd.parquet")
-    night(pipeline_of(source, tmp_path / "store"))
+    run_stages(pipeline_of(source, tmp_path / "store"))
     stored = pl.scan_delta(str(tmp_path / "store" / "features")).filter(mode="raw").collect()
     assert len(odd) >= 7
     assert sorted(stored["id"].to_list()) == sorted(odd)
@@ -365,7 +365,7 @@ REFUSALS: dict[str, tuple[Callable[[Path, Mapping[str, str]], dict[str, object]]
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refusal(name: str, tmp_path: Path, night, pipeline_of, tiny_models, make_checkpoint) -> None:
+def test_refusal(name: str, tmp_path: Path, run_stages, pipeline_of, tiny_models, make_checkpoint) -> None:
     for folder in ("empty", "rowless", "zeros", "bad", "twins", "mixed", "fine"):
         (tmp_path / folder).mkdir()
     pq.write_table(shard(), tmp_path / "fine" / "a.parquet")
@@ -385,7 +385,7 @@ def test_refusal(name: str, tmp_path: Path, night, pipeline_of, tiny_models, mak
     settings = pipeline_of(changed.pop("source", tmp_path / "fine"), tmp_path / "store", **changed)
 
     with pytest.raises(error) as caught:
-        night(settings)
+        run_stages(settings)
 
     assert says in str(caught.value)
     assert features_table(Location(str(tmp_path / "store"))).snapshot().version == -1
@@ -425,6 +425,6 @@ def _check_table(store: Path, published: object, plan: object) -> None:
 
 def _check_nothing_outside(folder: Path) -> None:
     assert {entry.name for entry in folder.iterdir()} == {"source", "store"}
-    assert {entry.name for entry in (folder / "store").iterdir()} <= {"features", "quarantine", "models", "census"}
+    assert {entry.name for entry in (folder / "store").iterdir()} <= {"features", "quarantine", "models", "manifest"}
     for mode in (folder / "store" / "features").glob("mode=*"):
         assert all(shard.name.startswith("shard=") and shard.is_dir() for shard in mode.iterdir())

@@ -13,11 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from flows.forget import forget
 from flows.query import answer
-from flows.rollback import roll_back
-from flows.vacuum import clean
-from flows.verify import check
 from schemas.errors import SettingsError, StoreBusyError
 from schemas.features import feature_schema
 from schemas.reports import GateDecision
@@ -26,6 +22,10 @@ from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
 from storage.tables import LiveFile, Table
+from tasks.maintenance.forget import forget
+from tasks.maintenance.rollback import roll_back
+from tasks.maintenance.vacuum import clean
+from tasks.maintenance.verify import check
 
 
 def command(source: Path, store: Path, models: list[str], *more: str) -> list[str]:

@@ -20,14 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
-from flows.forget import forget
 from flows.query import answer
-from flows.vacuum import clean
-from flows.verify import check
 from storage.features import features_table
 from storage.location import Location
 from storage.releases import Releases
-from tasks.synth import synthesize
+from tasks.maintenance.forget import forget
+from tasks.maintenance.vacuum import clean
+from tasks.maintenance.verify import check
+from tasks.synthetic.shards import synthesize
 
 KILLS = int(os.environ.get("FRONTALIS_KILLS", "8"))
 SEED = int(os.environ.get("FRONTALIS_SEED", "1"))
@@ -116,7 +116,7 @@ class Run:
             return "commit"
         if any(path.startswith("features/mode=") for path in new):
             return "reweight"
-        return "plan" if any(path.startswith(("models/", "census/")) for path in new) else "start"
+        return "plan" if any(path.startswith(("models/", "manifest/")) for path in new) else "start"
 
     def kill_at(self, stage: str, moment: Callable[[], bool]) -> bool:
         """Kill the whole group once it has reached `stage` and `moment()` holds; False where it ended before."""

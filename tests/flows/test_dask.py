@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tasks.synth import synthesize
+from tasks.synthetic.shards import synthesize
 
 pytestmark = pytest.mark.timeout(600)  # seven runs of the whole job in processes of their own
 

@@ -17,15 +17,15 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from flows.forget import forget
 from flows.reprocess import CompletedWithBadShardsError
-from flows.rollback import roll_back
-from flows.vacuum import clean
-from flows.verify import check
 from schemas.errors import FrontalisError, SettingsError, StoreError
 from storage.features import features_table
 from storage.location import Location
 from storage.releases import Releases
+from tasks.maintenance.forget import forget
+from tasks.maintenance.rollback import roll_back
+from tasks.maintenance.vacuum import clean
+from tasks.maintenance.verify import check
 from tasks.query import answer
 
 
@@ -213,14 +213,14 @@ def test_lost_files_of_the_served_release_are_told_and_do_not_stop_the_nights(
     for file in store.glob("features/mode=per_sample/shard=part-001/*.parquet"):
         file.unlink()
     pq.write_table(pq.read_table(changed).slice(1), changed)
-    kept_back = run_pipeline(source, store)
-    assert kept_back.status == "kept back"
-    [note] = [note for note in kept_back.evaluation.notes if first.release in note]
+    rejected = run_pipeline(source, store)
+    assert rejected.status == "rejected"
+    [note] = [note for note in rejected.evaluation.notes if first.release in note]
     assert "not compared with the served release" in note
     assert "is missing" in note
-    assert f"cannot be compared with {first.release}" in kept_back.reason
-    assert "is missing; mend the labels" in kept_back.reason
-    assert "set [gate] unmeasured = 'promote'" in kept_back.reason
+    assert f"cannot be compared with {first.release}" in rejected.reason
+    assert "is missing; mend the labels" in rejected.reason
+    assert "set [gate] unmeasured = 'promote'" in rejected.reason
     anyway = {"gate": {"tolerance": 1.0, "unmeasured": "promote"}}
     second = run_pipeline(source, store, **anyway)
     assert second.status == "promoted"

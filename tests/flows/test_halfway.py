@@ -7,13 +7,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from flows.forget import forget
-from flows.vacuum import clean
-from flows.verify import check
 from schemas.features import QUARANTINE_SCHEMA
 from storage.features import features_table, quarantine_table
 from storage.location import Location
 from storage.tables import Table
+from tasks.maintenance.forget import forget
+from tasks.maintenance.vacuum import clean
+from tasks.maintenance.verify import check
 
 KEEP = {"keep": ["note"]}
 
@@ -63,7 +63,7 @@ BETWEEN = {
 @pytest.mark.parametrize("commit", [1, 2])
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
 def test_publishing_that_ends_between_its_commits(
-    pipeline_of, night, person, killed_at, tmp_path, first, commit, between
+    pipeline_of, run_stages, person, killed_at, tmp_path, first, commit, between
 ):
     """Of the source then two shards have other bad rows."""
     store, changed = tmp_path / "store", tmp_path / "changed"
@@ -71,41 +71,41 @@ def test_publishing_that_ends_between_its_commits(
     for name in ("part-001.parquet", "part-900.parquet"):
         pq.write_table(pq.read_table(person.source / name).slice(1), changed / name)
     if not first:
-        night(pipeline_of(person.source, store))
+        run_stages(pipeline_of(person.source, store))
     store.mkdir(exist_ok=True)
     (store / ".lock").touch()  # which every run makes before anything else, and these stages alone do not
     settings = pipeline_of(changed, store)
-    killed_at(commit, lambda: night(settings))
+    killed_at(commit, lambda: run_stages(settings))
     assert check(str(store)).problems == []
     BETWEEN[between](store)
-    data = night(settings).published.data
-    assert data == night(pipeline_of(changed, tmp_path / "fresh")).published.data
+    data = run_stages(settings).published.data
+    assert data == run_stages(pipeline_of(changed, tmp_path / "fresh")).published.data
     assert live(store) == live(tmp_path / "fresh")
     clean(str(store))
     assert (check(str(store)).problems, check(str(store)).leftovers) == ([], [])
 
 
 @pytest.mark.parametrize("commit", [1, 2])
-def test_forgetting_that_ends_between_its_commits(published, night, pipeline_of, person, killed_at, commit):
+def test_forgetting_that_ends_between_its_commits(published, run_stages, pipeline_of, person, killed_at, commit):
     store, undisturbed = published(), published()
     killed_at(commit, lambda: forget(str(store), subject=person.subject))
     shutil.copy(store / "tombstones.json", undisturbed)  # whose salt is in the names of files
     forget(str(undisturbed), subject=person.subject)
     clean(str(store), keep=1)
-    data = night(pipeline_of(person.source, store, columns=KEEP)).published.data
+    data = run_stages(pipeline_of(person.source, store, columns=KEEP)).published.data
     assert data.forgotten == person.rows + person.quarantined
     assert live(store) == live(undisturbed)
     forget(str(store), subject=person.subject)  # as `docs/operations.md` says of one that was interrupted
     assert check(str(store)).problems == []
-    night(pipeline_of(person.source, store, columns=KEEP))
+    run_stages(pipeline_of(person.source, store, columns=KEEP))
     clean(str(store), keep=1)
     assert live(store) == live(undisturbed)
     assert (check(str(store)).problems, check(str(store)).leftovers) == ([], [])
 
 
-def test_bad_rows_that_are_nowhere_are_told_and_found_again(pipeline_of, night, person, tmp_path) -> None:
+def test_bad_rows_that_are_nowhere_are_told_and_found_again(pipeline_of, run_stages, person, tmp_path) -> None:
     settings = pipeline_of(person.source, tmp_path / "store")
-    night(settings)
+    run_stages(settings)
     before = live(tmp_path / "store")
     table = quarantine_table(Location(settings.store))
     base = table.snapshot()
@@ -116,6 +116,6 @@ def test_bad_rows_that_are_nowhere_are_told_and_found_again(pipeline_of, night, 
     assert problem.thing == "shard part-900"
     assert problem.what == "of 8 rows 3 became features, 0 are in quarantine, 0 are forgotten"
     assert problem.remedy == "run `frontalis reprocess` with this source and these models"
-    night(settings)
+    run_stages(settings)
     assert live(tmp_path / "store") == before
     assert check(settings.store).problems == []

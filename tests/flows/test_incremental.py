@@ -25,7 +25,7 @@ from storage.parquet import from_parquet
 from storage.releases import Releases
 from tasks.index import Previous, index_mode
 from tasks.plan import make_plan, prepare_models
-from tasks.synth import synthesize
+from tasks.synthetic.shards import synthesize
 
 SHARDS = 20
 ROWS = 14
@@ -39,7 +39,7 @@ Change = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
-class Night:
+class Change:
     """A change, and what the night after it does: `computed` has shard → modes, `indexes` mode → how it was made.
 
     `commits` and `quarantine_commits` are new Delta versions; without any index the night publishes no release.
@@ -101,52 +101,52 @@ def rename(source: Path) -> None:
     (source / "part-005.parquet").rename(source / "renamed.parquet")
 
 
-NIGHTS: dict[str, Night] = {
-    "nothing": Night(),
-    "a shard copied over itself": Night(copy_over_itself),
-    "one shard changed": Night(
+CHANGES: dict[str, Change] = {
+    "nothing": Change(),
+    "a shard copied over itself": Change(copy_over_itself),
+    "one shard changed": Change(
         lambda source: edit(source, "part-005"), computed={"part-005": ALL}, commits=1, indexes=UPDATED
     ),
-    "one row turned bad": Night(
+    "one row turned bad": Change(
         lambda source: edit(source, "part-005", float("nan")),
         computed={"part-005": ALL},
         commits=1,
         quarantine_commits=1,
         indexes=UPDATED,
     ),
-    "a bad row mended": Night(
+    "a bad row mended": Change(
         lambda source: edit(source, "part-001", 0.1),
         computed={"part-001": ALL},
         commits=1,
         quarantine_commits=1,
         indexes=UPDATED,
     ),
-    "four of twenty shards changed": Night(
+    "four of twenty shards changed": Change(
         edit_several, computed=dict.fromkeys(KEYS[4:8], ALL), commits=1, indexes=BUILT
     ),
-    "one shard more": Night(add, computed={"part-new": ALL}, commits=1, indexes=UPDATED),
-    "one shard vanished": Night(lambda source: (source / "part-005.parquet").unlink(), commits=1, indexes=UPDATED),
-    "one shard renamed": Night(rename, commits=1, indexes=UPDATED),
-    "a shard rewritten with equal size and time": Night(
+    "one shard more": Change(add, computed={"part-new": ALL}, commits=1, indexes=UPDATED),
+    "one shard vanished": Change(lambda source: (source / "part-005.parquet").unlink(), commits=1, indexes=UPDATED),
+    "one shard renamed": Change(rename, commits=1, indexes=UPDATED),
+    "a shard rewritten with equal size and time": Change(
         edit_secretly, computed={"part-005": ALL}, commits=1, indexes=UPDATED
     ),
-    "another model": Night(
+    "another model": Change(
         settings={"models": {"per_sample": "other"}},
         computed={key: {"per_sample"} for key in KEYS},
         commits=1,
         indexes=SHARED | {"per_sample": "built"},
     ),
-    "the same model under another name": Night(settings={"models": {"per_sample": "again"}}),
-    "one mode less": Night(
+    "the same model under another name": Change(settings={"models": {"per_sample": "again"}}),
+    "one mode less": Change(
         settings={"models": {"batch_stat": None}}, commits=1, indexes={"raw": "shared", "per_sample": "shared"}
     ),
-    "another statistic": Night(
+    "another statistic": Change(
         settings={"reweight": {"statistic": "batch"}},
         computed={key: {"batch_stat"} for key in KEYS},
         commits=1,
         indexes=SHARED | {"batch_stat": "built"},
     ),
-    "branches too": Night(
+    "branches too": Change(
         settings={"reweight": {"branches": True}},
         computed={key: {"per_sample", "batch_stat"} for key in KEYS},
         commits=1,
@@ -154,7 +154,7 @@ NIGHTS: dict[str, Night] = {
     ),
     # The new column joins the schema in a commit of its own, before the one that brings the files; quarantine files
     # are named after all that makes a row bad, and a kept column can make a shard so.
-    "another kept column": Night(
+    "another kept column": Change(
         settings={"columns": {"keep": ["note"]}},
         computed=dict.fromkeys(KEYS, ALL),
         commits=2,
@@ -162,10 +162,10 @@ NIGHTS: dict[str, Night] = {
         indexes=BUILT,
         grows=True,
     ),
-    "more workers in smaller groups": Night(settings={"reweight": {"group_rows": 1}, "runner": {"workers": 3}}),
-    "another evaluation": Night(settings={"evaluation": {"resamples": 0, "seed": 1}}, indexes=SHARED),
-    "another gate": Night(settings={"gate": {"tolerance": 0.9}}, indexes=SHARED),
-    "another kind of index": Night(settings={"index": {"factory": "IVF4,Flat"}}, indexes=BUILT),
+    "more workers in smaller groups": Change(settings={"reweight": {"group_rows": 1}, "runner": {"workers": 3}}),
+    "another evaluation": Change(settings={"evaluation": {"resamples": 0, "seed": 1}}, indexes=SHARED),
+    "another gate": Change(settings={"gate": {"tolerance": 0.9}}, indexes=SHARED),
+    "another kind of index": Change(settings={"index": {"factory": "IVF4,Flat"}}, indexes=BUILT),
 }
 
 
@@ -194,7 +194,7 @@ def store(source: Path, run_pipeline, tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Copies:
-    """Copies of source and store after the change of a night, and the settings of that night."""
+    """Copies of source and store after a change, and the settings of that night."""
 
     source: Path
     store: Path
@@ -206,8 +206,8 @@ class Copies:
 @pytest.fixture
 def prepared(
     source: Path, store: Path, tmp_path: Path, quick_settings, tiny_models, make_checkpoint
-) -> Callable[[Night], Copies]:
-    def prepare(expected: Night) -> Copies:
+) -> Callable[[Change], Copies]:
+    def prepare(expected: Change) -> Copies:
         shutil.copytree(source, tmp_path / "source")
         shutil.copytree(store, tmp_path / "store")
         settings = dict(expected.settings)
@@ -217,7 +217,7 @@ def prepared(
             changed = {mode: file and str(files[file]) for mode, file in settings["models"].items()}
             settings["models"] = {mode: path for mode, path in {**tiny_models.by_mode, **changed}.items() if path}
         place = tmp_path / "store"
-        # A copied source is a new one to the census, which would look at every shard whatever has changed.
+        # A copied source is a new one to the manifest, which would look at every shard whatever has changed.
         usual = quick_settings(tmp_path / "source", place)
         assert not make_plan(usual, prepare_models(usual)).work
         expected.change(tmp_path / "source")
@@ -240,15 +240,15 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     return seen
 
 
-@pytest.mark.parametrize("name", NIGHTS)
+@pytest.mark.parametrize("name", CHANGES)
 def test_stages_do_what_is_needed_and_no_more(
-    name: str, prepared, tmp_path: Path, night, quick_settings, computed
+    name: str, prepared, tmp_path: Path, run_stages, quick_settings, computed
 ) -> None:
-    expected = NIGHTS[name]
+    expected = CHANGES[name]
     there = prepared(expected)
     settings = quick_settings(there.source, there.store, **there.settings)
 
-    plan, _, published = night(settings)
+    plan, _, published = run_stages(settings)
 
     assert computed == expected.computed
     assert [new - old for new, old in zip(versions_of(there.store), there.versions, strict=True)] == [
@@ -267,14 +267,14 @@ def test_stages_do_what_is_needed_and_no_more(
         for mode in plan.modes
     }  # fmt: skip
     assert made == (expected.indexes or SHARED)
-    night(quick_settings(there.source, tmp_path / "fresh", **there.settings))
+    run_stages(quick_settings(there.source, tmp_path / "fresh", **there.settings))
     same = live_rows if expected.grows else live_bytes
     assert same(there.store) == same(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("name", ["one shard changed", "another model", "another evaluation"])
 def test_whole_flow_does_what_its_stages_do(name: str, prepared, run_pipeline, computed) -> None:
-    expected = NIGHTS[name]
+    expected = CHANGES[name]
     there = prepared(expected)
 
     outcome = run_pipeline(there.source, there.store, **there.settings)
@@ -311,19 +311,19 @@ def test_whole_night_without_a_change_opens_no_shard(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_row_of_changes_ends_as_a_new_store_would(
-    seed: int, source: Path, tmp_path: Path, night, pipeline_of
+    seed: int, source: Path, tmp_path: Path, run_stages, pipeline_of
 ) -> None:
     """Renamed, returned, swapped, bad and mended shards in any order, with ids that move between them."""
     folder, chance = tmp_path / "source", random.Random(seed)
     folder.mkdir()
     for key in KEYS[:6]:
         shutil.copy(source / f"{key}.parquet", folder)
-    night(pipeline_of(folder, tmp_path / "store"))
+    run_stages(pipeline_of(folder, tmp_path / "store"))
     for step in range(6):
         for _ in range(chance.randint(1, 3)):
             any_change(folder, source, chance)
-        night(pipeline_of(folder, tmp_path / "store"))
-        night(pipeline_of(folder, tmp_path / f"fresh-{step}"))
+        run_stages(pipeline_of(folder, tmp_path / "store"))
+        run_stages(pipeline_of(folder, tmp_path / f"fresh-{step}"))
         assert live_bytes(tmp_path / "store") == live_bytes(tmp_path / f"fresh-{step}"), f"step {step}"
 
 

@@ -22,14 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows.forget import forget
-from flows.rollback import roll_back
-from flows.vacuum import clean
-from flows.verify import check
 from schemas.errors import FrontalisError, SettingsError, StoreBusyError, StoreError
 from storage.features import features_table, read_table
 from storage.location import Location
 from storage.releases import Releases
+from tasks.maintenance.forget import forget
+from tasks.maintenance.rollback import roll_back
+from tasks.maintenance.vacuum import clean
+from tasks.maintenance.verify import check
 from tasks.query import answer
 
 KILLS = min(int(os.environ.get("FRONTALIS_KILLS", "2")), 12)

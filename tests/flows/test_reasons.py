@@ -51,13 +51,13 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_no_reason_quotes_a_person(name: str, tmp_path: Path, night, pipeline_of) -> None:
+def test_no_reason_quotes_a_person(name: str, tmp_path: Path, run_stages, pipeline_of) -> None:
     columns, says = DAMAGED[name]
     source = tmp_path / "source"
     source.mkdir()
     pq.write_table(shard("good"), source / "good.parquet")
     pq.write_table(shard("odd", **columns), source / "odd.parquet")
-    data = night(pipeline_of(source, tmp_path / "store", columns={"keep": ["note"]})).published.data
+    data = run_stages(pipeline_of(source, tmp_path / "store", columns={"keep": ["note"]})).published.data
     [fault] = data.bad_shards
     assert re.search(says, fault.reason), fault.reason
     told = data.model_dump_json()

@@ -1,4 +1,4 @@
-"""The whole night in a real flow: what is served, what is kept back, what is done again, what Prefect shows."""
+"""The whole night in a real flow: what is served, what is rejected, what is done again, what Prefect shows."""
 
 import contextlib
 import io
@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from flows.evaluate import evaluate
 from flows.reprocess import reprocess
-from flows.rollback import roll_back
 from frontalis.cli import app
 from frontalis.interrupt import Watched
 from frontalis.printing import print_releases
@@ -25,12 +24,13 @@ from schemas.settings import pipeline
 from schemas.split import subject_key
 from storage.location import Location
 from storage.releases import Releases
+from tasks.maintenance.rollback import roll_back
 from tasks.query import answer
 
 
 @pytest.fixture
-def night(run_pipeline, tiny_source, tmp_path):
-    """`night(**settings)` runs the flow over the tiny source into one store."""
+def run_tiny(run_pipeline, tiny_source, tmp_path):
+    """`run_tiny(**settings)` runs the flow over the tiny source into one store."""
     return lambda **settings: run_pipeline(tiny_source, tmp_path / "store", **settings)
 
 
@@ -38,8 +38,8 @@ def history(store: Path):
     return Releases(Location(str(store))).all()
 
 
-def test_first_night_publishes_everything(night, tmp_path) -> None:
-    outcome = night()
+def test_first_night_publishes_everything(run_tiny, tmp_path) -> None:
+    outcome = run_tiny()
     assert (outcome.status, outcome.shards_computed, outcome.rows_computed) == ("promoted", 3, 280)
     store = tmp_path / "store"
     (release,) = history(store)
@@ -57,32 +57,32 @@ def test_first_night_publishes_everything(night, tmp_path) -> None:
     assert counts["len"].to_list() == [280, 280, 280]
 
 
-def test_second_night_does_nothing(night, tmp_path) -> None:
-    night()
+def test_second_night_does_nothing(run_tiny, tmp_path) -> None:
+    run_tiny()
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*") if file.is_file()}
-    outcome = night()
+    outcome = run_tiny()
     assert (outcome.status, outcome.shards_computed) == ("unchanged", 0)
     after = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*") if file.is_file()}
     changed = {file.relative_to(tmp_path / "store").parts[0] for file in after if before.get(file) != after[file]}
-    assert changed <= {".lock", "census"}
+    assert changed <= {".lock", "manifest"}
     assert len(history(tmp_path / "store")) == 1
 
 
 def test_ruined_model_is_kept_back_and_the_old_release_goes_on_being_served(
-    night, tmp_path, tiny_models, make_checkpoint
+    run_tiny, tmp_path, tiny_models, make_checkpoint
 ) -> None:
-    first = night()
+    first = run_tiny()
     ruined = make_checkpoint(tmp_path / "ruined.safetensors", strength=1.0)
-    outcome = night(
+    outcome = run_tiny(
         models={**tiny_models.by_mode, "per_sample": str(ruined)}, evaluation={"resamples": 100}, gate={"cell": "all"}
     )
-    assert outcome.status == "kept back"
+    assert outcome.status == "rejected"
     assert "per_sample" in outcome.reason
     assert "95% interval" in outcome.reason
-    again = night(
+    again = run_tiny(
         models={**tiny_models.by_mode, "per_sample": str(ruined)}, evaluation={"resamples": 100}, gate={"cell": "all"}
     )
-    assert (again.status, again.shards_computed, again.release) == ("kept back", 0, outcome.release)
+    assert (again.status, again.shards_computed, again.release) == ("rejected", 0, outcome.release)
     assert again.reason.startswith(f"{outcome.reason} (nothing changed since {outcome.release}")
     old, new = history(tmp_path / "store")
     assert old.serving
@@ -99,7 +99,7 @@ def test_release_without_labels_does_not_replace_a_measured_one(
     store = tmp_path / "store"
     first = run_pipeline(tiny_source, store)
     blind = run_pipeline(plain_source, store)
-    assert blind.status == "kept back"
+    assert blind.status == "rejected"
     assert f"cannot be compared with {first.release}" in blind.reason
     assert [release.serving for release in history(store)] == [True, False]
     forced = run_pipeline(plain_source, store, gate={"unmeasured": "promote"})
@@ -116,36 +116,36 @@ def test_store_without_any_labels_goes_on_being_served(run_pipeline, plain_sourc
 
 
 def test_model_trained_on_everybody_does_not_replace_a_measured_one(
-    night, tmp_path, tiny_models, make_checkpoint
+    run_tiny, tmp_path, tiny_models, make_checkpoint
 ) -> None:
-    night()
+    run_tiny()
     checkpoint = load(make_checkpoint(tmp_path / "everybody.safetensors", strength=1.0))
     names = [f"subject-{number:06d}" for number in range(20)]
     keys = np.array([subject_key(name, checkpoint.card.split.salt) for name in names])
     save(checkpoint.card, checkpoint.model, tmp_path / "everybody.safetensors", keys)
-    outcome = night(models={**tiny_models.by_mode, "per_sample": str(tmp_path / "everybody.safetensors")})
-    assert outcome.status == "kept back"
+    outcome = run_tiny(models={**tiny_models.by_mode, "per_sample": str(tmp_path / "everybody.safetensors")})
+    assert outcome.status == "rejected"
     assert "no model has seen" in outcome.reason
 
 
 def test_model_that_does_not_tell_whom_it_has_seen_does_not_replace_a_measured_one(
-    night, tmp_path, tiny_models, make_checkpoint
+    run_tiny, tmp_path, tiny_models, make_checkpoint
 ) -> None:
-    night()
+    run_tiny()
     checkpoint = load(make_checkpoint(tmp_path / "silent.safetensors", seed=3))
     save(checkpoint.card, checkpoint.model, tmp_path / "silent.safetensors")
-    outcome = night(models={**tiny_models.by_mode, "per_sample": str(tmp_path / "silent.safetensors")})
-    assert outcome.status == "kept back"
+    outcome = run_tiny(models={**tiny_models.by_mode, "per_sample": str(tmp_path / "silent.safetensors")})
+    assert outcome.status == "rejected"
     assert "per_sample: its model does not tell whom it was trained on" in outcome.reason
     assert "n/e" in printed(tmp_path / "store")
 
 
-def test_equal_model_passes_and_is_compared_with_the_served_release(night, tmp_path, tiny_models) -> None:
-    first = night()
+def test_equal_model_passes_and_is_compared_with_the_served_release(run_tiny, tmp_path, tiny_models) -> None:
+    first = run_tiny()
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(tiny_models.per_sample, other / "again.safetensors")
-    outcome = night(
+    outcome = run_tiny(
         models={**tiny_models.by_mode, "per_sample": str(other / "again.safetensors")},
         evaluation={"resamples": 100},
     )
@@ -154,27 +154,27 @@ def test_equal_model_passes_and_is_compared_with_the_served_release(night, tmp_p
     assert first.release in outcome.reason
 
 
-def test_new_evaluation_settings_measure_again_and_compute_nothing(night) -> None:
-    night()
-    outcome = night(evaluation={"resamples": 50})
+def test_new_evaluation_settings_measure_again_and_compute_nothing(run_tiny) -> None:
+    run_tiny()
+    outcome = run_tiny(evaluation={"resamples": 50})
     assert (outcome.status, outcome.shards_computed) == ("promoted", 0)
 
 
-def test_pairs_are_checked_first_and_their_content_counts(night, tmp_path) -> None:
+def test_pairs_are_checked_first_and_their_content_counts(run_tiny, tmp_path) -> None:
     pairs = tmp_path / "pairs.parquet"
     with pytest.raises(SettingsError, match="there is no such file"):
-        night(evaluation={"resamples": 0, "pairs": str(pairs)})
+        run_tiny(evaluation={"resamples": 0, "pairs": str(pairs)})
     assert not (tmp_path / "store" / "features").exists()
     ids = ["000000-000", "000000-001", "000001-000", "000001-001"]
     for first, second, status in ((0, 1, "promoted"), (0, 1, "unchanged"), (2, 3, "promoted")):
         frame = pl.DataFrame({"id_a": [ids[first]], "id_b": [ids[second]], "same": [True], "fold": [0]})
         frame.write_parquet(pairs)
-        assert night(evaluation={"resamples": 0, "pairs": str(pairs)}).status == status
+        assert run_tiny(evaluation={"resamples": 0, "pairs": str(pairs)}).status == status
 
 
-def test_releases_tell_which_figure_each_was_judged_by(night, tmp_path) -> None:
-    night()
-    night(gate={"cell": "all", "metric": "fnmr@1e-2", "tolerance": 1.0})
+def test_releases_tell_which_figure_each_was_judged_by(run_tiny, tmp_path) -> None:
+    run_tiny()
+    run_tiny(gate={"cell": "all", "metric": "fnmr@1e-2", "tolerance": 1.0})
     lines = [line for line in printed(tmp_path / "store").splitlines() if line.startswith("r0000")]
     assert ["frontal–profile EER" in line.split("promoted")[0] for line in lines] == [True, False]
     assert "all pairs FNMR at own FMR 1%" in lines[1].split("promoted")[0]
@@ -188,23 +188,23 @@ def printed(store: Path) -> str:
 
 
 def test_roll_back_serves_the_old_release_and_a_later_night_goes_on_from_there(
-    night, tmp_path, tiny_models, make_checkpoint
+    run_tiny, tmp_path, tiny_models, make_checkpoint
 ) -> None:
-    first = night()
+    first = run_tiny()
     other = make_checkpoint(tmp_path / "other.safetensors", seed=5)
-    second = night(models={**tiny_models.by_mode, "per_sample": str(other)}, gate={"tolerance": 1.0})
+    second = run_tiny(models={**tiny_models.by_mode, "per_sample": str(other)}, gate={"tolerance": 1.0})
     store = str(tmp_path / "store")
     assert answer(store, "per_sample", ids=["000000-000"], k=1).release == second.release
     roll_back(store, first.release)
     assert answer(store, "per_sample", ids=["000000-000"], k=1).release == first.release
-    third = night()
+    third = run_tiny()
     assert third.status == "promoted"
     assert (third.shards_computed, third.shards_reused) == (0, 3)  # the files of the first night still lie there
     assert [release.serving for release in history(tmp_path / "store")] == [False, False, True]
 
 
-def test_prefect_shows_the_table_of_modes_and_the_report(night, prefect_server) -> None:
-    outcome = night()
+def test_prefect_shows_the_table_of_modes_and_the_report(run_tiny, prefect_server) -> None:
+    outcome = run_tiny()
     with temporary_settings({PREFECT_API_URL: prefect_server.url}), get_client(sync_client=True) as client:
         found = client.request("POST", "/artifacts/latest/filter", json={}).json()
     by_key = {artifact["key"]: artifact for artifact in found}
@@ -213,8 +213,8 @@ def test_prefect_shows_the_table_of_modes_and_the_report(night, prefect_server) 
     assert outcome.release in by_key["frontalis-report"]["data"]
 
 
-def test_evaluate_measures_a_release_again(night, tmp_path, prefect_server) -> None:
-    outcome = night()
+def test_evaluate_measures_a_release_again(run_tiny, tmp_path, prefect_server) -> None:
+    outcome = run_tiny()
     with temporary_settings({PREFECT_API_URL: prefect_server.url, PREFECT_LOGGING_TO_API_ENABLED: False}):
         again = evaluate(str(tmp_path / "store"), resamples=0)
         words = ["--quiet", "evaluate", "--store", str(tmp_path / "store"), "--json"]

@@ -22,7 +22,7 @@ def frontalis(server, *arguments):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    from tasks.synth import synthesize
+    from tasks.synthetic.shards import synthesize
 
     folder = tmp_path_factory.mktemp("shards")
     synthesize(folder, subjects=60, per_subject=14, dim=32, shards=2)

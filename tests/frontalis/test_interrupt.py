@@ -18,7 +18,7 @@ from models.checkpoint import load
 from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
-from tasks.synth import synthesize
+from tasks.synthetic.shards import synthesize
 
 IN_COMPILED_CODE = """
 import hashlib, sys

@@ -11,7 +11,7 @@ from schemas.reports import (
     Estimate,
     Evaluation,
     IdentificationResult,
-    IndexAudit,
+    IndexRecall,
     ModeResult,
     PairsResult,
     Population,
@@ -69,8 +69,8 @@ def evaluation() -> Evaluation:
         release="r1", resamples=10, seed=0, fmrs=["1e-3"], unlabelled_rows=0, duplicate_rows=0,
         populations={"held_out": population},
         indexes={
-            RAW: IndexAudit(kind="Flat", rows=90, recall_at_1=1.0, recall_at_10=1.0, queries=0),
-            "per_sample": IndexAudit(kind="IVF8,SQ8", rows=90, recall_at_1=0.972, recall_at_10=0.9634, queries=64),
+            RAW: IndexRecall(kind="Flat", rows=90, recall_at_1=1.0, recall_at_10=1.0, queries=0),
+            "per_sample": IndexRecall(kind="IVF8,SQ8", rows=90, recall_at_1=0.972, recall_at_10=0.9634, queries=64),
         },
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 
 from metrics.allpairs import AllPairs, Cell, ClusterCounts, GlobalPoint, all_pairs
 from metrics.bootstrap import bootstrap, draw, draw_subjects, paired_bootstrap
-from metrics.tally import ScoreTally
+from metrics.score_counts import ScoreCounts
 from metrics.verification import det_curve, rates_at, score_histogram, summarise
 
 TARGETS = (0.1, 0.01)
@@ -46,7 +46,7 @@ class Simulation:
 
     def result(self, mean: float, mode: int = 0) -> AllPairs:
         genuine, impostor = self.genuine[mode] + mean, self.impostor[mode]
-        tally = ScoreTally.from_scores(genuine, impostor)
+        tally = ScoreCounts.from_scores(genuine, impostor)
         verification = summarise(tally, TARGETS)
         at_global = tuple(
             GlobalPoint(point.target_fmr, point.threshold, *rates_at(tally, point.threshold))

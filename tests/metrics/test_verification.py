@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pyeer.eer_stats import calculate_roc, get_decidability_value, get_eer_values
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from metrics.tally import ScoreTally
+from metrics.score_counts import ScoreCounts
 from metrics.verification import (
     FMR_POINTS,
     det_curve,
@@ -62,7 +62,7 @@ def eer_by_enumeration(genuine: list[float], impostor: list[float]) -> Fraction:
 def test_fnmr_at_fmr_is_the_first_observed_threshold_at_most_the_target(
     genuine: list[float], impostor: list[float], percent: int
 ) -> None:
-    point = operating_point(ScoreTally.from_scores(genuine, impostor), percent / 100)
+    point = operating_point(ScoreCounts.from_scores(genuine, impostor), percent / 100)
     expected = fnmr_by_enumeration(genuine, impostor, Fraction(percent, 100))
     if expected is None:
         assert point.threshold is point.fmr is point.fnmr is None
@@ -75,7 +75,7 @@ def test_fnmr_at_fmr_is_the_first_observed_threshold_at_most_the_target(
 
 def test_fnmr_at_fmr_by_hand() -> None:
     # Impostors 0.0 … 0.9: at most two of ten may match, so 0.7 is too low; the next observed score is a genuine one.
-    tally = ScoreTally.from_scores([0.5, 0.79, 0.8, 0.95, 1.0], np.arange(10) / 10)
+    tally = ScoreCounts.from_scores([0.5, 0.79, 0.8, 0.95, 1.0], np.arange(10) / 10)
     point = operating_point(tally, 0.2)
     assert (point.threshold, point.fmr, point.fnmr) == (0.79, 0.2, 0.2)
     # With 0.19 only one may match; the next observed score above 0.8 is the impostor 0.9.
@@ -85,7 +85,7 @@ def test_fnmr_at_fmr_by_hand() -> None:
 def test_a_target_is_read_as_the_decimal_it_prints_as() -> None:
     impostor = np.arange(100) / 100
     assert 0.29 * 100 < 29  # in binary
-    assert operating_point(ScoreTally.from_scores([0.5], impostor), 0.29).fmr == 0.29
+    assert operating_point(ScoreCounts.from_scores([0.5], impostor), 0.29).fmr == 0.29
 
 
 @pytest.mark.parametrize(
@@ -100,19 +100,19 @@ def test_a_target_is_read_as_the_decimal_it_prints_as() -> None:
 def test_what_cannot_be_estimated_says_why(
     genuine: list[float], impostor: list[float], target: float, reason: str
 ) -> None:
-    point = operating_point(ScoreTally.from_scores(genuine, impostor), target)
+    point = operating_point(ScoreCounts.from_scores(genuine, impostor), target)
     assert (point.threshold, point.fmr, point.fnmr, point.reason) == (None, None, None, reason)
 
 
 def test_just_enough_impostors_are_enough() -> None:
-    point = operating_point(ScoreTally.from_scores([0.9], np.arange(100) / 1000), 1e-2)
+    point = operating_point(ScoreCounts.from_scores([0.9], np.arange(100) / 1000), 1e-2)
     assert (point.threshold, point.fmr, point.fnmr) == (0.099, 0.01, 0.0)
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0, -0.1, 2.0])
 def test_a_target_that_is_no_rate_is_refused(target: float) -> None:
     with pytest.raises(ValueError, match="outside"):
-        operating_point(ScoreTally.from_scores([0.1], [0.1]), target)
+        operating_point(ScoreCounts.from_scores([0.1], [0.1]), target)
 
 
 @pytest.mark.parametrize("decimals", [1, 2, 9])
@@ -132,10 +132,10 @@ def test_operating_points_lie_on_the_roc_of_scikit_learn(decimals: int) -> None:
 @settings(deadline=None)
 @given(TIED_SCORES, TIED_SCORES)
 def test_eer_is_the_crossing_found_by_enumeration(genuine: list[float], impostor: list[float]) -> None:
-    eer = equal_error_rate(ScoreTally.from_scores(genuine, impostor))
+    eer = equal_error_rate(ScoreCounts.from_scores(genuine, impostor))
     assert eer.rate == pytest.approx(float(eer_by_enumeration(genuine, impostor)), abs=1e-15)
     if eer.threshold is not None:
-        fmr, fnmr = rates_at(ScoreTally.from_scores(genuine, impostor), eer.threshold)
+        fmr, fnmr = rates_at(ScoreCounts.from_scores(genuine, impostor), eer.threshold)
         assert fmr is not None
         assert fnmr is not None
         assert (fmr + fnmr) / 2 == pytest.approx(eer.rate, abs=1e-15)
@@ -178,7 +178,7 @@ def test_eer_agrees_with_the_interpolated_roc_of_scikit_learn() -> None:
     ],
 )
 def test_eer_by_hand(genuine: list[float], impostor: list[float], rate: float | None, threshold: float | None) -> None:
-    eer = equal_error_rate(ScoreTally.from_scores(genuine, impostor))
+    eer = equal_error_rate(ScoreCounts.from_scores(genuine, impostor))
     assert (eer.rate, eer.threshold) == (rate, threshold)
 
 
@@ -202,7 +202,7 @@ def test_d_prime_by_hand_keeps_its_sign() -> None:
 
 def test_every_point_of_a_thinned_det_curve_is_exact() -> None:
     genuine, impostor = simulated(decimals=3)
-    curve = det_curve(ScoreTally.from_scores(genuine, impostor), points=100)
+    curve = det_curve(ScoreCounts.from_scores(genuine, impostor), points=100)
     assert 50 < len(curve.thresholds) <= 100
     for threshold, fmr, fnmr in zip(curve.thresholds, curve.fmr, curve.fnmr, strict=True):
         assert fmr == np.mean(impostor >= threshold)
@@ -215,12 +215,12 @@ def test_every_point_of_a_thinned_det_curve_is_exact() -> None:
 
 
 def test_a_det_curve_without_pairs_is_empty() -> None:
-    assert len(det_curve(ScoreTally.from_scores([], [0.1])).thresholds) == 0
+    assert len(det_curve(ScoreCounts.from_scores([], [0.1])).thresholds) == 0
 
 
 def test_histogram_counts_every_score_once() -> None:
     genuine, impostor = simulated(decimals=2)
-    histogram = score_histogram(ScoreTally.from_scores(genuine, impostor), bins=8, low=0.0, high=1.0)
+    histogram = score_histogram(ScoreCounts.from_scores(genuine, impostor), bins=8, low=0.0, high=1.0)
     inner = [-np.inf, *histogram.edges[1:-1], np.inf]
     for scores, counts in [(genuine, histogram.genuine), (impostor, histogram.impostor)]:
         expected = [np.sum((low <= scores) & (scores < high)) for low, high in pairwise(inner)]

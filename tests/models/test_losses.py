@@ -45,12 +45,12 @@ def test_shared_bar_follows_its_formula():
     assert (len(genuine), len(impostor)) == (4, 6)
     bar = np.log(sum(np.exp(s / temperature) for s in impostor)) - np.log(fmr * len(impostor))
     expected = np.mean([np.log1p(np.exp(bar - s / temperature)) for s in genuine])
-    loss = make_loss("shared_bar", temperature=temperature, fmr=fmr)(angles(*places), torch.tensor(labels))
+    loss = make_loss("global_threshold", temperature=temperature, fmr=fmr)(angles(*places), torch.tensor(labels))
     assert loss.item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_shared_bar_needs_impostors_too():
-    assert make_loss("shared_bar")(angles(0, 10, 20), torch.zeros(3, dtype=torch.int64)).item() == 0
+    assert make_loss("global_threshold")(angles(0, 10, 20), torch.zeros(3, dtype=torch.int64)).item() == 0
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
@@ -80,12 +80,12 @@ def test_batch_without_a_genuine_pair_has_no_loss_but_a_gradient(name):
 @pytest.mark.parametrize(
     ("name", "options", "named"),
     [
-        ("arcface", {}, "'arcface' is unknown; known are shared_bar, supcon, triplet"),
+        ("arcface", {}, "'arcface' is unknown; known are global_threshold, supcon, triplet"),
         ("triplet", {"temperature": 1}, "temperature"),
         ("triplet", {"margin": 0}, "margin is 0"),
         ("supcon", {"temperature": 0}, "temperature is 0"),
-        ("shared_bar", {"temperature": -1}, "temperature is -1"),
-        ("shared_bar", {"fmr": 1}, "fmr is 1"),
+        ("global_threshold", {"temperature": -1}, "temperature is -1"),
+        ("global_threshold", {"fmr": 1}, "fmr is 1"),
         ("supcon", {"temperature": float("nan")}, "temperature is nan"),
     ],
 )

@@ -113,7 +113,7 @@ def test_training_helps_people_it_has_not_seen(use_batch_stat):
     assert not fitted.model.training
 
 
-@pytest.mark.parametrize("loss", ["shared_bar", "supcon", "triplet"])
+@pytest.mark.parametrize("loss", ["global_threshold", "supcon", "triplet"])
 def test_equal_seeds_give_equal_bits_whatever_the_threads_and_another_seed_does_not(loss):
     def weights(seed: int, threads: int) -> dict[str, torch.Tensor]:
         torch.set_num_threads(threads)

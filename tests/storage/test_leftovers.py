@@ -1,4 +1,4 @@
-"""Left-overs: all that no kept release, newest table or census names, and never a file that one of them needs."""
+"""Left-overs: all that no kept release, newest table or manifest names, and never a file that one of them needs."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,10 +10,10 @@ from schemas.errors import StoreError
 from schemas.features import QUARANTINE_SCHEMA, feature_schema
 from schemas.releases import IndexRef, ModelRef, Release
 from schemas.reports import DataQuality, GateDecision
-from storage.census import Census, Entry
 from storage.features import features_table, quarantine_table
 from storage.leftovers import Leftover, find_leftovers
 from storage.location import Location
+from storage.manifest import Manifest, ShardRecord
 from storage.releases import Releases
 from storage.tables import LiveFile, Table
 
@@ -173,7 +173,7 @@ def test_what_others_put_beside_the_store_is_left_alone(store: Location) -> None
         "indexes/mine/raw/index.faiss",
         "reports/2025/index.html",
         "reports/r00009-c0de/notes.txt",
-        "census/notes.txt",
+        "manifest/notes.txt",
     ):
         put(store, name)
     assert find_leftovers(store, [kept]) == []
@@ -181,17 +181,17 @@ def test_what_others_put_beside_the_store_is_left_alone(store: Location) -> None
 
 def test_row_keys_are_needed_while_the_census_names_them(store: Location) -> None:
     kept = publish(store, 1, "a")
-    census = Census(store / "census")
-    entry = Entry("a", "/a", 1, 1, "1", "ba", "c0", 1, 4, "string")
-    put(store, "census/keys/c0-ba.parquet")
-    put(store, "census/keys/d7-ba.parquet")
+    manifest = Manifest(store / "manifest")
+    entry = ShardRecord("a", "/a", 1, 1, "1", "ba", "c0", 1, 4, "string")
+    put(store, "manifest/keys/c0-ba.parquet")
+    put(store, "manifest/keys/d7-ba.parquet")
     assert names(find_leftovers(store, [kept])) == [
-        "census/keys/c0-ba.parquet",
-        "census/keys/d7-ba.parquet",
+        "manifest/keys/c0-ba.parquet",
+        "manifest/keys/d7-ba.parquet",
     ]
-    census.save({"a": entry})
-    put(store, "census/keys/d7-ba.parquet")
-    assert names(find_leftovers(store, [kept])) == ["census/keys/d7-ba.parquet"]
+    manifest.save({"a": entry})
+    put(store, "manifest/keys/d7-ba.parquet")
+    assert names(find_leftovers(store, [kept])) == ["manifest/keys/d7-ba.parquet"]
 
 
 def test_an_empty_store_has_none(store: Location) -> None:

@@ -273,7 +273,7 @@ def test_model_that_does_not_tell_whom_it_has_seen_is_marked_and_no_reference(
     silent = {**models, "per_sample": models["per_sample"].model_copy(update={"path": "models/silent.safetensors"})}
     found = evaluate(settings.store, "r00001-test", features, silent, FEW, IndexSettings())
     modes = found.populations[HELD_OUT].modes
-    assert [mode for mode, result in modes.items() if not result.tells_seen] == ["per_sample"]
+    assert [mode for mode, result in modes.items() if not result.training_subjects_known] == ["per_sample"]
     assert any("mode per_sample: the model does not tell" in note for note in found.notes)
     before = as_served(settings, features)
     leaky = replace(before, release=before.release.model_copy(update={"models": silent}))

@@ -1,9 +1,19 @@
-"""The gate: a worse model is kept back, an equal one passes, and nothing passes for want of a measurement."""
+"""The gate: a worse model is rejected, an equal one passes, and nothing passes for want of a measurement."""
 
 import pytest
 
 from schemas.releases import Release
-from schemas.reports import ALL, RAW, CellResult, Estimate, Evaluation, GateDecision, Judged, ModeResult, Population
+from schemas.reports import (
+    ALL,
+    RAW,
+    CellResult,
+    Estimate,
+    Evaluation,
+    GateDecision,
+    GuardedResult,
+    ModeResult,
+    Population,
+)
 from schemas.settings import GateSettings, Guard
 from tasks.evaluate import HELD_OUT
 from tasks.gate import decide, gated
@@ -36,7 +46,7 @@ def mode(
     *,
     empty: tuple[str, ...] = (),
     frontal: Estimate | None = None,
-    tells_seen: bool = True,
+    training_subjects_known: bool = True,
 ) -> ModeResult:
     """All cells alike, but for those that are `empty`, and for the difference of frontal–frontal pairs."""
 
@@ -48,7 +58,7 @@ def mode(
     return ModeResult(
         mode=name,
         model_digest=None if name == RAW else name,
-        tells_seen=tells_seen,
+        training_subjects_known=training_subjects_known,
         thresholds={},
         cells={where: cell(eer, 0 if where in empty else 100) for where in (ALL, FF, FP)},
         difference=everywhere(difference),
@@ -72,7 +82,7 @@ def evaluation(*modes: ModeResult) -> Evaluation:
     )
 
 
-def served(eer: float | None, *modes: str, judged: tuple[Judged, ...] = ()) -> Release:
+def served(eer: float | None, *modes: str, judged: tuple[GuardedResult, ...] = ()) -> Release:
     """A release that is served, with or without a measurement of its modes."""
     figures = {one: cell(eer).eer for one in (RAW, *modes)} if eer is not None else {}
     decision = GateDecision(promoted=True, reason="", judged=list(judged))
@@ -153,7 +163,7 @@ def test_what_was_measured_is_not_replaced_by_what_was_not() -> None:
     decision = decide(evaluation(), GateSettings(), served(0.1, "per_sample"))
     assert not decision.promoted
     assert decision.reason == (
-        "kept back: it cannot be compared with r00001-aa, which is served and was measured: there are fewer than two "
+        "rejected: it cannot be compared with r00001-aa, which is served and was measured: there are fewer than two "
         "labelled subjects that no model has seen; mend the labels or the model, or set [gate] unmeasured = 'promote'"
     )
     forced = decide(evaluation(), PROMOTE, served(0.1, "per_sample"))
@@ -187,7 +197,7 @@ def test_mode_that_is_not_served_yet_is_compared_with_raw_and_each_reference_is_
 
 
 def test_model_that_does_not_tell_whom_it_has_seen_is_not_measured() -> None:
-    silent = evaluation(RAW_MODE, mode("per_sample", 0.01, BETTER, before=BETTER, tells_seen=False))
+    silent = evaluation(RAW_MODE, mode("per_sample", 0.01, BETTER, before=BETTER, training_subjects_known=False))
     assert set(gated(silent, GateSettings()).figures) == {RAW}
     first = decide(silent, GateSettings(), None)
     assert first.promoted
@@ -228,7 +238,7 @@ def test_harm_to_frontal_pairs_keeps_back_what_helps_profiles() -> None:
     decision = decide(evaluation(RAW_MODE, harmful), GateSettings(), None)
     assert not decision.promoted
     assert decision.reason == (
-        "kept back: per_sample: frontal–frontal EER 5.00%, +39.00 points against raw (95% interval +30.00 to +50.00), "
+        "rejected: per_sample: frontal–frontal EER 5.00%, +39.00 points against raw (95% interval +30.00 to +50.00), "
         "worse than the tolerance of 0.2 points"
     )
     assert decide(evaluation(RAW_MODE, harmful), ONE, None).promoted

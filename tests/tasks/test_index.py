@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import StoreError
-from schemas.ids import id_keys
 from schemas.index import IndexSettings
 from schemas.releases import IndexRef, Release
 from schemas.reports import DataQuality, GateDecision
 from storage.features import features_table
+from storage.ids import id_keys
 from storage.location import Location
 from storage.tables import Snapshot
 from tasks.index import Previous, index_mode, open_ids, open_index
@@ -45,9 +45,9 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def features_of(source: Path, tmp_path: Path, night, pipeline_of):
+def features_of(source: Path, tmp_path: Path, run_stages, pipeline_of):
     """`features_of()` publishes the source as it is now and returns the snapshot."""
-    return lambda: night(pipeline_of(source, tmp_path / "store")).published.features
+    return lambda: run_stages(pipeline_of(source, tmp_path / "store")).published.features
 
 
 @pytest.fixture
@@ -228,23 +228,23 @@ def test_renamed_shard_keeps_its_rows(source: Path, features_of, store: Location
     assert set(ids["shard"].to_pylist()) == set("acdefghz")
 
 
-def test_integer_ids_stay_integers(tmp_path: Path, night, pipeline_of, store: Location) -> None:
+def test_integer_ids_stay_integers(tmp_path: Path, run_stages, pipeline_of, store: Location) -> None:
     source = tmp_path / "integers"
     source.mkdir()
     write(source, "a", integers=True)
-    features = night(pipeline_of(source, store.uri)).published.features
+    features = run_stages(pipeline_of(source, store.uri)).published.features
     ids = open_ids(store, index_mode(store.uri, "r1", "raw", features, FLAT, None))
     assert ids["id"].type == pa.int64()
     assert sorted(ids["id"].to_pylist()) == [hash_free("a", row) for row in range(50)]
     np.testing.assert_array_equal(ids["key"].to_numpy(), id_keys(ids["id"]))
 
 
-def test_shards_of_one_row_have_a_recall(tmp_path: Path, night, pipeline_of, store: Location) -> None:
+def test_shards_of_one_row_have_a_recall(tmp_path: Path, run_stages, pipeline_of, store: Location) -> None:
     source = tmp_path / "lonely"
     source.mkdir()
     for name in "abc":
         write(source, name, rows=1)
-    features = night(pipeline_of(source, store.uri)).published.features
+    features = run_stages(pipeline_of(source, store.uri)).published.features
     reference = index_mode(store.uri, "r1", "raw", features, IndexSettings(factory="HNSW8"), None)
     assert reference.recall_at_1 == 1.0
     assert IndexRef.model_validate_json(reference.model_dump_json()) == reference

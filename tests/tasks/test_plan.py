@@ -53,11 +53,11 @@ def plan_of(tmp_path: Path, source: Path, pipeline_of) -> Callable[..., Plan]:
 
 
 @pytest.fixture
-def published(tmp_path: Path, source: Path, night, pipeline_of):
+def published(tmp_path: Path, source: Path, run_stages, pipeline_of):
     """One run done; gives the function that does another."""
 
     def run(**settings: object):
-        return night(pipeline_of(source, tmp_path / "store", **settings))
+        return run_stages(pipeline_of(source, tmp_path / "store", **settings))
 
     run()
     return run
@@ -200,16 +200,16 @@ def test_row_returns_when_the_owner_of_its_id_vanishes(source: Path, published) 
     assert after.data.rows_features == 60
 
 
-@pytest.mark.parametrize("damage", ["census", "keys", "garbage"])
+@pytest.mark.parametrize("damage", ["manifest", "keys", "garbage"])
 def test_lost_census_changes_nothing(damage: str, tmp_path: Path, source: Path, published, plan_of) -> None:
     write(source, "c", ids=["a-0", "b-0", *(f"c-{row}" for row in range(2, 30))])
     published()
     before = plan_of()
-    census = tmp_path / "store" / "census"
+    manifest = tmp_path / "store" / "manifest"
     if damage == "garbage":
-        (census / "shards.parquet").write_bytes(b"PAR1 nothing")
+        (manifest / "shards.parquet").write_bytes(b"PAR1 nothing")
     else:
-        shutil.rmtree(census if damage == "census" else census / "keys")
+        shutil.rmtree(manifest if damage == "manifest" else manifest / "keys")
     after = plan_of()
     assert not after.work
     assert after.wanted == before.wanted

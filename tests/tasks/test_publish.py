@@ -57,8 +57,8 @@ def settings(source: Path, tmp_path: Path, pipeline_of):
     return pipeline_of(source, tmp_path / "store")
 
 
-def test_rows_add_up(settings, night) -> None:
-    _, results, published = night(settings)
+def test_rows_add_up(settings, run_stages) -> None:
+    _, results, published = run_stages(settings)
     data = published.data
     assert (data.shards, data.rows_read, data.rows_features, data.forgotten) == (3, 60, 56, 0)
     assert data.quarantined == {"zero_norm": 4}
@@ -69,13 +69,13 @@ def test_rows_add_up(settings, night) -> None:
     assert table.group_by("mode").len().sort("mode").rows() == [("batch_stat", 56), ("per_sample", 56), ("raw", 56)]
 
 
-def test_one_commit_a_table_and_none_without_a_change(settings, night, source: Path) -> None:
-    _, _, first = night(settings)
-    _, _, again = night(settings)
+def test_one_commit_a_table_and_none_without_a_change(settings, run_stages, source: Path) -> None:
+    _, _, first = run_stages(settings)
+    _, _, again = run_stages(settings)
     assert (again.features, again.quarantine, again.data) == (first.features, first.quarantine, first.data)
     write(source, "a", seed=1)
     (source / "c.parquet").unlink()
-    _, _, changed = night(settings)
+    _, _, changed = run_stages(settings)
     assert changed.features.version == first.features.version + 1
     assert changed.quarantine.version == first.quarantine.version + 1
     assert changed.data.rows_features == 37
@@ -83,8 +83,8 @@ def test_one_commit_a_table_and_none_without_a_change(settings, night, source: P
     assert features_table(Location(settings.store)).snapshot(first.features.version).files == first.features.files
 
 
-def test_nothing_is_visible_before_the_commit(settings, night, source: Path) -> None:
-    _, _, first = night(settings)
+def test_nothing_is_visible_before_the_commit(settings, run_stages, source: Path) -> None:
+    _, _, first = run_stages(settings)
     write(source, "b", seed=2)
     plan, results = prepared(settings)
     assert results
@@ -92,11 +92,11 @@ def test_nothing_is_visible_before_the_commit(settings, night, source: Path) -> 
     assert publish(settings, plan, results).data.rows_features == 59
 
 
-def test_shard_that_fails_while_it_is_read_keeps_its_last_good_rows(settings, night, source: Path) -> None:
-    _, _, first = night(settings)
+def test_shard_that_fails_while_it_is_read_keeps_its_last_good_rows(settings, run_stages, source: Path) -> None:
+    _, _, first = run_stages(settings)
     write(source, "b", seed=4)
     spoil(source / "b.parquet")
-    plan, results, second = night(settings)
+    plan, results, second = run_stages(settings)
     [fault] = second.data.bad_shards
     assert (fault.shard, fault.kept) == ("b", True)
     assert "cannot be read as Parquet" in fault.reason
@@ -106,21 +106,21 @@ def test_shard_that_fails_while_it_is_read_keeps_its_last_good_rows(settings, ni
     assert second.quarantine == first.quarantine
     assert second.data.model_copy(update={"bad_shards": []}) == first.data
     write(source, "b", seed=4)
-    _, _, third = night(settings)
+    _, _, third = run_stages(settings)
     assert not third.data.bad_shards
     assert third.data.rows_features == 59
 
 
-def test_new_shard_that_fails_is_left_out(settings, night, source: Path) -> None:
+def test_new_shard_that_fails_is_left_out(settings, run_stages, source: Path) -> None:
     spoil(source / "b.parquet")
-    _, _, published = night(settings)
+    _, _, published = run_stages(settings)
     assert [(fault.shard, fault.kept) for fault in published.data.bad_shards] == [("b", False)]
     assert (published.data.shards, published.data.rows_read, published.data.rows_features) == (2, 40, 39)
     assert published.data.quarantined == {"zero_norm": 1}
 
 
-def test_second_of_two_runs_on_one_base_is_refused(settings, night, source: Path) -> None:
-    night(settings)
+def test_second_of_two_runs_on_one_base_is_refused(settings, run_stages, source: Path) -> None:
+    run_stages(settings)
     write(source, "a", seed=7)
     first, second = prepared(settings), prepared(settings)
     assert not second[1]
@@ -131,12 +131,12 @@ def test_second_of_two_runs_on_one_base_is_refused(settings, night, source: Path
     assert not make_plan(settings, prepare_models(settings)).work
 
 
-def test_source_without_a_usable_row_leaves_the_table_alone(settings, night, source: Path) -> None:
-    _, _, first = night(settings)
+def test_source_without_a_usable_row_leaves_the_table_alone(settings, run_stages, source: Path) -> None:
+    _, _, first = run_stages(settings)
     for name in "abc":
         write(source, name, zeros=20)
     with pytest.raises(BadShardError, match="no row can be used, so nothing was published: every row is bad"):
-        night(settings)
+        run_stages(settings)
     assert features_table(Location(settings.store)).snapshot() == first.features
     assert quarantine_table(Location(settings.store)).snapshot() == first.quarantine
 

@@ -37,7 +37,7 @@ def write(path: Path, name: str, ids: list[object]) -> None:
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory, night, pipeline_of) -> Callable[..., str]:
+def serve(tmp_path_factory, run_stages, pipeline_of) -> Callable[..., str]:
     """`serve(ids of shard a, ids of shard b)` gives a store with one release that is served."""
 
     def make(*ids: list[object]) -> str:
@@ -46,7 +46,7 @@ def serve(tmp_path_factory, night, pipeline_of) -> Callable[..., str]:
         for name, some in zip("ab", ids, strict=True):
             write(folder / "source", name, some)
         settings = pipeline_of(folder / "source", folder / "store")
-        plan, _, published = night(settings)
+        plan, _, published = run_stages(settings)
         indexes = {
             mode: index_mode(settings.store, "r1", mode, published.features, IndexSettings(), None)
             for mode in ("raw", "per_sample", "batch_stat")

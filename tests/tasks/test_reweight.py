@@ -57,7 +57,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("reweight", [{}, {"statistic": "batch", "batch_size": 1_000}, {"branches": True}], ids=str)
-def test_layout_of_the_file_never_shows(reweight: dict[str, object], tmp_path: Path, night, pipeline_of) -> None:
+def test_layout_of_the_file_never_shows(reweight: dict[str, object], tmp_path: Path, run_stages, pipeline_of) -> None:
     rows = 2 * BLOCK_ROWS + 809
     matrix = vectors(rows)
     matrix[[0, BLOCK_ROWS - 1, BLOCK_ROWS, rows - 1]] = 0
@@ -66,7 +66,7 @@ def test_layout_of_the_file_never_shows(reweight: dict[str, object], tmp_path: P
         source, store = tmp_path / name / "source", tmp_path / name / "store"
         source.mkdir(parents=True)
         pq.write_table(table_of(matrix), source / "a.parquet", **options)
-        _, [result], _ = night(pipeline_of(source, store, reweight=reweight))
+        _, [result], _ = run_stages(pipeline_of(source, store, reweight=reweight))
         assert result.quarantined == {"zero_norm": 4}
         found[name] = bytes_by_mode(store)
     first = found.pop("large row groups")
@@ -87,7 +87,7 @@ def test_layout_of_the_file_never_shows(reweight: dict[str, object], tmp_path: P
     ],
     ids=str,
 )
-def test_form_of_the_embedding_never_shows(kind: pa.DataType, tmp_path: Path, night, pipeline_of) -> None:
+def test_form_of_the_embedding_never_shows(kind: pa.DataType, tmp_path: Path, run_stages, pipeline_of) -> None:
     matrix = vectors(50)
     if pa.types.is_fixed_size_binary(kind):
         column = pa.array([row.tobytes() for row in matrix], kind)
@@ -98,7 +98,7 @@ def test_form_of_the_embedding_never_shows(kind: pa.DataType, tmp_path: Path, ni
     for folder, table in (("plain", table_of(matrix)), ("other", table_of(matrix).set_column(1, "embedding", column))):
         (tmp_path / folder / "source").mkdir(parents=True)
         pq.write_table(table, tmp_path / folder / "source" / "a.parquet")
-        night(pipeline_of(tmp_path / folder / "source", tmp_path / folder / "store"))
+        run_stages(pipeline_of(tmp_path / folder / "source", tmp_path / folder / "store"))
     assert bytes_by_mode(tmp_path / "other" / "store") == bytes_by_mode(tmp_path / "plain" / "store")
 
 
@@ -125,7 +125,9 @@ def test_workers_and_retries_never_show(tmp_path: Path, pipeline_of) -> None:
     assert written[0] == written[1]
 
 
-def test_batch_statistic_is_the_mean_over_consecutive_rows_of_the_shard(tmp_path: Path, night, pipeline_of) -> None:
+def test_batch_statistic_is_the_mean_over_consecutive_rows_of_the_shard(
+    tmp_path: Path, run_stages, pipeline_of
+) -> None:
     """The published definition in NumPy: s = mean of the batch, weights = sigmoid(W₂ relu(W₁ s)), out = x · weights."""
     torch.manual_seed(3)
     arguments = {"channels": D, "reduction": 4, "use_batch_stat": True}
@@ -138,7 +140,7 @@ def test_batch_statistic_is_the_mean_over_consecutive_rows_of_the_shard(tmp_path
     source.mkdir()
     pq.write_table(table_of(matrix), source / "a.parquet", row_group_size=5)
 
-    night(
+    run_stages(
         pipeline_of(
             source,
             tmp_path / "store",
@@ -158,7 +160,7 @@ def test_batch_statistic_is_the_mean_over_consecutive_rows_of_the_shard(tmp_path
     np.testing.assert_allclose(fronts(tmp_path / "store", "batch_stat"), np.concatenate(expected), atol=1e-6)
 
 
-def test_raw_is_the_embedding_and_labels_pass_through(tmp_path: Path, night, pipeline_of) -> None:
+def test_raw_is_the_embedding_and_labels_pass_through(tmp_path: Path, run_stages, pipeline_of) -> None:
     matrix = vectors(5)
     labels = {
         "subject": pa.array(["a", None, "b", "b", "c"]).dictionary_encode(),
@@ -170,7 +172,7 @@ def test_raw_is_the_embedding_and_labels_pass_through(tmp_path: Path, night, pip
     source = tmp_path / "source"
     source.mkdir()
     pq.write_table(table_of(matrix, **labels), source / "a.parquet")
-    night(pipeline_of(source, tmp_path / "store", columns={"keep": ["note"]}))
+    run_stages(pipeline_of(source, tmp_path / "store", columns={"keep": ["note"]}))
     for mode in ("raw", "per_sample"):
         [file] = (tmp_path / "store" / "features" / f"mode={mode}").rglob("*.parquet")
         stored = pq.ParquetFile(file).read()
@@ -184,7 +186,7 @@ def test_raw_is_the_embedding_and_labels_pass_through(tmp_path: Path, night, pip
     np.testing.assert_array_equal(fronts(tmp_path / "store", "raw"), matrix)
 
 
-def test_quarantine_names_the_row(tmp_path: Path, night, pipeline_of) -> None:
+def test_quarantine_names_the_row(tmp_path: Path, run_stages, pipeline_of) -> None:
     rows = BLOCK_ROWS + 10
     matrix = vectors(rows)
     matrix[BLOCK_ROWS + 2] = np.inf
@@ -194,7 +196,7 @@ def test_quarantine_names_the_row(tmp_path: Path, night, pipeline_of) -> None:
     source = tmp_path / "source"
     source.mkdir()
     pq.write_table(table.set_column(0, "id", pa.array(ids)), source / "a.parquet")
-    _, [result], published = night(pipeline_of(source, tmp_path / "store"))
+    _, [result], published = run_stages(pipeline_of(source, tmp_path / "store"))
     [file] = (tmp_path / "store" / "quarantine").rglob("*/*.parquet")
     assert pq.ParquetFile(file).read().to_pylist() == [
         {"row": 1, "id": "i0", "subject": "s1", "reason": "duplicate_id"},

@@ -1,0 +1,1 @@
+"""Release reports: records in, HTML and figures out."""

@@ -1,0 +1,269 @@
+"""The report of a release: one HTML file that tells whether it helped, and shows why.
+
+`render_report` turns a `ReportInput` into a page that needs nothing else: no script, no font, no network, and a content
+security policy that forbids them. Every text that comes from data is escaped, and printed so that it cannot deceive.
+Drawing is left to `reports.plots`, wording to `reports.text`, layout to the template beside; who writes the page and
+where is up to the flow.
+"""
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from reports import plots
+from reports.axes import Panel
+from reports.tables import (
+    Shown,
+    Table,
+    accuracy_rows,
+    detail_table,
+    filled,
+    index_rows,
+    pose_table,
+    present,
+    search_table,
+    threshold_table,
+    verdict_tiles,
+    versus_rows,
+)
+from reports.text import (
+    cell_name,
+    metric_name,
+    percent,
+    percent_of,
+    visible,
+)
+from reports.theme import inline_svg, mode_rules, plot_rules, png_file, svg_file, variables
+from schemas.reports import ALL, Evaluation, ModeResult, Population, ReportInput
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+_MAIN_CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")
+
+
+_MAIN_METRICS = ("eer", "fnmr_global@1e-2", "fnmr_global@1e-3")
+
+
+@dataclass(frozen=True)
+class FigureView:
+    """A figure of the page: small panels under one title and one sentence of explanation."""
+
+    key: str
+    title: str
+    caption: str
+    panels: list[Panel]
+
+
+def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None) -> str:
+    """Return the report as one self-contained HTML page; write it as UTF-8.
+
+    The page follows the reader's light or dark theme, fits a screen 360 pixels wide and prints. The same input gives
+    the same page. `drawn` are its figures where they are drawn already (`draw`).
+    """
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else visible(value),
+    )
+    style = _style()
+    population = _population(report.evaluation, report.gated.population)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        style=Markup(style),  # noqa: S704  our own file and palette
+        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        created=_moment(report.created),
+        population=population,
+        tiles=verdict_tiles(population, report.gated)
+        if population and population.name == report.gated.population
+        else [],
+        gated_name=f"{metric_name(report.gated.metric)}, {cell_name(report.gated.cell)}",
+        tables=[_main_table(one, report) for one in report.evaluation.populations.values() if one.modes],
+        other_poses=_other_poses(population, report) if population else None,
+        thresholds=threshold_table(population, report.evaluation.fmrs) if population else None,
+        detail=detail_table(population, report.evaluation.fmrs) if population else None,
+        search=search_table(population) if population else None,
+        indexes=index_rows(report.evaluation),
+        versus=versus_rows(population) if population else [],
+        accuracy=accuracy_rows(population) if population else [],
+        figures=[
+            (one, [Markup(inline_svg(panel.figure, panel.name, panel.alt)) for panel in one.panels])  # noqa: S704
+            for one in (draw(report) if drawn is None else drawn)
+        ],
+        weights=report.weights,
+        quality_share=percent(report.quality.rows_features / report.quality.rows_read)
+        if report.quality.rows_read
+        else None,
+        provenance=[(key, _plain(value)) for key, value in report.provenance.items()],
+    )
+
+
+def plot_files(drawn: Sequence[FigureView]) -> dict[str, bytes]:
+    """Return each panel of the figures as a file: name (`det-all.svg`, `det-all.png` …) → content.
+
+    SVG files follow the viewer's light or dark theme; PNG files are light.
+    """
+    files = {}
+    for one in drawn:
+        for panel in one.panels:
+            files[f"{panel.name}.svg"] = svg_file(panel.figure, panel.name, panel.alt)
+            files[f"{panel.name}.png"] = png_file(panel.figure)
+    return files
+
+
+def markdown_table(evaluation: Evaluation) -> str:
+    """Return the main figures of the first population as a Markdown table, such as Prefect shows as an artifact."""
+    population = _population(evaluation, "held_out")
+    if population is None:
+        return "No figures: no labelled rows were evaluated.\n"
+    table = pose_table(population, present(population, _MAIN_CELLS), _metrics(evaluation))
+    heads = ["pose pair", "mode", *(f"{head}, %" for head in table.heads)]
+    lines = [_markdown_row(heads), _markdown_row(["---"] * len(heads), escape=False)]
+    for title, _, rows in table.groups:
+        for mode, cells in rows:
+            lines.append(_markdown_row([title, mode.name, *(_markdown_cell(cell) for cell in cells)]))
+    notes = [f"{number}. {_escape_markdown(note)}" for number, note in enumerate(table.notes, 1)]
+    people = f"{population.n_subjects:,} subjects, {population.n_rows:,} rows"
+    left_out = f"; {population.left_out_subjects:,} subjects left out" if population.left_out_subjects else ""
+    head = f"{_escape_markdown(population.name)}: {people}{left_out}. 95% intervals in brackets, then mode − raw. "
+    head += "FNMR at one threshold a mode, that of the global FMR."
+    return "\n".join([head, "", *lines, *([""] if notes else []), *notes, ""])
+
+
+def _population(evaluation: Evaluation, wanted: str) -> Population | None:
+    """Return the wanted population, or else the first that was measured."""
+    measured = {name: one for name, one in evaluation.populations.items() if one.modes}
+    return measured.get(wanted) or next(iter(measured.values()), None)
+
+
+def _metrics(evaluation: Evaluation) -> list[str]:
+    return [one for one in _MAIN_METRICS if one == "eer" or one.partition("@")[2] in evaluation.fmrs]
+
+
+def _shown_cells(report: ReportInput, population: Population) -> list[str]:
+    cells = _MAIN_CELLS if report.gated.cell in _MAIN_CELLS else (*_MAIN_CELLS, report.gated.cell)
+    return present(population, cells)
+
+
+def _main_table(population: Population, report: ReportInput) -> tuple[Population, Table]:
+    return population, pose_table(population, _shown_cells(report, population), _metrics(report.evaluation))
+
+
+def _other_poses(population: Population, report: ReportInput) -> Table | None:
+    """Return the table of the pose pairs that the main table leaves out, None where there are none."""
+    shown = _shown_cells(report, population)
+    others = [cell for cell in filled(population) if cell not in shown]
+    return pose_table(population, others, _metrics(report.evaluation)) if others else None
+
+
+def draw(report: ReportInput) -> list[FigureView]:
+    """Draw every figure for which there are measurements, in the order of the page."""
+    population = _population(report.evaluation, report.gated.population)
+    modes: dict[str, ModeResult] = population.modes if population else {}
+    cells = _shown_cells(report, population) if population else []
+    fmrs = report.evaluation.fmrs
+    point = "1e-3" if "1e-3" in fmrs or not fmrs else fmrs[0]
+    threshold = f"the one threshold at which {percent_of(point)} of all impostor pairs match"
+    figures = [
+        FigureView(
+            "differences",
+            "Better or worse than raw",
+            "Each mark is a mode's error minus that of the raw embeddings: left of the line is better. A filled mark "
+            "is a difference, its 95% interval clear of the line; a hollow one may be chance.",
+            plots.differences(modes, cells, _metrics(report.evaluation)),
+        ),
+        FigureView(
+            "det",
+            "Errors at every threshold",
+            "How many genuine pairs are missed (up) for how many impostor pairs are let in (right), on normal-deviate "
+            "axes: the lower curve is better. Marks stand at the pose pair's own FMR 0.1% and 1%, with 95% intervals.",
+            plots.det_curves(modes, cells),
+        ),
+        FigureView(
+            "scores",
+            "Scores",
+            "Filled: two pictures of one person. Outline: pictures of two people. A pair right of the dotted line, "
+            f"{threshold}, is a match: the less the two overlap the better.",
+            plots.score_histograms(modes, cells, point),
+        ),
+        FigureView(
+            "poses",
+            "Missed genuine pairs by pose",
+            f"FNMR with {threshold}: a strong colour marks poses that are served badly. n counts genuine pairs; the "
+            "colours mean the same in every run.",
+            plots.pose_heat_maps(modes, point),
+        ),
+        FigureView(
+            "search",
+            "Search",
+            "Left, how often the right person is among the first k found: higher is better. Right, how often a person "
+            "who is in the gallery is missed when so many strangers are let in: lower is better.",
+            plots.identification_curves(modes),
+        ),
+        FigureView(
+            "weights",
+            "Channel weights",
+            "Channels by falling weight, with the spread over the sampled rows as a band; numbers name the channels "
+            "that count most. A flat line means that all channels are treated alike.",
+            plots.channel_weights(report.weights),
+        ),
+        FigureView(
+            "trend",
+            "Release after release",
+            f"{metric_name(report.gated.metric)}, {cell_name(report.gated.cell)}, the figure that decides, with 95% "
+            "intervals: lower is better. Hollow marks are releases that were not promoted.",
+            plots.trend_lines(report.trend),
+        ),
+    ]
+    return [one for one in figures if one.panels]
+
+
+def _style() -> str:
+    colours = variables()
+    return (
+        f":root {{ {colours['light']} }}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {colours['dark']} }} }}\n"
+        f"{(_TEMPLATES / 'report.css').read_text(encoding='utf-8')}\n{plot_rules()}\n{mode_rules()}\n"
+    )
+
+
+def _moment(moment: datetime) -> tuple[str, str]:
+    """Return a time for machines and for people, in UTC where its zone is known."""
+    if moment.tzinfo is None:
+        return moment.isoformat(), f"{moment:%d %B %Y, %H:%M}"
+    moment = moment.astimezone(UTC)
+    return moment.isoformat(), f"{moment:%d %B %Y, %H:%M} UTC"
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _markdown_row(cells: Sequence[str], *, escape: bool = True) -> str:
+    return "| " + " | ".join(_escape_markdown(cell) if escape else cell for cell in cells) + " |"
+
+
+def _markdown_cell(cell: Shown) -> str:
+    if cell.note:
+        return f"{cell.value} ({cell.note})"
+    parts = [cell.value, f"({cell.between})" if cell.between else ""]
+    parts.append(f"{cell.sign} {cell.difference} {cell.judgement}" if cell.difference else "")
+    return " ".join(filter(None, parts))
+
+
+def _escape_markdown(text: str) -> str:
+    """Return `text` so that neither Markdown nor HTML within it means anything."""
+    escaped = html.escape(" ".join(visible(text).split()), quote=False)
+    return "".join(f"\\{character}" if character in "\\`*_[]|~!" else character for character in escaped)

@@ -1,0 +1,290 @@
+"""The tables of the report, as rows of strings ready to be laid out in HTML or Markdown.
+
+Each figure is shown with its interval, its difference to raw and what that difference is worth, or with the number of
+the footnote that says why it cannot be estimated. Layout and escaping are the reader's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from reports.text import (
+    NOT_ESTIMABLE,
+    Judgement,
+    cell_name,
+    difference_of,
+    figure_of,
+    interval,
+    judge,
+    metric_name,
+    pairs_remarks,
+    percent,
+    percent_of,
+    points,
+    points_interval,
+    threshold,
+)
+from reports.theme import mode_role
+from schemas.reports import ALL, RAW, Estimate, Evaluation, GatedMetric, ModeResult, Population
+
+_SIGNS: dict[Judgement, str] = {"better": "↓", "worse": "↑", "no difference": "=", "no interval": "?"}
+_MARKS = {RAW: "●", "per_sample": "■", "batch_stat": "▲"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An estimate as a table shows it; `note` numbers the footnote that says why there is no value."""
+
+    value: str
+    between: str | None = None
+    note: int | None = None
+    reason: str | None = None
+    difference: str | None = None
+    difference_between: str | None = None
+    judgement: Judgement | None = None
+    also: str | None = None
+
+    @property
+    def sign(self) -> str:
+        """Return the sign of the judgement, which tells it without colour."""
+        return _SIGNS[self.judgement] if self.judgement else ""
+
+
+@dataclass(frozen=True)
+class ModeName:
+    """A mode in a table: its name, its mark in the figures and the role of its colour."""
+
+    name: str
+    mark: str
+    role: str
+
+
+@dataclass
+class Table:
+    """Rows of estimates, in groups, with the footnotes that they need."""
+
+    caption: str
+    heads: list[str]
+    groups: list[tuple[str, str, list[tuple[ModeName, list[Shown]]]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def show(self, estimate: Estimate | None, difference: Estimate | None = None) -> Shown:
+        """Format an estimate, and its difference to raw where there is one; number the reason of a missing one."""
+        if estimate is None:
+            return Shown("\N{EN DASH}")
+        if estimate.value is None:
+            reason = estimate.reason or "not estimable"
+            if reason not in self.notes:
+                self.notes.append(reason)
+            return Shown(NOT_ESTIMABLE, note=self.notes.index(reason) + 1, reason=reason)
+        if difference is None or difference.value is None:
+            return Shown(percent(estimate.value), interval(estimate))
+        return Shown(
+            percent(estimate.value),
+            interval(estimate),
+            difference=points(difference.value),
+            difference_between=points_interval(difference),
+            judgement=judge(difference),
+        )
+
+
+def filled(population: Population) -> list[str]:
+    """Return the cells that hold any pair, as they come."""
+    return list(
+        dict.fromkeys(
+            name
+            for mode in population.modes.values()
+            for name, cell in mode.cells.items()
+            if cell.n_genuine or cell.n_impostor
+        )
+    )
+
+
+def present(population: Population, cells: Sequence[str]) -> list[str]:
+    """Return those of `cells` that hold any pair."""
+    there = filled(population)
+    return [cell for cell in cells if cell in there]
+
+
+def pose_table(population: Population, cells: Sequence[str], metrics: Sequence[str]) -> Table:
+    """Build the table of modes within pose pairs, with differences to raw."""
+    title = "Modes by pose pair" if ALL in cells else "Modes by other pose pairs"
+    table = Table(f"{title}, population {population.name}", [metric_name(metric) for metric in metrics])
+    for cell in cells:
+        rows, sizes = [], ""
+        for mode in population.modes.values():
+            result = mode.cells.get(cell)
+            if result is None:
+                continue
+            sizes = f"{result.n_genuine:,} genuine, {result.n_impostor:,} impostor pairs"
+            shown = [table.show(figure_of(result, metric), difference_of(mode, cell, metric)) for metric in metrics]
+            rows.append((_mode_name(mode.mode, population), shown))
+        table.groups.append((cell_name(cell), sizes, rows))
+    return table
+
+
+def verdict_tiles(population: Population, gated: GatedMetric) -> list[tuple[ModeName, Shown, Shown | None]]:
+    """Return the gated metric of each mode, with its difference to raw, and again with that to the served release."""
+    table = Table("", [])
+    tiles = []
+    for mode in population.modes.values():
+        result = mode.cells.get(gated.cell)
+        figure = figure_of(result, gated.metric) if result else None
+        if figure is None:
+            continue
+        served = mode.versus_served.get(gated.cell, {}).get(gated.metric)
+        shown = table.show(figure, difference_of(mode, gated.cell, gated.metric))
+        versus = table.show(figure, served) if served and served.value is not None else None
+        tiles.append((_mode_name(mode.mode, population), shown, versus))
+    return tiles
+
+
+def detail_table(population: Population, fmrs: Sequence[str]) -> Table:
+    """Build the folded table: every pose pair, AUC, d′ and every operating point at the pose pair's own threshold."""
+    heads = ["AUC, %", "d\N{PRIME}", "EER", *(metric_name(f"fnmr@{fmr}") for fmr in fmrs)]
+    table = Table("Every pose pair at thresholds of its own", heads)
+    for cell in filled(population):
+        rows, sizes = [], ""
+        for mode in population.modes.values():
+            result = mode.cells.get(cell)
+            if result is None:
+                continue
+            sizes = f"{result.n_genuine:,} genuine, {result.n_impostor:,} impostor pairs"
+            d_prime = Shown("\N{EN DASH}" if result.d_prime is None else f"{result.d_prime:.2f}")
+            shown = [table.show(result.auc), d_prime, table.show(result.eer)]
+            shown += [table.show(result.fnmr.get(fmr)) for fmr in fmrs]
+            rows.append((_mode_name(mode.mode, population), shown))
+        table.groups.append((cell_name(cell), sizes, rows))
+    return table
+
+
+def threshold_table(population: Population, fmrs: Sequence[str]) -> Table:
+    """Build the folded table of each mode's global thresholds, and the FMR at them within each pose pair."""
+    table = Table("Global thresholds, and the FMR at them by pose pair", [f"global FMR {percent_of(f)}" for f in fmrs])
+    modes = [(_mode_name(mode.mode, population), mode) for mode in population.modes.values() if ALL in mode.cells]
+
+    def score(mode: ModeResult, fmr: str) -> Shown:
+        at = mode.thresholds.get(fmr)
+        return table.show(mode.cells[ALL].fnmr_global.get(fmr)) if at is None else Shown(threshold(at))
+
+    def rate(mode: ModeResult, cell: str, fmr: str) -> Shown:
+        found = Estimate(value=mode.cells[cell].fmr_global.get(fmr), reason="not estimable: there is no impostor pair")
+        return score(mode, fmr) if mode.thresholds.get(fmr) is None else table.show(found)
+
+    rows = [(name, [score(mode, fmr) for fmr in fmrs]) for name, mode in modes]
+    table.groups.append(("threshold", "a pair matches from this score on", rows))
+    for cell in filled(population):
+        rows = [(name, [rate(mode, cell, fmr) for fmr in fmrs]) for name, mode in modes if cell in mode.cells]
+        table.groups.append((cell_name(cell), "FMR, %", rows))
+    return table
+
+
+def search_table(population: Population) -> tuple[str, Table] | None:
+    """Build the table of 1:N search and the sentence that says what was searched for in what."""
+    found = [mode for mode in population.modes.values() if mode.identification]
+    if not found:
+        return None
+    one = found[0].identification
+    assert one is not None
+    ranks = _keys(mode.identification.rank for mode in found if mode.identification)
+    # Where the index is exact, what it finds is what is found, and recall is 1 by construction.
+    lossy = {mode.identification.index_kind for mode in found if mode.identification} - {"Flat"}
+    recall = _keys(mode.identification.index_recall for mode in found if mode.identification and lossy)
+    fpirs = _keys(mode.identification.fnir for mode in found if mode.identification)[::-1]
+    heads = [f"rank {key}" for key in ranks] + [f"FNIR at FPIR {percent_of(key)}" for key in fpirs]
+    heads += [f"recall@{key} of that index" for key in recall]
+    table = Table("Search, 1:N", heads)
+    rows = []
+    for mode in found:
+        result = mode.identification
+        assert result is not None
+        by_index = {key: value for key, value in result.index_rank.items() if value is not None and lossy}
+        shown = [
+            replace(table.show(result.rank.get(key)), also=percent(by_index[key]) if key in by_index else None)
+            for key in ranks
+        ]
+        shown += [table.show(result.fnir.get(key)) for key in fpirs]
+        shown += [
+            table.show(
+                Estimate(value=result.index_recall[key], reason="not measured") if key in result.index_recall else None
+            )
+            for key in recall
+        ]
+        rows.append((_mode_name(mode.mode, population), shown))
+    table.groups.append(("", "", rows))
+    sentence = (
+        f"{one.n_mated:,} {one.probes} probes with a mate and {one.n_non_mated:,} without, searched for in a "
+        f"{one.gallery} gallery of {one.n_gallery:,} rows of {one.n_gallery_subjects:,} subjects. "
+        "In percent, with 95% intervals."
+    )
+    if lossy:
+        sentence += f" Below, by an index that the settings build over this gallery ({', '.join(sorted(lossy))})."
+    return sentence, table
+
+
+def index_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the rows of the table of the release's own indexes, by mode."""
+    return [
+        {
+            "mode": ModeName(mode, _MARKS.get(mode, "◆"), mode_role(mode, list(evaluation.indexes))),
+            "kind": index.kind,
+            "rows": f"{index.rows:,}",
+            "recall": [percent(one) for one in (index.recall_at_1, index.recall_at_10)] if index.queries else None,
+            "queries": f"{index.queries:,}",
+        }
+        for mode, index in evaluation.indexes.items()
+    ]
+
+
+def _keys(figures: Any) -> list[str]:
+    return sorted({key for one in figures for key in one}, key=float)
+
+
+def accuracy_rows(population: Population) -> list[dict[str, Any]]:
+    """Return the rows of the table of pairs-file protocols."""
+    return [
+        {
+            "protocol": pairs.protocol,
+            "mode": _mode_name(mode.mode, population),
+            "accuracy": None
+            if pairs.accuracy_mean is None
+            else percent(pairs.accuracy_mean)
+            + ("" if pairs.accuracy_sd is None else f" ± {percent(pairs.accuracy_sd)}"),
+            "reason": pairs.reason or "not estimable",
+            "eer": None if pairs.eer is None else percent(pairs.eer),
+            "pairs": f"{pairs.n_pairs:,}",
+            "missing": f"{pairs.missing:,}",
+            "remarks": pairs_remarks(pairs),
+            "folds": pairs.n_folds,
+        }
+        for mode in population.modes.values()
+        for pairs in mode.pairs
+    ]
+
+
+def versus_rows(population: Population) -> list[dict[str, Any]]:
+    """Return the rows of the table that sets the re-weighted modes against each other, in percentage points."""
+    return [
+        {
+            "mode": _mode_name(mode.mode, population),
+            "other": other,
+            "cell": cell_name(cell),
+            "eer": _points_with_interval(differences[cell].get("eer")),
+            "fnmr": _points_with_interval(differences[cell].get("fnmr_global@1e-3")),
+        }
+        for mode in population.modes.values()
+        for other, differences in mode.versus_modes.items()
+        for cell in (ALL, "frontal-frontal", "frontal-profile", "profile-profile")
+        if cell in differences
+    ]
+
+
+def _points_with_interval(difference: Estimate | None) -> str | None:
+    if difference is None or difference.value is None:
+        return None
+    between = points_interval(difference)
+    return points(difference.value) + (f" ({between}), {judge(difference)}" if between else "")
+
+
+def _mode_name(mode: str, population: Population) -> ModeName:
+    return ModeName(mode, _MARKS.get(mode, "◆"), mode_role(mode, list(population.modes)))

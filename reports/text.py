@@ -1,0 +1,142 @@
+"""How figures are put into words and short strings, the same in tables, in alternative texts and in Markdown.
+
+Shares are printed in percent, differences in percentage points, and every figure here is an error: smaller is better.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+from schemas.errors import visible as visible
+from schemas.reports import ALL, CellResult, Estimate, ModeResult, PairsResult, Population
+
+Judgement = Literal["better", "worse", "no difference", "no interval"]
+
+NOT_ESTIMABLE = "n/e"
+
+
+def percent(share: float) -> str:
+    """Print a share in percent, without the sign: two decimals, below 0.1% two significant digits."""
+    value = _without_rounding(100 * share)
+    if value == 0 or abs(value) >= 0.1 or not np.isfinite(value):
+        return minus(f"{value:.2f}" if value else "0")
+    return minus(np.format_float_positional(value, precision=2, fractional=False, trim="-"))
+
+
+def points(difference: float) -> str:
+    """Print a difference of shares in percentage points, with its sign: two decimals, more where they would say 0."""
+    value = _without_rounding(100 * difference)
+    if value == 0 or abs(value) >= 0.005:
+        return minus(f"{value:+.2f}" if value else "0")
+    return minus(np.format_float_positional(value, precision=1, fractional=False, sign=True, trim="-"))
+
+
+def _without_rounding(value: float) -> float:
+    """No count of pairs makes a rate as small as this; it is the rounding of sums."""
+    return 0.0 if abs(value) < 1e-9 else value
+
+
+def minus(number: str) -> str:
+    """Print the true minus sign."""
+    return number.replace("-", "\N{MINUS SIGN}")
+
+
+def interval(estimate: Estimate) -> str | None:
+    """Print a 95% interval in percent, or None where there is none."""
+    if estimate.low is None or estimate.high is None:
+        return None
+    return f"{percent(estimate.low)} to {percent(estimate.high)}"
+
+
+def points_interval(difference: Estimate) -> str | None:
+    """Print the 95% interval of a difference in percentage points, or None where there is none."""
+    if difference.low is None or difference.high is None:
+        return None
+    return f"{points(difference.low)} to {points(difference.high)}"
+
+
+def spoken(estimate: Estimate) -> str:
+    """Put an estimate into words for alternative texts: value and interval, or that there is none."""
+    if estimate.value is None:
+        return "not estimable"
+    between = interval(estimate)
+    return f"{percent(estimate.value)}%" + (f" (95% interval {between})" if between else "")
+
+
+def judge(difference: Estimate) -> Judgement:
+    """ValidationScorer a difference to raw by its 95% interval: only an interval clear of zero is a difference."""
+    if difference.low is None or difference.high is None:
+        return "no interval"
+    if difference.high < 0:
+        return "better"
+    return "worse" if difference.low > 0 else "no difference"
+
+
+def population_name(population: Population) -> str:
+    """Name a population for people, with the caveat where a model does not tell whom it has seen."""
+    if population.name == ALL:
+        return "all labelled subjects"
+    silent = " and ".join(mode for mode, result in population.modes.items() if not result.training_subjects_known)
+    return "subjects that no model has seen" + (f" (but {silent} does not tell whom it has seen)" if silent else "")
+
+
+def cell_name(cell: str) -> str:
+    """Name a pose-pair cell for people: `frontal-profile` is frontal–profile."""
+    if cell == ALL:
+        return "all pairs"
+    pair = pose_pair(cell)
+    return "\N{EN DASH}".join(pair) if pair else cell
+
+
+def pose_pair(cell: str) -> tuple[str, str] | None:
+    """Return the two pose classes of a cell; None for `all`, and where hyphens in a class make the name ambiguous."""
+    if cell.count("-") == 1:
+        first, second = cell.split("-")
+        return first, second
+    middle = len(cell) // 2
+    if len(cell) % 2 and cell[middle] == "-" and cell[:middle] == cell[middle + 1 :]:
+        return cell[:middle], cell[middle + 1 :]
+    return None
+
+
+def metric_name(metric: str) -> str:
+    """Name a metric for people: `fnmr_global@1e-3` is FNMR at global FMR 0.1%, `fnmr@1e-3` is that at own FMR 0.1%."""
+    kind, _, fmr = metric.partition("@")
+    if not fmr:
+        return metric.upper()
+    return f"FNMR at {'global' if kind == 'fnmr_global' else 'own'} FMR {percent_of(fmr)}"
+
+
+def percent_of(rate: str) -> str:
+    """Print a rate given as text (`1e-3`) in percent with its sign (0.1%)."""
+    return f"{float(100 * float(rate)):.10g}%"
+
+
+def figure_of(cell: CellResult, metric: str) -> Estimate | None:
+    """Return the estimate of `eer`, `fnmr@<fmr>` or `fnmr_global@<fmr>` of a cell, None where it was not measured."""
+    kind, _, fmr = metric.partition("@")
+    if kind == "eer":
+        return cell.eer
+    return (cell.fnmr_global if kind == "fnmr_global" else cell.fnmr).get(fmr)
+
+
+def pairs_remarks(pairs: PairsResult) -> list[str]:
+    """Say what the pairs of a protocol were that were not compared, and which of those compared are doubtful."""
+    remarks = {
+        "left out: of rows without a subject, seen by a model, or not sampled": pairs.left_out,
+        "left out: of a row with itself or with its copy": pairs.copies,
+        "missing: they name an id that is not here": pairs.missing,
+        "repeated, and counted each time": pairs.repeated,
+        "contradict the subjects or each other, and count as the file says": pairs.contradicting,
+    }
+    return [f"{count:,} {what}" for what, count in remarks.items() if count]
+
+
+def threshold(score: float) -> str:
+    """Print a threshold, rounded down to seven decimals: scores lie 2.4e-7 apart, so it decides every pair alike."""
+    return minus(f"{np.floor(1e7 * score) / 1e7:.7f}")
+
+
+def difference_of(mode: ModeResult, cell: str, metric: str) -> Estimate | None:
+    """Return mode − raw of a metric in a cell, None where it was not measured (as for raw itself)."""
+    return mode.difference.get(cell, {}).get(metric)

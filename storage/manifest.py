@@ -1,0 +1,279 @@
+"""The manifest: what is known of every shard of the source, so that an unchanged shard is not read again.
+
+It is a cache beside the tables, never a second truth: a lost or damaged manifest costs one reading of the source and
+changes no result. It also answers the one question that spans shards: which rows carry an id that an earlier row owns.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from schemas.errors import BadShardError, FrontalisError
+from schemas.features import input_digest
+from schemas.settings import ColumnNames
+from schemas.shards import check_shard, fitted_column
+from storage.ids import id_checks, id_keys
+from storage.location import Location
+from storage.parquet import from_parquet, to_parquet
+from storage.shards import Shard, content_digest, read_schema, still_same, stream_blocks
+
+NO_KEY = -1
+MANIFEST = "manifest"
+RECORDS = "shards.parquet"
+BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of one shard.
+
+    `size`, `mtime_ns` and `change` only decide whether to look again; `basis` is what the counts depend on beside the
+    file (column names and tombstones). `duplicates` and `collisions` are row numbers, `forgotten` the tombstones that
+    match a row, `forgotten_rows` how many rows they take away.
+    """
+
+    key: str
+    uri: str
+    size: int
+    mtime_ns: int
+    change: str
+    basis: str
+    content: str
+    rows: int
+    dim: int | None
+    id_type: str
+    duplicates: list[int] = field(default_factory=list)
+    collisions: list[int] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    forgotten_rows: int = 0
+
+    @property
+    def input_digest(self) -> str:
+        """The digest of what the shard contributes."""
+        return input_digest(self.content, [*self.duplicates, *self.collisions], self.forgotten)
+
+    def unaccounted(self, features: int, held: int) -> str | None:
+        """Tell where the rows have gone if some went nowhere: all but the forgotten are features or in quarantine."""
+        if features + held + self.forgotten_rows == self.rows:
+            return None
+        return (
+            f"of {self.rows} rows {features} became features, {held} are in quarantine, "
+            f"{self.forgotten_rows} are forgotten"
+        )
+
+    def describes(self, shard: Shard, basis: str) -> bool:
+        """Return whether nothing has touched the shard since."""
+        return (self.uri, self.size, self.mtime_ns, self.change, self.basis) == (
+            shard.uri,
+            shard.size,
+            shard.mtime_ns,
+            shard.change,
+            basis,
+        )
+
+
+ENTRY_SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("key", "uri")),
+        *(pa.field(name, pa.int64()) for name in ("size", "mtime_ns")),
+        *(pa.field(name, pa.string()) for name in ("change", "basis", "content")),
+        *(pa.field(name, pa.int64()) for name in ("rows", "dim")),
+        pa.field("id_type", pa.string()),
+        *(pa.field(name, pa.list_(pa.int64())) for name in ("duplicates", "collisions")),
+        pa.field("forgotten", pa.list_(pa.string())),
+        pa.field("forgotten_rows", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """Key and check of every row of a shard, int64 `[rows]`; `NO_KEY` where the id is null or forgotten."""
+
+    keys: np.ndarray
+    checks: np.ndarray
+
+
+Matcher = Callable[[pa.Array, pa.Array | None], tuple[np.ndarray, list[str]]]
+"""Given ids and subjects, which rows are forgotten (bool `[n]`) and which tombstones matched."""
+
+
+class Manifest:
+    """Entries by shard key, loaded from and saved to the `manifest` folder of a store."""
+
+    def __init__(self, place: Location) -> None:
+        self.place = place
+        self.entries: dict[str, ShardRecord] = {}
+
+    def load(self) -> "Manifest":
+        """Read the entries; a missing or damaged manifest is an empty one."""
+        try:
+            table = from_parquet((self.place / RECORDS).read_bytes())
+            self.entries = {row["key"]: ShardRecord(**row) for row in table.to_pylist()}
+        except (FileNotFoundError, FrontalisError, pa.ArrowException, OSError, TypeError, KeyError):
+            self.entries = {}
+        return self
+
+    def save(self, entries: Mapping[str, ShardRecord]) -> None:
+        """Replace all entries, and drop the row keys that none of them needs."""
+        if dict(entries) == self.entries:
+            return
+        rows = [asdict(entries[key]) for key in sorted(entries)]
+        (self.place / RECORDS).write_bytes(to_parquet(pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA)))
+        self.entries = dict(entries)
+        needed = {_keys_name(entry) for entry in entries.values()}
+        for file in (self.place / "keys").files():
+            if file.name not in needed:
+                (self.place / "keys" / file.name).delete()
+
+    def names(self) -> list[str]:
+        """Return the files that the entries need, relative to the manifest."""
+        return [RECORDS, *(f"keys/{_keys_name(entry)}" for entry in self.entries.values())]
+
+    def row_keys(self, entry: ShardRecord) -> RowKeys | None:
+        """Return the row keys of a shard, or None where they are lost."""
+        try:
+            table = from_parquet((self.place / "keys" / _keys_name(entry)).read_bytes(1 << 34))
+            return RowKeys(table["key"].to_numpy(), table["check"].to_numpy())
+        except (FileNotFoundError, FrontalisError, pa.ArrowException, OSError, KeyError):
+            return None
+
+    def count(self, shard: Shard, columns: ColumnNames, basis: str, forget: Matcher | None) -> ShardRecord:
+        """Read a shard's bytes and its id column, and write its row keys.
+
+        Raises:
+            BadShardError: the shard does not meet the contract, or cannot be read.
+        """
+        content = content_digest(shard)
+        arrow, rows = read_schema(shard)
+        schema = check_shard(shard.key, arrow, columns)
+        wanted = [columns.id] + ([columns.subject] if forget and "subject" in schema.present else [])
+        keys, checks, hits, gone = [], [], set[str](), 0
+        for first, batch in stream_blocks(shard, wanted, BLOCK_ROWS):
+            ids = fitted_column(shard.key, columns.id, batch.column(columns.id), schema.id_type, first)
+            left_out = ids.is_null().to_numpy(zero_copy_only=False)
+            if forget is not None:
+                subjects = None
+                if len(wanted) > 1:
+                    names = batch.column(columns.subject)
+                    subjects = fitted_column(shard.key, columns.subject, names, pa.string(), first)
+                forgotten, matched = forget(ids, subjects)
+                gone += int(forgotten.sum())
+                hits.update(matched)
+                left_out = left_out | forgotten
+            known = ids.filter(pa.array(~left_out))
+            key = np.full(len(ids), NO_KEY, np.int64)
+            check = np.full(len(ids), NO_KEY, np.int64)
+            key[~left_out] = id_keys(known)
+            check[~left_out] = id_checks(known)
+            keys.append(key)
+            checks.append(check)
+        entry = ShardRecord(
+            key=shard.key,
+            uri=shard.uri,
+            size=shard.size,
+            mtime_ns=shard.mtime_ns,
+            change=shard.change,
+            basis=basis,
+            content=content,
+            rows=rows,
+            dim=schema.dim,
+            id_type=str(schema.id_type),
+            forgotten=sorted(hits),
+            forgotten_rows=gone,
+        )
+        if not still_same(shard):
+            raise BadShardError(f"shard {shard.key}: {shard.uri} was rewritten while it was read; run again.")
+        self.write_keys(entry, _concatenated(keys), _concatenated(checks))
+        return entry
+
+    def write_keys(self, entry: ShardRecord, keys: np.ndarray, checks: np.ndarray) -> None:
+        """Write the row keys of a shard, under a name that follows from its content and basis."""
+        content = to_parquet(pa.table({"key": keys, "check": checks}))
+        (self.place / "keys" / _keys_name(entry)).write_bytes(content)
+
+
+def mark_repeats(entries: Mapping[str, ShardRecord], keys: Mapping[str, RowKeys]) -> dict[str, ShardRecord]:
+    """Return the entries with `duplicates` and `collisions` set: rows whose key an earlier row holds.
+
+    Earlier means: in a shard whose key sorts before, or above in the same shard. Equal checks make a duplicate id,
+    different ones a collision of two ids.
+    """
+    order = sorted(entries)
+    frame = pl.concat(
+        [
+            pl.DataFrame(
+                {
+                    "shard": pl.Series([], dtype=pl.Int64),
+                    "row": pl.Series([], dtype=pl.Int64),
+                    "key": pl.Series([], dtype=pl.Int64),
+                    "check": pl.Series([], dtype=pl.Int64),
+                }
+            )
+        ]
+        + [
+            pl.DataFrame({"key": keys[name].keys, "check": keys[name].checks})
+            .with_row_index("row")
+            .select(pl.lit(number, pl.Int64).alias("shard"), pl.col("row").cast(pl.Int64), "key", "check")
+            for number, name in enumerate(order)
+        ]
+    ).filter(pl.col("key") != NO_KEY)
+    first = pl.col("key").is_first_distinct()
+    later = frame.filter(~first)
+    owners = frame.filter(first & pl.col("key").is_in(later["key"].unique().implode())).select("key", owner="check")
+    repeats = later.join(owners, on="key", how="left").with_columns(same=pl.col("check") == pl.col("owner"))
+    found: dict[tuple[int, bool], list[int]] = {}
+    for shard, row, same in repeats.select("shard", "row", "same").sort("shard", "row").iter_rows():
+        found.setdefault((shard, same), []).append(row)
+    return {
+        name: replace(
+            entries[name], duplicates=found.get((number, True), []), collisions=found.get((number, False), [])
+        )
+        for number, name in enumerate(order)
+    }
+
+
+def find_misfits(
+    entries: Mapping[str, ShardRecord], columns: ColumnNames, dim: int, id_type: str | None
+) -> dict[str, BadShardError]:
+    """Return an error for each shard that does not go with the models or with the other shards.
+
+    Args:
+        entries: readable shards.
+        columns: column names, for the message.
+        dim: length of the embeddings that the models want.
+        id_type: type of the store's ids; None for a new store, which takes what most rows have.
+    """
+    misfits = {
+        key: BadShardError(
+            f"shard {key}: column {columns.embedding!r} has {entry.dim} numbers a row, the models want {dim}; pass "
+            "models trained on such embeddings."
+        )
+        for key, entry in entries.items()
+        if entry.dim not in (None, dim)
+    }
+    rows = Counter[str]()
+    for key, entry in entries.items():
+        if key not in misfits:
+            rows[entry.id_type] += entry.rows
+    wanted = id_type or max(sorted(rows), key=rows.__getitem__, default=None)
+    return misfits | {
+        key: BadShardError(
+            f"shard {key}: the ids are {entry.id_type}, the store holds {wanted}; cast the column, since one store "
+            "holds one type of id."
+        )
+        for key, entry in entries.items()
+        if key not in misfits and entry.id_type != wanted
+    }
+
+
+def _keys_name(entry: ShardRecord) -> str:
+    return f"{entry.content}-{entry.basis}.parquet"
+
+
+def _concatenated(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)

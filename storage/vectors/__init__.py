@@ -1,0 +1,1 @@
+"""FAISS indexes: build, search, files, recall."""

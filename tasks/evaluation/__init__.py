@@ -1,0 +1,1 @@
+"""Evaluation of a release: which rows are compared, identification, and pairs files."""

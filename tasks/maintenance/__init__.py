@@ -1,0 +1,1 @@
+"""Work on an existing store: forget, vacuum, verify, rollback."""

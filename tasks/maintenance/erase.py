@@ -1,0 +1,323 @@
+"""Erase: take forgotten rows out of features and quarantine, without the source.
+
+A file that holds a forgotten row is written anew from the store itself, under the name that the next plan would give
+it, so that the next run finds nothing to do. The manifest follows. Old versions keep the rows until
+`tasks.maintenance.vacuum`; indexes, metrics and the release are left to `tasks.maintenance.forget`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from models.checkpoint import load
+from models.inference import Reweighter
+from schemas.features import (
+    QUARANTINE_SCHEMA,
+    VECTOR_COLUMNS,
+    feature_path,
+    file_schema,
+    input_digest,
+    input_of,
+    quarantine_path,
+)
+from schemas.releases import ModelRef, Release
+from schemas.reports import RAW
+from schemas.settings import ColumnNames
+from storage.features import (
+    check_files,
+    complete_rows,
+    features_table,
+    matrix_of,
+    opened,
+    parquet_writer,
+    quarantine_table,
+    read_table,
+    vector_column,
+    write_quarantine,
+)
+from storage.ids import id_keys
+from storage.location import Location
+from storage.manifest import MANIFEST, NO_KEY, Manifest, RowKeys, mark_repeats
+from storage.tables import LiveFile, Snapshot, Table
+from storage.tombstones import Tombstones
+from tasks.plan import manifest_basis
+from tasks.reweight import BLOCK_ROWS
+
+_NOT_LIVE = Snapshot(-1, {})
+
+
+@dataclass
+class Hits:
+    """Forgotten rows of one shard: ids of those with features, row numbers of those in quarantine, the tombstones."""
+
+    ids: pa.Array
+    quarantined: list[int] = field(default_factory=list)
+    marks: set[str] = field(default_factory=set)
+
+    @property
+    def rows(self) -> int:
+        """How many rows leave."""
+        return len(self.ids) + len(self.quarantined)
+
+
+@dataclass(frozen=True)
+class Erased:
+    """The two tables after erasing, and how many rows left each."""
+
+    features: Snapshot
+    quarantine: Snapshot
+    rows: int
+    quarantined: int
+    shards: int
+
+
+def find_forgotten(
+    store: Location, features: Snapshot, quarantine: Snapshot, tombstones: Tombstones
+) -> dict[str, Hits]:
+    """Return, by shard, the rows of two snapshots that a tombstone matches.
+
+    Raises:
+        StoreError: a file is damaged.
+    """
+    found: dict[str, Hits] = {}
+    table = features_table(store)
+    for file in _of_mode(features, RAW):
+        rows = read_table(table, [file], ["id", "subject"])
+        ids = rows["id"].combine_chunks()
+        gone, marks = tombstones.match(ids, rows["subject"].combine_chunks())
+        if gone.any():
+            found[file.partitions["shard"]] = Hits(ids.filter(pa.array(gone)), marks=set(marks))
+    held = quarantine_table(store)
+    for file in quarantine.files.values():
+        rows = read_table(held, [file], ["row", "id", "subject"])
+        gone, marks = tombstones.match(rows["id"].combine_chunks(), rows["subject"].combine_chunks())
+        if gone.any():
+            hits = found.setdefault(file.partitions["shard"], Hits(pa.array([], pa.string())))
+            hits.quarantined = rows["row"].filter(pa.array(gone)).to_pylist()
+            hits.marks.update(marks)
+    return found
+
+
+def erase(
+    store: Location, served: Release | None, tombstones: Tombstones, before: Tombstones, columns: ColumnNames
+) -> Erased:
+    """Commit tables that hold what the served release holds, less the forgotten rows.
+
+    Where nothing is served, what is live takes its place. Work that was committed but never served leaves the tables;
+    the next run finds its files by name.
+
+    Args:
+        store: the store.
+        served: the release that is served.
+        tombstones: all of them.
+        before: those on which the manifest was taken.
+        columns: those of the source, as the manifest was taken with.
+
+    Raises:
+        StoreBusyError: another run committed meanwhile.
+        StoreError: a file is damaged.
+    """
+    features, quarantine = features_table(store), quarantine_table(store)
+    live, live_held = features.snapshot(), quarantine.snapshot()
+    shown = features.snapshot(served.features_version) if served else live
+    held = _quarantine_of(quarantine, served) if served else live_held
+    hits = find_forgotten(store, shown, held, tombstones)
+    manifest = _FollowedCensus(Manifest(store / MANIFEST).load(), columns, before, tombstones)
+    if not hits and (served is None or not find_forgotten(store, live, live_held, tombstones)):
+        manifest.save({file.partitions["shard"]: file for file in _of_mode(live, RAW)})
+        return Erased(live, live_held, rows=0, quarantined=0, shards=0)
+    models = served.models if served else {}
+    files, held_files = dict(shown.files), dict(held.files)
+    for shard, one in sorted(hits.items()):
+        of_shard = {file.partitions["mode"]: file for file in shown.files.values() if file.partitions["shard"] == shard}
+        check_files(features, of_shard.values())
+        digest = manifest.forget(shard, one, _input_of(of_shard, shard))
+        for mode, file in of_shard.items():
+            new = _rewrite(features, of_shard, mode, digest, models, tombstones)
+            del files[file.path]
+            files[new.path] = new
+        for path in [path for path, file in held.files.items() if file.partitions["shard"] == shard]:
+            kept = _rewrite_quarantine(quarantine, held_files.pop(path), digest, one.quarantined)
+            if kept is not None:
+                held_files[kept.path] = kept
+    after_held = _replace(quarantine, live_held, held_files)  # before the features, as in `tasks.publish`
+    after = _replace(features, live, files)
+    manifest.save({file.partitions["shard"]: file for file in _of_mode(after, RAW)})
+    return Erased(
+        after,
+        after_held,
+        rows=sum(len(one.ids) for one in hits.values()),
+        quarantined=sum(len(one.quarantined) for one in hits.values()),
+        shards=len(hits),
+    )
+
+
+class _FollowedCensus:
+    """The manifest, brought to where a run would bring it, as far as the store knows what the source held."""
+
+    def __init__(self, manifest: Manifest, columns: ColumnNames, before: Tombstones, now: Tombstones) -> None:
+        self.manifest = manifest
+        self.entries = dict(manifest.entries)
+        self.old_basis, self.new_basis = manifest_basis(columns, before), manifest_basis(columns, now)
+        self.keys: dict[str, RowKeys] = {}
+
+    def forget(self, shard: str, hits: Hits, known_input: str) -> str:
+        """Take rows out of a shard's entry, and return the input digest of what is left.
+
+        Where the entry does not describe what is stored, the digest is one that no plan asks for: the next run computes
+        the shard again.
+        """
+        entry = self.entries.get(shard)
+        keys = self.manifest.row_keys(entry) if entry is not None else None
+        if entry is None or keys is None or entry.input_digest != known_input:
+            self.entries.pop(shard, None)
+            return input_digest(known_input, (), hits.marks)
+        repeats = {*entry.duplicates, *entry.collisions}
+        owners = np.flatnonzero(np.isin(keys.keys, id_keys(hits.ids))) if len(hits.ids) else np.zeros(0, np.int64)
+        at = sorted({*(int(row) for row in owners if row not in repeats), *hits.quarantined})
+        left = [row for row in entry.duplicates if row not in at]
+        entry = replace(
+            entry,
+            duplicates=left,
+            collisions=[row for row in entry.collisions if row not in at],
+            forgotten=sorted({*entry.forgotten, *hits.marks}),
+            forgotten_rows=entry.forgotten_rows + hits.rows,
+        )
+        without = RowKeys(keys.keys.copy(), keys.checks.copy())
+        without.keys[at] = without.checks[at] = NO_KEY
+        self.entries[shard], self.keys[shard] = entry, without
+        return entry.input_digest
+
+    def save(self, live: Mapping[str, LiveFile]) -> None:
+        """Keep entries that describe a live file, under the basis of today; the others are looked at again."""
+        kept = {
+            shard: entry
+            for shard, entry in self.entries.items()
+            if entry.basis == self.old_basis
+            and shard in live
+            and entry.input_digest == _input_of({RAW: live[shard]}, shard)
+        }
+        keys = {shard: self.keys.get(shard) or self.manifest.row_keys(entry) for shard, entry in kept.items()}
+        whole = {shard: one for shard, one in keys.items() if one is not None}
+        kept = {shard: replace(kept[shard], basis=self.new_basis) for shard in whole}
+        for shard, entry in kept.items():
+            self.manifest.write_keys(entry, whole[shard].keys, whole[shard].checks)
+        self.manifest.save(mark_repeats(kept, whole))
+
+
+def _rewrite(
+    table: Table,
+    of_shard: Mapping[str, LiveFile],
+    mode: str,
+    digest: str,
+    models: Mapping[str, ModelRef],
+    tombstones: Tombstones,
+) -> LiveFile:
+    """Write the rows of a feature file that stay, block by block as `tasks.reweight` would, under its new name."""
+    file = of_shard[mode]
+    shard = file.partitions["shard"]
+    path = feature_path(mode, shard, digest, file.path.rsplit("-", 1)[1].removesuffix(".parquet"))
+    place = table.place / path
+    rows = complete_rows(place) if place.size() is not None else None
+    if rows is None:
+        by_batch = mode in models and mode == "batch_stat" and models[mode].statistic == "batch"
+        rows = 0
+        with place.writing() as target, opened(table, file) as source:
+            schema = source.schema_arrow
+            raw = _Blocks(table, of_shard[RAW]) if by_batch else None
+            network = _network(table, models[mode]) if by_batch else None
+            with parquet_writer(target, schema) as writer:
+                for number in range(source.num_row_groups):
+                    block = source.read_row_group(number)
+                    gone, _ = tombstones.match(block["id"].combine_chunks(), block["subject"].combine_chunks())
+                    embeddings = raw.take(block.num_rows) if raw is not None else None
+                    if gone.any():
+                        block = block.filter(pa.array(~gone))
+                        if network is not None and embeddings is not None:
+                            block = _with_vectors(block, network, embeddings[~gone])
+                    if block.num_rows:
+                        writer.write_table(block, row_group_size=max(block.num_rows, BLOCK_ROWS))
+                        rows += block.num_rows
+    size = place.size()
+    assert size is not None
+    return LiveFile(path, size, rows, {"mode": mode, "shard": shard})
+
+
+def _with_vectors(block: pa.Table, network: Reweighter, embeddings: np.ndarray) -> pa.Table:
+    """Replace the features of a block whose batch statistic has changed."""
+    branches = network.has_branches and block["identity"].null_count < block.num_rows
+    vectors = network(np.ascontiguousarray(embeddings), branches=branches) if len(embeddings) else {}
+    for name in VECTOR_COLUMNS:
+        if name in vectors:
+            at = block.schema.get_field_index(name)
+            column = vector_column(vectors[name]).cast(block.schema.field(at).type)
+            block = block.set_column(at, block.schema.field(at), column)
+    return block
+
+
+class _Blocks:
+    """The embeddings of a shard, from its raw features, cut into blocks of any size."""
+
+    def __init__(self, table: Table, file: LiveFile) -> None:
+        self.parts = self._stream(table, file)
+        self.rest = np.zeros((0, 0), np.float32)
+
+    def take(self, rows: int) -> np.ndarray:
+        """Return the next `rows` embeddings."""
+        held = [self.rest] if len(self.rest) else []
+        while sum(map(len, held)) < rows:
+            held.append(next(self.parts))
+        whole = np.concatenate(held)
+        self.rest = whole[rows:]
+        return whole[:rows]
+
+    @staticmethod
+    def _stream(table: Table, file: LiveFile) -> Iterator[np.ndarray]:
+        with opened(table, file) as source:
+            for batch in source.iter_batches(columns=["front"]):
+                yield matrix_of(batch.column("front"), file.path)
+
+
+def _rewrite_quarantine(table: Table, file: LiveFile, digest: str, gone: Sequence[int]) -> LiveFile | None:
+    """Write the quarantined rows of a shard that stay under their new name; None where none is left."""
+    shard = file.partitions["shard"]
+    rows = read_table(table, [file], ["row", "id", "subject", "reason"])
+    rows = rows.filter(pc.invert(pc.is_in(rows["row"], pa.array(gone, pa.int64())))).combine_chunks()
+    if not rows.num_rows:
+        return None
+    rules = file.path.rsplit("-", 1)[1].removesuffix(".parquet")
+    path = quarantine_path(feature_path(RAW, shard, digest, rules))
+    rows = rows.cast(file_schema(QUARANTINE_SCHEMA))
+    write_quarantine(table.place / path, rows)
+    size = (table.place / path).size()
+    assert size is not None
+    return LiveFile(path, size, rows.num_rows, {"shard": shard})
+
+
+def _replace(table: Table, live: Snapshot, files: Mapping[str, LiveFile]) -> Snapshot:
+    schema = table.schema()
+    if schema is None:  # no table: nothing was ever in quarantine
+        return live
+    add = [file for path, file in files.items() if path not in live.files]
+    return table.commit(live, schema, add, [file for path, file in live.files.items() if path not in files])
+
+
+def _network(table: Table, model: ModelRef) -> Reweighter:
+    store = Location(table.place.uri.rsplit("/", 1)[0])
+    return Reweighter(load((store / model.path).read_bytes()), statistic=model.statistic)
+
+
+def _quarantine_of(table: Table, release: Release) -> Snapshot:
+    return _NOT_LIVE if release.quarantine_version is None else table.snapshot(release.quarantine_version)
+
+
+def _of_mode(snapshot: Snapshot, mode: str) -> list[LiveFile]:
+    return [file for _, file in sorted(snapshot.files.items()) if file.partitions["mode"] == mode]
+
+
+def _input_of(of_shard: Mapping[str, LiveFile], shard: str) -> str:
+    """Return the input digest in the name of a shard's raw feature file; one that no shard has where it has none."""
+    return input_of(of_shard[RAW].path) if RAW in of_shard else f"none of {shard}"

@@ -1,0 +1,121 @@
+"""Vacuum: remove the files that no kept release needs.
+
+Kept are the release that is served, the last `keep` promoted ones, and whatever else is among the newest `keep`; never
+one that holds a forgotten person. The others stay in the history with their figures, marked as vacuumed, before the
+first file goes: a run that is interrupted leaves only leftovers for the next one.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import flow
+from pydantic import BaseModel
+
+from schemas.errors import SettingsError
+from schemas.releases import Release
+from storage.leftovers import Leftover, find_leftovers
+from storage.location import Location
+from storage.lock import store_lock
+from storage.releases import Releases
+from storage.tombstones import Tombstones
+from tasks.maintenance.erased_releases import mark_erased
+
+log = logging.getLogger("frontalis.vacuum")
+
+KEEP = 10
+# Object storage has no lock: a file this young may belong to a run that has not committed yet.
+OBJECT_STORAGE_GRACE_HOURS = 24.0
+
+
+class Vacuumed(BaseModel):
+    """What was removed, or with `dry_run` would be. `waiting` counts files too young to be sure of."""
+
+    dry_run: bool
+    kept_releases: list[str]
+    removed_releases: list[str]
+    files: list[str]
+    bytes: int
+    waiting: int
+
+
+@flow(name="vacuum")
+def vacuum(store: str, keep: int = KEEP, dry_run: bool = False, grace_hours: float | None = None) -> Vacuumed:
+    """Remove what nothing needs as a Prefect flow; see `clean`."""
+    return clean(store, keep=keep, dry_run=dry_run, grace_hours=grace_hours)
+
+
+def clean(
+    store: str, *, keep: int = KEEP, dry_run: bool = False, grace_hours: float | None = None, wait: float = 0.0
+) -> Vacuumed:
+    """Remove what nothing needs.
+
+    Args:
+        store: local path or s3://…
+        keep: how many promoted releases stay, at least 1.
+        dry_run: only tell.
+        grace_hours: leave files younger than this; by default 0 locally, where the lock tells that nothing runs, and 24
+            on object storage.
+        wait: seconds to wait for a run that holds the store.
+
+    Raises:
+        SettingsError: `keep` is below 1, or there is no store: files of a folder that is none are nobody's leftovers.
+        StoreBusyError: a run holds the store.
+        StoreError: a kept release cannot be read; nothing is removed then.
+    """
+    if keep < 1:
+        raise SettingsError(f"--keep {keep}: at least 1 release is kept.")
+    history = Releases.of(store)
+    place = history.store
+    if grace_hours is None:
+        grace_hours = 0.0 if place.is_local else OBJECT_STORAGE_GRACE_HOURS
+    with store_lock(place, "vacuum", wait):
+        listed = history.all()
+        releases = mark_erased(place, listed, Tombstones(place))
+        kept = kept_releases(releases, keep)
+        names = {release.release for release in kept}
+        gone = [old for old in releases if old.release not in names and not old.vacuumed]
+        find_leftovers(place, kept)  # refuses before anything is marked
+        after = [old if old.release in names else old.model_copy(update={"vacuumed": True}) for old in releases]
+        if after != listed and not dry_run:
+            history.rewrite(after, listed)
+        found = find_leftovers(place, kept)
+        youngest = time.time_ns() - int(grace_hours * 3600e9)
+        old_enough = [one for one in found if not grace_hours or one.mtime_ns < youngest]
+        if not dry_run:
+            _delete(place, old_enough)
+    return Vacuumed(
+        dry_run=dry_run,
+        kept_releases=[release.release for release in kept],
+        removed_releases=[release.release for release in gone],
+        files=[one.name for one in old_enough],
+        bytes=sum(one.size for one in old_enough),
+        waiting=len(found) - len(old_enough),
+    )
+
+
+def kept_releases(releases: Sequence[Release], keep: int = KEEP) -> list[Release]:
+    """Return the releases whose files stay, oldest first."""
+    sound = [release for release in releases if not (release.erased or release.vacuumed)]
+    promoted = [release for release in sound if release.gate.promoted][-keep:]
+    names = {release.release for release in [*promoted, *sound[-keep:]]}
+    return [release for release in sound if release.serving or release.release in names]
+
+
+def _delete(store: Location, leftovers: Sequence[Leftover]) -> None:
+    for number, one in enumerate(leftovers, 1):
+        (store / one.name).delete()
+        if number % 1000 == 0:
+            log.info("vacuum: %d of %d files removed", number, len(leftovers))
+    if store.is_local:
+        for folder in {parent for one in leftovers for parent in Path(one.name).parents if parent.name}:
+            _remove_if_empty(Path(store.path) / folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    for step in (folder, *folder.parents):
+        try:
+            step.rmdir()
+        except OSError:
+            return

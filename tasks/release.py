@@ -1,0 +1,127 @@
+"""Collect what the report of a release tells, and write its files into the store.
+
+The page itself is rendered by `reports.html`. Channel weights are measured on a sample of the raw rows of the release.
+"""
+
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+
+from models.checkpoint import Checkpoint, library_versions, load
+from models.explain import agreement, member_weights, summarise, top_channels
+from models.inference import normalise
+from reports.html import draw, plot_files, render_report
+from schemas.releases import Release
+from schemas.reports import RAW, ChannelWeights, Evaluation, ReportInput, TrendPoint
+from schemas.settings import PipelineSettings
+from storage.features import features_table, matrix_of, read_rows
+from storage.location import Location
+from tasks.gate import gated
+
+REPORTS = "reports"
+SAMPLE_ROWS = 2048
+
+
+def write_report(
+    settings: PipelineSettings, release: Release, evaluation: Evaluation, earlier: Sequence[Release]
+) -> str:
+    """Write `index.html`, `metrics.json` and the plots of a release, and return the page's path in the store.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    store = Location(settings.store)
+    report = ReportInput(
+        release=release.release,
+        created=release.created,
+        evaluation=evaluation,
+        gate=release.gate,
+        gated=gated(evaluation, settings.gate).metric,
+        quality=release.data,
+        weights=release_weights(store, release),
+        trend=[_point(old) for old in [*earlier[-59:], release] if old.gated_name == release.gated_name],
+        provenance=provenance(release),
+    )
+    folder = f"{REPORTS}/{release.release}"
+    drawn = draw(report)
+    for name, content in plot_files(drawn).items():
+        (store / f"{folder}/plots/{name}").write_bytes(content)
+    figures = {"release": json.loads(release.model_dump_json()), "evaluation": json.loads(evaluation.model_dump_json())}
+    (store / f"{folder}/metrics.json").write_bytes(json.dumps(figures, indent=1).encode())
+    (store / f"{folder}/index.html").write_bytes(render_report(report, drawn).encode())
+    return f"{folder}/index.html"
+
+
+def release_weights(store: Location, release: Release) -> list[ChannelWeights]:
+    """Return the channel weights of every SE block of the release's models over a sample of its raw rows."""
+    sample = _raw_sample(store, release)
+    weights = []
+    for mode in sorted(release.models, reverse=True):
+        checkpoint = load((store / release.models[mode].path).read_bytes())
+        weights += model_weights(checkpoint, mode, sample) if len(sample) else []
+    return weights
+
+
+def model_weights(checkpoint: Checkpoint, mode: str, rows: np.ndarray, k: int = 10) -> list[ChannelWeights]:
+    """Return mean, spread and the `k` top channels of each SE block over rows `[n, D]` (not normalised)."""
+    card = checkpoint.card
+    x = normalise(torch.from_numpy(np.ascontiguousarray(rows)), card.normalisation, card.mean_norm)
+    found = []
+    for branch, members in member_weights(checkpoint.model, x).items():
+        summary = summarise(members.mean(axis=0))
+        found.append(
+            ChannelWeights(
+                mode=mode,
+                branch=branch,
+                mean=summary.mean.tolist(),
+                spread=summary.spread.tolist(),
+                top=top_channels(summary.mean, k),
+                agreement=agreement(members),
+            )
+        )
+    return found
+
+
+def provenance(release: Release) -> dict[str, Any]:
+    """Return digests, versions and settings of a release as JSON."""
+    return {
+        "source": release.source,
+        "features version": release.features_version,
+        "content": release.content,
+        "models": {mode: model.digest for mode, model in release.models.items()},
+        "model files": {mode: model.file_digest for mode, model in release.models.items()},
+        "indexes": {mode: f"{index.factory}, {index.digest}" for mode, index in release.indexes.items()},
+        "versions": library_versions() | run_versions(),
+        "settings": release.settings,
+    }
+
+
+def run_versions() -> dict[str, str]:
+    """Return the versions of Frontalis and of what else decides about a release's files and figures."""
+    names = ("frontalis", "pyarrow", "deltalake", "prefect")
+    return {name: metadata.version(name) for name in names} | {"faiss": faiss.__version__}
+
+
+def _point(release: Release) -> TrendPoint:
+    return TrendPoint(
+        release=release.release, created=release.created, promoted=release.gate.promoted, figures=release.gated
+    )
+
+
+def _raw_sample(store: Location, release: Release) -> np.ndarray:
+    """Return up to `SAMPLE_ROWS` raw rows, the same number from every file."""
+    table = features_table(store)
+    snapshot = table.snapshot(release.features_version)
+    files = [file for _, file in sorted(snapshot.files.items()) if file.partitions["mode"] == RAW and file.rows]
+    share = max(1, SAMPLE_ROWS // max(1, len(files)))
+    parts = []
+    for file in files[:SAMPLE_ROWS]:
+        for batch in read_rows(table, file, ["front"], rows=share):
+            parts.append(matrix_of(batch.column("front"), file.path))
+            break
+    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)

@@ -1,0 +1,1 @@
+"""Synthetic shards, calibrated on real embeddings."""

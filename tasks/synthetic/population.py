@@ -1,0 +1,125 @@
+"""Where synthetic embeddings come from: subjects, and photographs of them from the front and from the side.
+
+A universe holds what all subjects have in common: the directions in which identities differ, and what turning the head
+does to any face. So what is learned from some subjects holds for others. Numbers were set so that raw cosine behaves as
+measured on real embeddings (`docs/synthetic.md`). Files, ids and bad rows are left to `tasks.synthetic.shards`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Shares of the squared length of an embedding, from covariances of 350 real subjects within and between views.
+MEAN_FACE = 0.013
+IDENTITY = 0.62
+FRONTAL_NOISE = 0.33
+PROFILE_NOISE = 0.64
+
+TYPICAL_YAW = 55.0  # degrees, of a profile; its effects are given at this angle
+IDENTITY_LOST = 0.43  # amplitude
+SIDE_IDENTITY = 0.16  # what all profiles of a subject share, but its frontal photographs do not
+COMMON_SHIFT = 0.19  # length of the mean change from front to side
+# of the noise, the part that lies in the few directions common to all subjects: a network can learn to take it away
+FRONTAL_TURNING, PROFILE_TURNING = 0.3, 0.65
+
+SUBJECT_SPREAD = 0.25  # logarithmic, how unequally subjects suffer from turning
+FRONTAL_SPREAD, PROFILE_SPREAD = 0.7, 0.6  # logarithmic, how unequal photographs are
+UNLIKE_FRONTAL, UNLIKE_PROFILE = 0.001, 0.015  # photographs that show something else
+
+FRONTAL_LENGTH, PROFILE_LENGTH = 3.55, 2.37
+USED_DIRECTIONS = 160
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """What is known of n photographs: `yaw`, `pitch` `[n]` in degrees, `embedding` float32 `[n, D]`, not normalised."""
+
+    yaw: np.ndarray
+    pitch: np.ndarray
+    embedding: np.ndarray
+
+
+@dataclass(frozen=True)
+class SyntheticPopulation:
+    """What is common to all subjects, in R ≤ D directions; the rows of `basis` `[R, D]` are their orthonormal base.
+
+    Standard deviations along them are `identity` and `noise` `[R]`, each of squared length 1; `mean_face`, `left` and
+    `right` `[R]` are unit vectors; turning the head adds noise in the r rows of `turning` `[r, R]`.
+    """
+
+    basis: np.ndarray
+    identity: np.ndarray
+    noise: np.ndarray
+    mean_face: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    turning: np.ndarray
+
+    @classmethod
+    def draw(cls, dim: int, seed: int) -> "SyntheticPopulation":
+        """Draw the universe of `seed` for embeddings of `dim` numbers, at least 2.
+
+        Networks leave many of their numbers redundant: of 512 real ones about 140 directions are in use, of 192 about
+        60. Variances fall off exponentially along them, faster for identities than for noise.
+        """
+        numbers = np.random.default_rng([seed, dim])
+        used = max(2, min(USED_DIRECTIONS, round(0.36 * dim)))
+        basis = np.linalg.qr(numbers.standard_normal((dim, used)))[0].T
+        identity = _falling(used, 0.28)
+        common, left, right, mean_face = _unit(numbers.standard_normal((4, used)) * identity)
+        turning = max(1, round(0.8 * used**0.5))
+        directions = np.linalg.qr(numbers.standard_normal((used, turning)) * identity[:, None])[0].T
+        return cls(
+            basis=basis,
+            identity=identity,
+            noise=_falling(used, 0.5),
+            mean_face=mean_face,
+            left=_unit(0.95 * common + 0.31 * left),
+            right=_unit(0.95 * common + 0.31 * right),
+            turning=directions * _falling(turning, 0.6)[:, None],
+        )
+
+    def photograph(self, numbers: np.random.Generator, frontal: int, profile: int) -> Photographs:
+        """Photograph a new subject `frontal` times from the front, then `profile` times from either side."""
+        used, count = len(self.identity), frontal + profile
+        # a network of fewer directions has less noise and loses less by turning (measured: 60 against 140)
+        scale = np.sqrt(used / USED_DIRECTIONS)
+        subject = np.sqrt(IDENTITY) * self.identity * numbers.standard_normal(used)
+        side_subject = np.sqrt(SIDE_IDENTITY) * self.identity * numbers.standard_normal(used)
+        suffers = np.exp(SUBJECT_SPREAD * numbers.standard_normal())
+
+        from_side = np.arange(count) >= frontal
+        profile_yaw = np.clip(numbers.normal(TYPICAL_YAW, 9.5, count), 25, 85) * numbers.choice([-1, 1], count)
+        yaw = np.where(from_side, profile_yaw, np.clip(numbers.laplace(0, 3.2, count), -15, 15))
+        # how far an effect of turning has come: 0 from the front, 1 at the typical profile, and growing slowly beyond
+        turned = np.minimum((np.sin(np.radians(yaw)) / np.sin(np.radians(TYPICAL_YAW))) ** 2, 1.6)[:, None]
+        part = np.minimum(turned, 1)
+
+        kept = np.clip(1 - scale * IDENTITY_LOST * suffers * turned, 0, 1)
+        shift = COMMON_SHIFT * turned * np.where(yaw[:, None] < 0, self.left, self.right)
+        face = np.sqrt(MEAN_FACE) * self.mean_face + kept * subject + np.sqrt(turned) * side_subject + shift
+
+        blur = numbers.standard_normal((count, 1))
+        spread = np.exp((FRONTAL_SPREAD * (1 - part) + PROFILE_SPREAD * part) * blur)
+        frontal_part, profile_part = scale * FRONTAL_NOISE * (1 - part) * spread, scale * PROFILE_NOISE * turned
+        blurred = frontal_part * (1 - FRONTAL_TURNING) + profile_part * (1 - PROFILE_TURNING) * spread
+        moved = frontal_part * FRONTAL_TURNING + profile_part * PROFILE_TURNING
+        latent = face + np.sqrt(blurred) * self.noise * numbers.standard_normal((count, used))
+        latent = latent + np.sqrt(moved) * (numbers.standard_normal((count, len(self.turning))) @ self.turning)
+
+        something_else = numbers.standard_normal((count, used)) * self.noise
+        unlike = numbers.random((count, 1)) < np.where(from_side[:, None], UNLIKE_PROFILE, UNLIKE_FRONTAL)
+        latent = _unit(np.where(unlike, something_else, latent))
+        length = FRONTAL_LENGTH + (PROFILE_LENGTH - FRONTAL_LENGTH) * np.minimum(turned, 1.3)
+        length = length * np.exp(0.09 * numbers.standard_normal((count, 1)) - 0.05 * blur)
+        return Photographs(yaw, numbers.normal(0, 6, count), ((length * latent) @ self.basis).astype(np.float32))
+
+
+def _falling(count: int, reach: float) -> np.ndarray:
+    """Return `count` standard deviations of squared length 1, whose squares fall by e every `reach`·`count`."""
+    squares = np.exp(-np.arange(count) / (reach * count))
+    return np.asarray(np.sqrt(squares / squares.sum()))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))

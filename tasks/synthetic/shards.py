@@ -1,0 +1,197 @@
+"""Synthetic shards: the input contract filled with embeddings that behave like measured ones, and bad rows on request.
+
+For demonstrations, benchmarks and tests, where real faces have no place. How embeddings arise is told in
+`tasks.synthetic.population`; here subjects are spread over Parquet files.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import SettingsError
+from storage.location import Location
+from tasks.synthetic.population import SyntheticPopulation
+
+ROW_GROUP = 8192
+FRONTAL_OF_14, PROFILE_OF_14 = 10, 4  # as in CFP
+
+
+class Defect(Enum):
+    """What is wrong with a planted row."""
+
+    NOT_FINITE = auto()
+    ZERO = auto()
+    NULL_EMBEDDING = auto()
+    NULL_ID = auto()
+    ID_OF_THIS_SHARD = auto()
+    ID_OF_EARLIER_SHARD = auto()
+
+
+@dataclass(frozen=True)
+class Synthesized:
+    """What was written: all rows, the bad ones among them, and the URIs of the shards."""
+
+    rows: int
+    bad_rows: int
+    files: list[str]
+
+
+def synthesize(
+    out_dir: str | Path,
+    *,
+    subjects: int = 500,
+    per_subject: int = 14,
+    dim: int = 512,
+    shards: int = 8,
+    seed: int = 0,
+    bad_rows: int = 0,
+    universe: int = 0,
+) -> Synthesized:
+    """Write `part-000.parquet` … with `subjects` × `per_subject` photographs; two sevenths of them are profiles.
+
+    A subject is drawn from (`seed`, its number) alone and lies in one shard, so neither the number of shards nor bad
+    rows change an embedding. What holds for all subjects, whatever their seed, follows from `universe` and `dim`: a
+    network trained on one seed can be used on another. Written uncompressed, each shard whole or not at all; the same
+    arguments give the same bytes.
+
+    Args:
+        out_dir: folder or `s3://…`.
+        subjects: at least as many as `shards`.
+        per_subject: photographs of each.
+        dim: numbers in an embedding, at least 2.
+        shards: files.
+        seed: of the subjects.
+        bad_rows: added to the others, of the kinds in `Defect` in turn; each is to be found wrong, and no other row.
+            An id is repeated only behind the row that has it first, in the order of shards and rows.
+        universe: seed of what all subjects have in common.
+
+    Raises:
+        SettingsError: a number is out of range, or other Parquet files lie in the folder.
+    """
+    _check(subjects, per_subject, dim, shards, seed, bad_rows, universe)
+    folder = Location(str(out_dir))
+    places = [folder / f"part-{shard:03d}.parquet" for shard in range(shards)]
+    _refuse_other_shards(folder, {place.name for place in places})
+    borders = [shard * subjects // shards for shard in range(shards + 1)]
+    writer = _Writer(SyntheticPopulation.draw(dim, universe), per_subject, seed, _plant(bad_rows, borders, seed))
+    for place, first, last in zip(places, borders[:-1], borders[1:], strict=True):
+        with place.writing() as file:
+            writer.write(file, first, last)
+    return Synthesized(subjects * per_subject + bad_rows, bad_rows, [place.uri for place in places])
+
+
+def _check(subjects: int, per_subject: int, dim: int, shards: int, seed: int, bad_rows: int, universe: int) -> None:
+    least = {"per_subject": (per_subject, 1), "dim": (dim, 2), "shards": (shards, 1), "bad_rows": (bad_rows, 0)}
+    least |= {"seed": (seed, 0), "universe": (universe, 0)}
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise SettingsError(f"{name} is {value}; choose at least {minimum}")
+    if subjects < shards:
+        raise SettingsError(f"{subjects} subjects cannot fill {shards} shards; choose more subjects or fewer shards")
+
+
+def _refuse_other_shards(folder: Location, names: set[str]) -> None:
+    others = [entry.name for entry in folder.files(".parquet") if entry.name not in names] if folder.exists() else []
+    if others:
+        raise SettingsError(
+            f"{folder.uri} holds {others[0]} and would be read together with the new shards; choose an empty folder"
+        )
+
+
+def _plant(bad_rows: int, borders: list[int], seed: int) -> dict[int, list[tuple[Defect, int]]]:
+    """Return, for a subject, the bad rows to follow its own: the defect, and the subject whose id is repeated."""
+    planted = defaultdict(list)
+    numbers = np.random.default_rng([seed, borders[-1], bad_rows])
+    for number in range(bad_rows):
+        defect = list(Defect)[number % len(Defect)]
+        first = borders[1] if len(borders) > 2 and defect is Defect.ID_OF_EARLIER_SHARD else 0
+        subject = int(numbers.integers(first, borders[-1]))
+        earlier = subject
+        if first:
+            own_shard = max(border for border in borders if border <= subject)
+            earlier = int(numbers.integers(0, own_shard))
+        planted[subject].append((defect, earlier))
+    return planted
+
+
+@dataclass(frozen=True)
+class _Writer:
+    universe: SyntheticPopulation
+    per_subject: int
+    seed: int
+    planted: dict[int, list[tuple[Defect, int]]]
+
+    def write(self, file: Any, first: int, last: int) -> None:
+        """Write the subjects from `first` to before `last` as one Parquet file."""
+        dim = self.universe.basis.shape[1]
+        schema = pa.schema(
+            [
+                ("id", pa.string()),
+                ("subject", pa.string()),
+                ("pose", pa.string()),
+                ("yaw", pa.float32()),
+                ("pitch", pa.float32()),
+                ("embedding", pa.list_(pa.float32(), dim)),
+            ]
+        )
+        options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        with pq.ParquetWriter(file, schema, **options) as parquet:
+            waiting: list[pa.RecordBatch] = []
+            for subject in range(first, last):
+                waiting += self._rows(subject, schema)
+                if sum(map(len, waiting)) >= ROW_GROUP:
+                    table = pa.Table.from_batches(waiting)
+                    parquet.write_table(table.slice(0, ROW_GROUP), row_group_size=ROW_GROUP)
+                    waiting = table.slice(ROW_GROUP).to_batches()
+            if waiting:
+                parquet.write_table(pa.Table.from_batches(waiting), row_group_size=ROW_GROUP)
+
+    def _rows(self, subject: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """Yield a subject's photographs, then the bad rows planted behind them."""
+        profile = round(self.per_subject * PROFILE_OF_14 / (FRONTAL_OF_14 + PROFILE_OF_14))
+        frontal = self.per_subject - profile
+        photographs = self.universe.photograph(np.random.default_rng([self.seed, subject]), frontal, profile)
+        rows = pa.record_batch(
+            [
+                pa.array([_id(subject, number) for number in range(self.per_subject)]),
+                pa.array([f"subject-{subject:06d}"] * self.per_subject),
+                pa.array(["frontal"] * frontal + ["profile"] * profile),
+                pa.array(photographs.yaw.astype(np.float32)),
+                pa.array(photographs.pitch.astype(np.float32)),
+                _embeddings(photographs.embedding),
+            ],
+            schema=schema,
+        )
+        yield rows
+        for number, (defect, earlier) in enumerate(self.planted.get(subject, [])):
+            original = number % self.per_subject
+            row = rows.slice(original, 1)
+            row_id: str | None = f"{_id(subject, original)}-bad-{number}"
+            embedding = photographs.embedding[original : original + 1].copy()
+            match defect:
+                case Defect.NOT_FINITE:
+                    embedding[0, number % embedding.shape[1]] = np.nan
+                case Defect.ZERO:
+                    embedding[:] = 0
+                case Defect.NULL_ID:
+                    row_id = None
+                case Defect.ID_OF_THIS_SHARD | Defect.ID_OF_EARLIER_SHARD:
+                    row_id = _id(earlier, original)
+            row = row.set_column(0, "id", pa.array([row_id], pa.string()))
+            null = pa.nulls(1, schema.field("embedding").type)
+            yield row.set_column(5, "embedding", null if defect is Defect.NULL_EMBEDDING else _embeddings(embedding))
+
+
+def _id(subject: int, number: int) -> str:
+    return f"{subject:06d}-{number:03d}"
+
+
+def _embeddings(matrix: np.ndarray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), matrix.shape[1])

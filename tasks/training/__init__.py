@@ -1,0 +1,1 @@
+"""Training of one checkpoint: rows, fit, selection, model card."""

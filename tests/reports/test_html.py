@@ -1,0 +1,446 @@
+"""The report as text, and then as a real browser sees it."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from reports.html import draw, markdown_table, plot_files, render_report
+from reports.text import threshold
+from reports.theme import PALETTE
+from schemas.reports import (
+    RAW,
+    DataQuality,
+    Evaluation,
+    GateDecision,
+    GatedMetric,
+    Population,
+    ReportInput,
+    ShardFault,
+)
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = "\"'></td></svg><script>pwned=1</script><img src=x onerror=pwned=1>{{7*7}}</style></title>\u202e&amp;$\\frac{"
+
+
+class Elements(HTMLParser):
+    """Counts elements, gathers ids, links and visible text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="session")
+def page_text(report_input: ReportInput) -> str:
+    return render_report(report_input)
+
+
+@pytest.fixture(scope="session")
+def brief_input(report_input: ReportInput) -> ReportInput:
+    """Return the report with its tables and hardly a figure, for what no figure changes."""
+    content = report_input.model_dump()
+    for population in content["evaluation"]["populations"].values():
+        for mode in population["modes"].values():
+            mode["identification"], mode["difference"] = None, {}
+            mode["cells"] = {
+                name: cell | {"det": None, "histogram": None}
+                for name, cell in mode["cells"].items()
+                if name in ("all", "half-half")
+            }
+    return ReportInput.model_validate(content | {"weights": [], "trend": []})
+
+
+@pytest.fixture(scope="session")
+def hostile_text(hostile_input: ReportInput) -> str:
+    return render_report(hostile_input)
+
+
+@pytest.fixture(scope="session")
+def hostile_input(report_input: ReportInput) -> ReportInput:
+    """Return the report with every text that can come from data replaced by an attack."""
+    content = report_input.model_dump(mode="json")
+    modes: dict[str, Any] = content["evaluation"]["populations"]["held_out"]["modes"]
+    for mode in modes.values():
+        mode["cells"][HOSTILE] = {**mode["cells"]["all"], "eer": {"value": None, "reason": HOSTILE}}
+        mode["cells"]["frontal-" + HOSTILE.replace("-", "")] = mode["cells"]["frontal-profile"]
+        mode["pairs"][0] |= {"protocol": HOSTILE}
+        mode["identification"] |= {"gallery": HOSTILE, "probes": HOSTILE}
+    modes[HOSTILE] = {**modes["batch_stat"], "mode": HOSTILE}
+    content["evaluation"]["populations"]["held_out"]["name"] = HOSTILE
+    content["evaluation"]["populations"][HOSTILE] = content["evaluation"]["populations"].pop("held_out")
+    content["gated"] = {"population": HOSTILE, "cell": HOSTILE, "metric": "eer"}
+    content["gate"] = {"promoted": False, "reason": HOSTILE, "compared_with": HOSTILE}
+    content["evaluation"]["notes"] = [HOSTILE]
+    content["quality"] |= {
+        "quarantined": {HOSTILE: 1},
+        "bad_shards": [{"shard": HOSTILE, "reason": HOSTILE + "x" * 400, "kept": False}],
+    }
+    content["weights"] += [{**content["weights"][0], "mode": HOSTILE, "branch": HOSTILE}]
+    content["trend"][-1] |= {"release": HOSTILE}
+    content["trend"][-1]["figures"][HOSTILE] = content["trend"][-1]["figures"]["raw"]
+    return ReportInput.model_validate(
+        {**content, "release": HOSTILE, "provenance": {HOSTILE: HOSTILE + "y" * 400, "settings": {HOSTILE: [HOSTILE]}}}
+    )
+
+
+@pytest.fixture(scope="session")
+def bare_input() -> ReportInput:
+    """Return the report of a store without a single subject."""
+    return ReportInput(
+        release="r1",
+        created=datetime(2026, 1, 1),
+        evaluation=Evaluation(
+            release="r1", resamples=0, seed=0, fmrs=[], unlabelled_rows=10, duplicate_rows=0, populations={}
+        ),
+        gate=GateDecision(promoted=False, reason="Nothing could be measured: no row has a subject."),
+        gated=GatedMetric(population="held_out", cell="all", metric="eer"),
+        quality=DataQuality(shards=0, rows_read=0, rows_features=0, quarantined={}),
+    )
+
+
+def test_the_verdict_comes_first(page_text: str, report_input: ReportInput) -> None:
+    main = page_text[page_text.index("<main>") :]
+    assert main.index("Promoted</h1>") < main.index(report_input.gate.because) < main.index("<table")
+    assert "Queries are served from this release." in main
+
+
+@pytest.mark.parametrize(
+    ("compared_with", "sentence"),
+    [
+        ("r7", 'served from <bdi class="code">r7</bdi>'),
+        (RAW, "the release promoted last, if there is one"),
+        (None, "the release promoted last, if there is one"),
+    ],
+)
+def test_a_kept_release_says_what_is_served_instead(
+    brief_input: ReportInput, compared_with: str | None, sentence: str
+) -> None:
+    gate = GateDecision(promoted=False, reason="Worse by 1.2 points.", compared_with=compared_with)
+    page = render_report(brief_input.model_copy(update={"gate": gate}))
+    verdict = page[page.index("<main>") : page.index("<nav")]
+    assert "Not promoted</h1>" in verdict
+    assert sentence in verdict
+    assert "Queries are served from this release." not in verdict
+
+
+def test_the_page_is_the_same_every_time(page_text: str, report_input: ReportInput) -> None:
+    assert render_report(report_input) == page_text
+
+
+def test_the_page_holds_no_script_and_no_address(page_text: str) -> None:
+    elements = Elements(page_text)
+    assert not {"script", "iframe", "object", "embed", "form", "link", "img", "base"} & set(elements.tags)
+    assert not [name for name, _ in elements.attributes if name.startswith("on") or name in ("style", "src")]
+    assert all((value or "").startswith("#") for name, value in elements.attributes if name == "href")
+    assert "http" not in page_text.replace("http-equiv", "")
+    policy = next(value or "" for name, value in elements.attributes if name == "content")
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy
+
+
+def test_ids_are_unique_and_every_link_leads_somewhere(page_text: str) -> None:
+    elements = Elements(page_text)
+    assert len(elements.ids) == len(set(elements.ids))
+    links = {value[1:] for name, value in elements.attributes if name == "href" and value}
+    assert links <= set(elements.ids)
+    assert {"figures", "provenance", "definitions"} <= links
+
+
+def test_tables_say_whose_threshold_they_use_and_print_it(page_text: str, report_input: ReportInput) -> None:
+    text = re.sub(r"\s+", " ", Elements(page_text).text)
+    assert "FNMR at global FMR 0.1%" in text
+    assert "one threshold a mode for all pose pairs" in text
+    assert "Other pose pairs: frontal–half, half–half, half–profile" in text
+    for mode in report_input.evaluation.populations["held_out"].modes.values():
+        assert threshold(mode.thresholds["1e-3"]) in text
+    main = page_text[page_text.index('aria-label="Modes by pose pair, population held_out"') :]
+    assert "own FMR" not in main[: main.index("</table>")]
+
+
+def test_recall_is_that_of_the_indexes_of_the_release(page_text: str) -> None:
+    part = page_text[page_text.index("The indexes of this release</h3>") :]
+    text = re.sub(r"\s+", " ", Elements(part[: part.index("</section>")]).text)
+    cells = re.sub(r"\s+", "", text)
+    assert "■per_sampleIVF256,SQ84,87497.2096.34256" in cells
+    assert "●rawFlat4,874exact:everyrowiscompared" in cells
+    assert "served index" not in page_text
+
+
+def test_every_figure_has_an_alternative_text(page_text: str) -> None:
+    images = re.findall(r"<svg [^>]*>", page_text)
+    # 3 metrics, DET and scores of 4 cells, 3 maps of poses, 2 of search, 4 SE blocks, 3 modes over time
+    assert len(images) == 3 + 4 + 4 + 3 + 2 + 4 + 3
+    assert all('role="img"' in image and re.search(r'aria-label="[^"]{20,}"', image) for image in images)
+
+
+def test_a_figure_that_is_not_estimable_gives_its_reason(page_text: str) -> None:
+    assert '<abbr title="not estimable: 12000 impostor pairs are too few">n/e</abbr>' in page_text
+    assert re.search(r'<li id="note-detail-\d">not estimable: 12000 impostor pairs are too few</li>', page_text)
+
+
+def test_differences_are_told_by_sign_and_word(page_text: str) -> None:
+    for sign, word in (("↓", "better"), ("↑", "worse"), ("=", "no difference")):
+        assert f'<span aria-hidden="true">{sign}</span> {word}</span>' in page_text
+
+
+def test_what_a_reader_should_know_stands_before_the_figures(page_text: str, report_input: ReportInput) -> None:
+    note = page_text.index(report_input.evaluation.notes[0])
+    assert page_text.index('id="figures"') < note < page_text.index("<table")
+
+
+def test_data_quality_names_reasons_and_shards(page_text: str) -> None:
+    text = re.sub(r"\s+", " ", Elements(page_text).text)
+    assert "4,911 rows were read from 7 shards; 4,874 of them, 99.25%, have features." in text
+    assert "quarantined: zero norm" in text
+    assert "fold08.parquet" in text
+    assert "left out, because a model has seen them: 250 subjects, 3,481 rows" in text
+
+
+def test_times_are_printed_in_utc(brief_input: ReportInput) -> None:
+    paris = datetime(2026, 3, 14, 1, 30, tzinfo=timezone(timedelta(hours=2)))
+    page = render_report(brief_input.model_copy(update={"created": paris}))
+    assert '<time datetime="2026-03-13T23:30:00+00:00">13 March 2026, 23:30 UTC</time>' in page
+
+
+def test_a_store_without_subjects_has_a_report(bare_input: ReportInput) -> None:
+    page = render_report(bare_input)
+    assert "no labelled rows were evaluated" in page
+    assert "<svg" not in page
+    assert plot_files(draw(bare_input)) == {}
+    assert markdown_table(bare_input.evaluation) == "No figures: no labelled rows were evaluated.\n"
+
+
+def test_another_gated_cell_joins_the_table(brief_input: ReportInput) -> None:
+    gated = GatedMetric(population="held_out", cell="half-half", metric="fnmr@1e-2")
+    page = render_report(brief_input.model_copy(update={"gated": gated}))
+    assert "FNMR at own FMR 1%, half–half: the figure that decides" in page
+    main, detail = page.split("Every pose pair at thresholds of its own</summary>")
+    assert "<bdi>half–half</bdi>" in main[main.index("<nav") :]
+    assert "<bdi>half–half</bdi>" in detail
+
+
+def test_hostile_texts_inject_nothing(hostile_text: str, page_text: str) -> None:
+    elements, plain = Elements(hostile_text), Elements(page_text)
+    assert set(elements.tags) == set(plain.tags)
+    assert {name for name, _ in elements.attributes} == {name for name, _ in plain.attributes}
+    assert "<script>pwned=1</script>" in elements.text
+    assert "{{7*7}}" in elements.text
+    assert "\u202e" not in elements.text
+
+
+def test_plot_files_are_whole_and_plainly_named(hostile_input: ReportInput) -> None:
+    drawn = draw(hostile_input)
+    files = plot_files(drawn)
+    assert render_report(hostile_input, drawn) == render_report(hostile_input)
+    assert len(files) > 40
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.(svg|png)", name) for name in files)
+    for name, content in files.items():
+        if name.endswith(".svg"):
+            tags = {part.tag.rpartition("}")[2] for part in ElementTree.fromstring(content).iter()}
+            assert not tags & {"script", "image", "foreignObject", "a"}
+        else:
+            assert content.startswith(b"\x89PNG")
+
+
+def test_markdown_table_has_a_row_for_each_mode_and_cell(report_input: ReportInput) -> None:
+    lines = markdown_table(report_input.evaluation).splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    assert len(rows) == 2 + 4 * 3
+    assert len({re.sub(r"\\.", "", row).count("|") for row in rows}) == 1
+    assert lines[0].startswith("held\\_out: 100 subjects, 1,393 rows; 250 subjects left out.")
+    raw = report_input.evaluation.populations["held_out"].modes[RAW].cells["frontal-profile"].eer
+    assert f"| frontal–profile | raw | {100 * raw.value:.2f} ({100 * raw.low:.2f} to" in "\n".join(lines)
+
+
+def test_markdown_table_is_safe_from_its_names(hostile_input: ReportInput) -> None:
+    only = {"x": Population.model_validate(hostile_input.evaluation.populations[HOSTILE].model_dump())}
+    table = markdown_table(hostile_input.evaluation.model_copy(update={"populations": only}))
+    assert "<" not in table
+    assert "&lt;script&gt;pwned=1&lt;/script&gt;" in table
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium found: install one (apt-get install chromium) to test the page as it is seen")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def files(
+    tmp_path_factory: pytest.TempPathFactory, page_text: str, hostile_text: str, bare_input: ReportInput
+) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("report")
+    pages = {"plain": page_text, "hostile": hostile_text, "bare": render_report(bare_input)}
+    for name, text in pages.items():
+        (folder / f"{name}.html").write_text(text, encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in pages}
+
+
+class Visit:
+    """A page opened in the browser, with what it complained of and what it asked for."""
+
+    def __init__(self, browser: Browser, file: Path, width: int = 1280, scheme: Any = "light") -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.page: Page = self.context.new_page()
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(file.as_uri())
+
+    def __enter__(self) -> "Visit":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+
+@pytest.mark.parametrize("name", ["plain", "hostile", "bare"])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (360, "light")])
+def test_the_browser_neither_complains_nor_asks_for_anything(
+    browser: Browser, files: dict[str, Path], name: str, width: int, scheme: str
+) -> None:
+    with Visit(browser, files[name], width, scheme) as visit:
+        visit.page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+        assert visit.complaints == []
+        assert visit.requests == [files[name].as_uri()]
+
+
+@pytest.mark.parametrize("width", [1280, 768, 360])
+def test_every_figure_is_drawn_within_its_frame(
+    browser: Browser, files: dict[str, Path], page_text: str, width: int
+) -> None:
+    with Visit(browser, files["plain"], width) as visit:
+        figures = visit.page.evaluate(
+            """[...document.querySelectorAll('svg.plot')].map(svg => {
+              const frame = svg.getBoundingClientRect();
+              const out = [...svg.querySelectorAll('text')].filter(text => {
+                const box = text.getBoundingClientRect();
+                return box.left < frame.left - 1 || box.right > frame.right + 1
+                    || box.top < frame.top - 1 || box.bottom > frame.bottom + 1;
+              });
+              return {label: svg.ariaLabel, width: frame.width, height: frame.height, right: frame.right,
+                      shapes: svg.querySelectorAll('path, rect').length, out: out.map(text => text.textContent)};
+            })"""
+        )
+    assert len(figures) == page_text.count("<svg ")
+    for figure in figures:
+        assert figure["width"] > 200, figure
+        assert figure["height"] > 100, figure
+        assert figure["right"] <= width, figure
+        assert figure["shapes"] > 5, figure
+        assert figure["out"] == [], figure
+
+
+@pytest.mark.parametrize(("scheme", "theme"), [("light", 0), ("dark", 1)])
+def test_page_and_figures_follow_the_theme(browser: Browser, files: dict[str, Path], scheme: str, theme: int) -> None:
+    with Visit(browser, files["plain"], scheme=scheme) as visit:
+        colours = visit.page.evaluate(
+            """({paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
+               label: getComputedStyle(document.querySelector('svg.plot text.f-ink')).fill,
+               line: getComputedStyle(document.querySelector('svg.plot path.s-per_sample')).stroke})"""
+        )
+    for name, role in (("paper", "paper"), ("ink", "ink"), ("label", "ink"), ("line", "per_sample")):
+        red, green, blue = (int(PALETTE[role][theme][at : at + 2], 16) for at in (1, 3, 5))
+        assert colours[name] == f"rgb({red}, {green}, {blue})", name
+
+
+def test_hostile_texts_stay_texts_in_the_browser(browser: Browser, files: dict[str, Path]) -> None:
+    with Visit(browser, files["hostile"]) as visit:
+        assert visit.page.evaluate("typeof pwned") == "undefined"
+        assert visit.page.locator("script, img, iframe, object, embed, link, form").count() == 0
+        assert "<script>pwned=1</script>" in visit.page.locator(".reason").inner_text()
+        assert visit.page.title().startswith("Not promoted: release \"'></td></svg><script>")
+        assert visit.page.locator("svg.plot text", has_text="</td>").count() > 0
+
+
+def test_the_policy_stops_a_script_and_a_request_that_got_in_all_the_same(
+    browser: Browser, files: dict[str, Path], tmp_path: Path
+) -> None:
+    attack = "<script>pwned = 1</script><img src='file:///etc/hostname'><p style='color: rgb(1, 2, 3)' id='x'>x</p>"
+    broken = tmp_path / "broken.html"
+    broken.write_text(files["plain"].read_text(encoding="utf-8").replace("<main>", f"<main>{attack}"), encoding="utf-8")
+    with Visit(browser, broken) as visit:
+        assert visit.page.evaluate("typeof pwned") == "undefined"
+        assert visit.page.evaluate("getComputedStyle(document.getElementById('x')).color") != "rgb(1, 2, 3)"
+        assert visit.page.evaluate("document.querySelector('img').naturalWidth") == 0
+        assert sum("Content Security Policy" in complaint for complaint in visit.complaints) >= 3
+
+
+def test_wide_tables_scroll_in_their_own_frame_on_a_phone(browser: Browser, files: dict[str, Path]) -> None:
+    with Visit(browser, files["plain"], 360) as visit:
+        frames = visit.page.evaluate(
+            """[...document.querySelectorAll('#figures > .scroll, #search > .scroll')].map(
+                 one => [one.scrollWidth > one.clientWidth, one.clientWidth, one.tabIndex,
+                         getComputedStyle(one).overflowX])"""
+        )
+    assert len(frames) == 3
+    for _, width, focus, overflow in frames:
+        assert (focus, overflow) == (0, "auto")
+        assert width <= 360
+    assert all(wide for wide, *_ in frames[:2])
+
+
+def test_print_is_light_unfolded_and_cuts_nothing_off(browser: Browser, files: dict[str, Path]) -> None:
+    with Visit(browser, files["plain"], 690, "dark") as visit:
+        visit.page.emulate_media(media="print")
+        seen = visit.page.evaluate(
+            """({ink: getComputedStyle(document.body).color,
+               nav: getComputedStyle(document.querySelector('nav')).display,
+               words: document.querySelector('dl.words').getBoundingClientRect().height,
+               width: document.documentElement.scrollWidth})"""
+        )
+        pdf = visit.page.pdf()
+    assert seen["ink"] == "rgb(27, 32, 38)"
+    assert seen["nav"] == "none"
+    assert seen["words"] > 200
+    assert seen["width"] <= 690
+    assert pdf.startswith(b"%PDF")
+
+
+def test_keyboard_reaches_contents_and_tables(browser: Browser, files: dict[str, Path]) -> None:
+    with Visit(browser, files["plain"]) as visit:
+        visit.page.keyboard.press("Tab")
+        assert visit.page.evaluate("document.activeElement.textContent") == "Skip to the figures"
+        visit.page.get_by_role("link", name="Provenance").click()
+        visit.page.get_by_role("heading", name="Provenance").click()  # clicks only what has come into view
+        assert visit.page.url.endswith("#provenance")
+
+
+def test_a_long_list_of_bad_shards_fits_a_phone(browser: Browser, brief_input: ReportInput, tmp_path: Path) -> None:
+    faults = [ShardFault(shard=f"{'a' * 200}-{n}.parquet", reason="b" * 300, kept=False) for n in range(50)]
+    quality = brief_input.quality.model_copy(update={"bad_shards": faults})
+    file = tmp_path / "bad.html"
+    file.write_text(render_report(brief_input.model_copy(update={"quality": quality})), "utf-8")
+    with Visit(browser, file, 360) as visit:
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert visit.page.get_by_text("Bad shards: 50").is_visible()

@@ -1,0 +1,94 @@
+"""Forgetting that ended right after its tombstone: whoever comes next sees it, and the person is served no more."""
+
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from schemas.errors import SettingsError
+from storage.location import Location
+from storage.releases import Releases
+from storage.tombstones import Tombstones
+from tasks.maintenance.forget import forget
+from tasks.maintenance.rollback import roll_back
+from tasks.maintenance.vacuum import clean
+from tasks.maintenance.verify import check
+from tasks.query import answer
+
+KEEP = {"keep": ["note"]}
+
+
+def killed_after_its_tombstone(store: Path, subject: str) -> None:
+    tombstones = Tombstones(Location(str(store)))
+    tombstones.add([tombstones.mark("subject", subject)])
+
+
+def history(store: Path) -> Releases:
+    return Releases(Location(str(store)))
+
+
+def test_the_next_night_makes_the_older_release_unfit(published, run_pipeline, person) -> None:
+    store = published()
+    first = history(store).serving().release
+    killed_after_its_tombstone(store, person.subject)
+    first = run_pipeline(person.source, store, columns=KEEP)
+    assert (first.status, history(store).serving().release) == ("promoted", first.release)
+    assert [release.erased for release in history(store).all()] == [True, False]
+    with pytest.raises(SettingsError, match="forgotten"):
+        roll_back(str(store), first)
+    with pytest.raises(SettingsError, match="forgotten"):
+        answer(str(store), "raw", ids=[person.photograph], release=first)
+    assert clean(str(store), keep=100).kept_releases == [first.release]
+    assert check(str(store)).problems == []
+    assert not [file for file in store.rglob("*") if file.is_file() and person.photograph.encode() in file.read_bytes()]
+
+
+def test_a_release_that_is_kept_back_leaves_the_old_one_until_forgetting_is_done(
+    published, run_pipeline, person, tiny_models, make_checkpoint, tmp_path, caplog
+) -> None:
+    store = published()
+    killed_after_its_tombstone(store, person.subject)
+    ruined = make_checkpoint(tmp_path / "ruined.safetensors", strength=1.0)
+    models = {**tiny_models.by_mode, "per_sample": str(ruined)}
+    worse = {"evaluation": {"resamples": 100}, "gate": {"cell": "all"}}
+    first = run_pipeline(person.source, store, columns=KEEP, models=models, **worse)
+    assert first.status == "rejected"
+    assert "`frontalis forget` was interrupted; run it once more" in caplog.text
+    done = forget(str(store), subject=person.subject)
+    assert history(store).serving().release == done.release
+    assert clean(str(store), keep=100).removed_releases == [history(store).all()[0].release]
+    assert check(str(store)).problems == []
+
+
+def test_a_rollback_looks_before_any_run_has(published, run_pipeline, person, tmp_path) -> None:
+    store = published()
+    others = source_of_others(person, tmp_path / "others")
+    first = run_pipeline(others, store, columns=KEEP)
+    killed_after_its_tombstone(store, person.subject)
+    first = history(store).all()[0].release
+    with pytest.raises(SettingsError, match=f"{first} holds a person who was forgotten"):
+        roll_back(str(store), first)
+    assert roll_back(str(store), first.release).serving
+    assert clean(str(store), keep=100).kept_releases == [first.release]
+
+
+def test_a_night_without_change_looks_once(published, run_pipeline, person, tmp_path) -> None:
+    store = published()
+    others = source_of_others(person, tmp_path / "others")
+    run_pipeline(others, store, columns=KEEP)
+    killed_after_its_tombstone(store, person.subject)
+    assert run_pipeline(others, store, columns=KEEP).status == "unchanged"
+    assert [release.erased for release in history(store).all()] == [True, False]
+    version = history(store).table.snapshot().version
+    assert run_pipeline(others, store, columns=KEEP).status == "unchanged"
+    assert history(store).table.snapshot().version == version
+
+
+def source_of_others(person, folder: Path) -> Path:
+    """The person's source without the person."""
+    shutil.copytree(person.source, folder)
+    for file in folder.glob("*.parquet"):
+        rows = pl.read_parquet(file)
+        rows.filter(pl.col("subject") != person.subject).write_parquet(file)
+    return folder

@@ -1,0 +1,260 @@
+"""Training from shards to checkpoint: who is in which part, what is refused, what a model is worth to unseen people."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from models.checkpoint import load
+from models.inference import Reweighter
+from models.training import fit
+from schemas.errors import TrainingError
+from schemas.settings import ColumnNames, TrainingSettings
+from schemas.split import split_of
+from tasks.synthetic.shards import synthesize
+from tasks.training.rows import TrainingRows, read_training_rows
+from tasks.training.train import ValidationScorer, figures_of, sweep, train_model, validation_score
+
+REAL = Path(__file__).parents[3] / "../shared/data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic")
+    synthesize(folder, subjects=160, per_subject=14, dim=64, shards=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(synthetic, tmp_path_factory):
+    out = tmp_path_factory.mktemp("model") / "model.safetensors"
+    return train_model(settings([synthetic], out, steps=120, validation=0.2, test=0.2, resamples=200))
+
+
+def settings(sources, out, **changes):
+    values = {"sources": tuple(map(str, sources)), "out": str(out), "steps": 4, "resamples": 20, "device": "cpu"}
+    return TrainingSettings(**{**values, **changes})
+
+
+def write(folder, x, subjects, **columns):
+    folder.mkdir(exist_ok=True)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1])
+    table = {"id": [f"{folder.name}-{i}" for i in range(len(x))], "embedding": lists, "subject": subjects, **columns}
+    pq.write_table(pa.table(table), folder / "rows.parquet")
+    return folder
+
+
+def people(subjects=60, each=6, dim=16, seed=0, noise=0.8):
+    random = np.random.default_rng(seed)
+    x = np.repeat(random.normal(size=(subjects, dim)), each, axis=0) + noise * random.normal(
+        size=(subjects * each, dim)
+    )
+    return x.astype(np.float32), [f"person {number}" for number in range(subjects) for _ in range(each)]
+
+
+def test_model_helps_the_people_that_its_card_calls_unseen(trained, synthetic):
+    assert trained.improved
+    assert trained.best.score < 0
+    assert trained.measured_on == "test"
+    _, low, high = trained.difference["frontal-profile"]["eer"]
+    assert low < high < 0
+    # The same, computed anew: from the file, through the inference graph, on the subjects that it has not seen.
+    checkpoint = load(Path(trained.out).read_bytes())
+    rows = read_training_rows([str(synthetic)], ColumnNames())
+    seen = checkpoint.has_seen(rows.subjects)
+    unseen = rows.take(~seen)
+    assert {split_of(name, checkpoint.card.split) for name in unseen.subjects} == {"test"}
+    assert {split_of(name, checkpoint.card.split) for name in rows.subjects[seen]} == {"train", "validation"}
+    _, codes = np.unique(unseen.subjects, return_inverse=True)
+    front = Reweighter(checkpoint, device="cpu")(unseen.x)["front"]
+    again = figures_of(sweep(front, codes, unseen.classes).cells["frontal-profile"])
+    assert again["eer"] == pytest.approx(trained.table["per_sample"]["frontal-profile"]["eer"], abs=2e-4)
+    raw = figures_of(sweep(unseen.x, codes, unseen.classes).cells["frontal-profile"])
+    assert raw == trained.table["raw"]["frontal-profile"]
+    assert again["eer"] < 0.97 * raw["eer"]
+
+
+def test_card_tells_what_was_done(trained):
+    card = load(Path(trained.out).read_bytes()).card
+    assert card == trained.card
+    assert (card.architecture, card.normalisation, card.mode) == ("dual_branch_ensemble", "mean_norm", "per_sample")
+    assert [len(card.metrics["alpha"]), card.arguments["members"]] == [3, 3]
+    assert card.metrics["validation_scores"][0] == [0, 1.0, 0.0]
+    assert card.metrics["subjects"] == trained.parts
+    assert sum(trained.parts.values()) == 160
+    assert "frontal-profile" in Path(f"{trained.out}.md").read_text()
+
+
+@pytest.mark.parametrize("mode", ["per_sample", "batch_stat"])
+@pytest.mark.parametrize("architecture", ["dual_branch_ensemble", "dual_branch", "se"])
+def test_equal_training_gives_equal_files_and_another_seed_does_not(tmp_path, synthetic, architecture, mode):
+    files = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / f"{number}.safetensors"
+        train_model(settings([synthetic], out, architecture=architecture, mode=mode, seed=seed, resamples=0))
+        files.append((out.read_bytes(), Path(f"{out}.md").read_bytes()))
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+    assert load(files[0][0]).card.mode == mode
+
+
+def test_augment_teaches_only_about_people_in_training(tmp_path, caplog):
+    x, names = people()
+    source = write(tmp_path / "source", x, names)
+    more = write(tmp_path / "more", *people(subjects=80, seed=1))
+    with caplog.at_level(logging.INFO, "frontalis.train"):
+        trained = train_model(settings([source], tmp_path / "m.safetensors", augment=(str(more),)))
+    # Persons 60 to 79 are nobody's, those in validation or test would leak.
+    assert trained.card.metrics["augmented_rows"] == 6 * trained.parts["train"]
+    plain = train_model(settings([source], tmp_path / "p.safetensors"))
+    assert plain.card.training_data != trained.card.training_data
+    assert plain.parts == trained.parts
+
+
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_ten_subjects_can_be_trained_on_whatever_their_names(tmp_path, first):
+    x, _ = people(10)
+    names = [f"person {first + row // 6}" for row in range(len(x))]
+    trained = train_model(settings([write(tmp_path / "s", x, names)], tmp_path / "m.safetensors"))
+    assert trained.parts["validation"] >= 2
+    checkpoint = load((tmp_path / "m.safetensors").read_bytes())
+    seen = checkpoint.has_seen(np.array(names, object))
+    for name, one in zip(names, seen, strict=True):
+        assert (split_of(name, checkpoint.card.split) != "test") == one
+
+
+def test_without_poses_all_pairs_decide(tmp_path):
+    source = write(tmp_path / "s", *people(noise=2.0))
+    trained = train_model(settings([source], tmp_path / "m.safetensors", steps=30))
+    assert set(trained.table["raw"]) == {"all", "unknown-unknown"}
+    assert trained.card.metrics["validation_scores"][1][2] != 0
+
+
+def test_without_test_subjects_validation_is_measured_and_said_so(tmp_path):
+    x, names = people()
+    trained = train_model(settings([write(tmp_path / "s", x, names)], tmp_path / "m.safetensors", test=0.0))
+    assert (trained.measured_on, trained.parts["test"]) == ("validation", 0)
+    assert "Measured on the validation subjects" in Path(f"{trained.out}.md").read_text()
+
+
+def test_model_that_is_no_better_than_raw_says_so_loudly(tmp_path, caplog):
+    random = np.random.default_rng(0)  # names without meaning: nothing to be learnt
+    x = random.normal(size=(360, 16)).astype(np.float32)
+    source = write(tmp_path / "s", x, [f"person {number // 6}" for number in range(360)])
+    worse = train_model(settings([source], tmp_path / "w.safetensors", steps=1, salt="b", architecture="dual_branch"))
+    assert not worse.improved
+    rows = Reweighter(load(Path(worse.out).read_bytes()), device="cpu")(x)["front"]
+    np.testing.assert_allclose(
+        rows / np.linalg.norm(rows, axis=1)[:, None], x / np.linalg.norm(x, axis=1)[:, None], atol=1e-6
+    )
+    assert "NO STEP WAS BETTER THAN RAW" in caplog.text
+
+
+def test_interrupted_training_writes_what_it_has_and_says_so(tmp_path, synthetic, caplog, monkeypatch):
+    monkeypatch.setattr("tasks.training.train.fit", interrupted_after_the_first_report)
+    trained = train_model(settings([synthetic], tmp_path / "m.safetensors", steps=360, resamples=0))
+    assert (trained.interrupted, trained.best.step, trained.improved) == (True, 40, True)
+    assert load(Path(trained.out).read_bytes()).card.metrics["best_step"] == 40
+    assert "interrupted; step 40 is kept" in caplog.text
+
+
+def interrupted_after_the_first_report(*arguments, report, **options):
+    def stop(step, loss, best):
+        report(step, loss, best)
+        raise KeyboardInterrupt
+
+    return fit(*arguments, report=stop, **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (people(subjects=9), {}, "9 subjects are too few"),
+        (people(subjects=40, each=1), {}, "each of the 40 subjects has a single row"),
+        (
+            people(subjects=12),
+            {"test": 0.85, "validation": 0.01},
+            r"the .* part has \d sub.* or a smaller .*--test",
+        ),
+        (people(subjects=12), {"validation": 0.85}, r"the train part has \d sub.* or a smaller --validation or --test"),
+    ],
+)
+def test_data_that_cannot_support_a_model_is_refused(tmp_path, rows, changes, message):
+    with pytest.raises(TrainingError, match=message):
+        train_model(settings([write(tmp_path / "s", *rows)], tmp_path / "m.safetensors", **changes))
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_augment_of_other_people_or_of_another_network_is_refused(tmp_path):
+    source = write(tmp_path / "source", *people())
+    x, names = people(seed=1)
+    strangers = write(tmp_path / "strangers", x, [f"no {name}" for name in names])
+    longer = write(tmp_path / "longer", *people(dim=20))
+    for other, message in ((strangers, "no row of a training subject"), (longer, "have 20 numbers, the sources 16")):
+        with pytest.raises(TrainingError, match=f"--augment: .*{message}"):
+            train_model(settings([source], tmp_path / "m.safetensors", augment=(str(other),)))
+
+
+def judged(x, seed=0):
+    """All-pairs figures of 30 subjects with four frontal and four profile rows each."""
+    subjects, classes = np.repeat(np.arange(30), 8), np.tile([0, 0, 0, 0, 2, 2, 2, 2], 30)
+    return sweep(x, subjects, classes)
+
+
+def faces(profile_noise, frontal_noise=0.5):
+    random = np.random.default_rng(3)
+    centres, noise = np.repeat(random.normal(size=(30, 24)), 8, axis=0), random.normal(size=(240, 24))
+    spread = np.tile([frontal_noise] * 4 + [profile_noise] * 4, 30)[:, None]
+    return (centres + spread * noise).astype(np.float32)
+
+
+def test_score_falls_with_better_profiles_and_rises_with_harm_to_frontal_pairs():
+    raw = judged(faces(1.6, 0.8))
+    assert validation_score(raw, raw) == 0
+    better, harmed = judged(faces(1.2, 0.8)), judged(faces(1.6, 1.3))
+    assert validation_score(better, raw) < -0.05
+    assert validation_score(harmed, raw) > 0.05
+    # A better frontal–frontal cell is no merit by itself: only its harm counts.
+    frontal = {name: cell for name, cell in raw.cells.items() if name == "frontal-frontal"}
+    swapped = {**better.cells, **frontal}
+    expected = validation_score(type(better)(better.overall, swapped, better.clusters, 30, 0), raw)
+    assert expected == pytest.approx(validation_score(better, raw), abs=1e-9)
+
+
+def test_judge_gives_raw_the_score_0_and_keeps_the_figures():
+    classes = np.tile([0, 0, 0, 0, 2, 2, 2, 2], 30)
+    names = np.array([f"s{number // 8}" for number in range(240)], dtype=object)
+    judge = ValidationScorer(TrainingRows(faces(1.6), names, classes, "", 0), mean_norm=5.0)
+    score = judge(torch.nn.Identity())
+    assert score == pytest.approx(0, abs=1e-3)
+    expected = figures_of(judge.raw.cells["frontal-profile"])
+    assert judge.seen[score] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="real embeddings are not here (../shared/data)")
+@pytest.mark.parametrize(("net", "dim"), [("fr512", 512), ("mfn192", 192)])
+def test_real_embeddings_of_either_length_train_and_repeat(tmp_path, net, dim):
+    sources, mirrored = (
+        (REAL / f"cfp-dev-{net}/fold0{fold}.parquet" for fold in (1, 2)),
+        REAL / f"cfp-dev-mirrored-{net}",
+    )
+    sources = list(sources)
+    files = []
+    for number in range(2):
+        out = tmp_path / f"{number}.safetensors"
+        options = {"augment": (str(mirrored / "fold01.parquet"),), "steps": 6, "validation": 0.3, "test": 0.3}
+        trained = train_model(settings(sources, out, **options))
+        assert trained.card.embedding_dim == dim
+        assert sum(trained.parts.values()) == 100
+        assert 0.03 < trained.table["raw"]["frontal-profile"]["eer"] < 0.25
+        files.append(out.read_bytes())
+    assert files[0] == files[1]
