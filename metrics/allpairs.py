@@ -1,8 +1,8 @@
 """Verification over all pairs of a set of features, exact at any size, in total and cell by cell.
 
-A cell is a pair of classes, here of poses. One sweep gives everything that is reported for a mode: the figures at each
-cell's own thresholds, the rates in each cell at the thresholds of all pairs together, curves for plots, and the counts
-by subject that `bootstrap` resamples. Which class a row belongs to is left to the caller (`poses`).
+A cell is a pair of classes, here of poses. One pass over the pairs gives everything that is reported for a mode: the
+metrics at each cell's own thresholds, the rates in each cell at the thresholds of all pairs together, curves for plots,
+and the counts by subject that `bootstrap` resamples. Which class a row belongs to is left to the caller (`poses`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from metrics.cosine import SCORES_PER_UNIT, Features, unit_rows
-from metrics.pair_counts import COARSE_BINS, COARSE_SHIFT, GRID_POINTS, CellCounts, Rows, sweep
+from metrics.pair_counts import COARSE_BINS, COARSE_SHIFT, GRID_POINTS, CellCounts, Rows, count_pairs
 from metrics.score_counts import ScoreCounts
 from metrics.verification import (
     FMR_POINTS,
@@ -61,7 +61,7 @@ class ClusterCounts:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """All that is known of one cell: figures at its own and at the global thresholds, curves, counts by cluster."""
+    """Results of one cell: metrics at its own and at the global thresholds, curves, counts by cluster."""
 
     name: str
     verification: Verification
@@ -73,7 +73,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class AllPairs:
-    """The result of a sweep. `clusters` int64 `[N]` tells to which cluster of subjects each row was counted."""
+    """Results of all cells. `clusters` int64 `[N]` is the cluster of subjects that each row was counted in."""
 
     overall: Cell
     cells: dict[str, Cell]
@@ -98,7 +98,7 @@ def all_pairs(
     device: str = "cpu",
     workers: int | None = None,
 ) -> AllPairs:
-    """Compare every row with every other row by cosine and compute all verification figures, exactly.
+    """Compare every row with every other row by cosine and compute all verification metrics, exactly.
 
     Args:
         features: `[N, D]`, any float type; rows are L2-normalised here, so they need not be.
@@ -107,14 +107,14 @@ def all_pairs(
             `class_names`). None: no cells, only the total.
         duplicates: integer codes `[N]`; rows with the same code (same id, same bytes) never form a pair.
         fmr_points: the false match rates asked for.
-        max_clusters: more subjects than this are dealt into so many clusters, at random but always alike, and the
+        max_clusters: more subjects than this are assigned to so many clusters, at random but reproducibly, and the
             bootstrap draws clusters. Bounds memory: 33 kB for each cluster and cell.
         device: "cpu" or a CUDA device of torch.
         workers: threads; by default as many as torch is set to use.
 
-    Scores are float32 cosines on the grid that `cosine` describes; counts are integers, so the figures are those of
+    Scores are float32 cosines on the grid that `cosine` describes; counts are integers, so the results are those of
     sorting all scores. Beside a sorted copy of the features it takes less than 1 GB at any N for the four pose classes
-    on a few cores (`sweep` tells how much).
+    on a few cores (see `count_pairs`).
 
     Raises ValueError for shapes that do not fit together, codes without a name, zero or non-finite rows.
     """
@@ -145,20 +145,20 @@ def all_pairs(
         n_clusters=int(cluster_of_subject.max(initial=-1)) + 1,
     )
     on_gpu = torch.device(device).type == "cuda"
-    counted = list(sweep(rows, 1 if on_gpu else workers or torch.get_num_threads()))
+    counted = list(count_pairs(rows, 1 if on_gpu else workers or torch.get_num_threads()))
 
     total = _total([counts for _, _, counts in counted], rows.n_clusters)
-    tally = _tally(total)
-    verification = summarise(tally, fmr_points)
+    scores = _score_counts(total)
+    verification = summarise(scores, fmr_points)
     cells = {}
     if class_names:
         for first, second, counts in counted:
             name = f"{class_names[first]}-{class_names[second]}"
-            of_cell = _tally(counts)
-            cells[name] = _cell(name, counts, of_cell, summarise(of_cell, fmr_points), verification.points)
+            cell_scores = _score_counts(counts)
+            cells[name] = _cell(name, counts, cell_scores, summarise(cell_scores, fmr_points), verification.points)
     _, copies = np.unique(duplicates, return_counts=True)
     return AllPairs(
-        overall=_cell(OVERALL, total, tally, verification, verification.points),
+        overall=_cell(OVERALL, total, scores, verification, verification.points),
         cells=cells,
         clusters=clusters,
         n_subjects=len(known),
@@ -196,8 +196,8 @@ def _total(counted: Sequence[CellCounts], n_clusters: int) -> CellCounts:
     return CellCounts(impostor, genuine, genuine_by_cluster, ends_by_cluster)
 
 
-def _tally(counts: CellCounts) -> ScoreCounts:
-    # The coarse counts tell where to look; most of the eight million counters are never used.
+def _score_counts(counts: CellCounts) -> ScoreCounts:
+    # The coarse counts show where to look; most of the eight million counters are never used.
     bins = np.flatnonzero(counts.ends_by_cluster.any(axis=0))
     used = slice(int(bins[0]) << COARSE_SHIFT, int(bins[-1]) + 1 << COARSE_SHIFT) if len(bins) else slice(0, 0)
     observed = used.start + np.flatnonzero(counts.impostor[used])
@@ -212,22 +212,22 @@ def _score(grid_numbers: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
 def _cell(
     name: str,
     counts: CellCounts,
-    tally: ScoreCounts,
+    scores: ScoreCounts,
     verification: Verification,
     global_points: Sequence[OperatingPoint],
 ) -> Cell:
     return Cell(
         name=name,
         verification=verification,
-        at_global=tuple(_at_global(tally, point) for point in global_points),
-        det=det_curve(tally),
-        histogram=score_histogram(tally),
+        at_global=tuple(_at_global(scores, point) for point in global_points),
+        det=det_curve(scores),
+        histogram=score_histogram(scores),
         counts=ClusterCounts(counts.genuine_by_cluster, counts.ends_by_cluster),
     )
 
 
-def _at_global(tally: ScoreCounts, point: OperatingPoint) -> GlobalPoint:
+def _at_global(scores: ScoreCounts, point: OperatingPoint) -> GlobalPoint:
     if point.threshold is None:
         return GlobalPoint(point.target_fmr, None, None, None, point.reason)
-    fmr, fnmr = rates_at(tally, point.threshold)
+    fmr, fnmr = rates_at(scores, point.threshold)
     return GlobalPoint(point.target_fmr, point.threshold, fmr, fnmr)

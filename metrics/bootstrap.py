@@ -267,5 +267,5 @@ def _check_same_rows(base: AllPairs, other: AllPairs) -> None:
 
     if not np.array_equal(base.clusters, other.clusters) or outline(base) != outline(other):
         raise ValueError(
-            "the two results are not of the same rows; sweep both modes over the same rows in the same order"
+            "the two results are not of the same rows; compare both modes over the same rows in the same order"
         )

@@ -88,7 +88,7 @@ def identify(
     """
     probes = _outcomes(candidate_subjects, candidate_scores, probe_subjects, mated)
     strangers, counts = np.unique(probes.best_score[~mated], return_counts=True)
-    tally = ScoreCounts.from_counts(np.sort(probes.own_score[mated]), strangers, counts)
+    scores = ScoreCounts.from_counts(np.sort(probes.own_score[mated]), strangers, counts)
     return Identification(
         n_mated=int(mated.sum()),
         n_non_mated=int((~mated).sum()),
@@ -96,7 +96,7 @@ def identify(
             _rank_rate(wanted, probes.rank[mated], int((probes.cut_off & (probes.shown < wanted)).sum()))
             for wanted in ranks
         ),
-        points=tuple(_search_point(tally, target) for target in fpir_points),
+        points=tuple(_search_point(scores, target) for target in fpir_points),
     )
 
 
@@ -292,14 +292,14 @@ def _rank_rate(wanted: int, rank: NDArray[np.int64], cut_off: int) -> RankRate:
     return RankRate(wanted, float(np.mean(rank <= wanted)))
 
 
-def _search_point(tally: ScoreCounts, target: float) -> SearchPoint:
-    point = operating_point(tally, target)
+def _search_point(scores: ScoreCounts, target: float) -> SearchPoint:
+    point = operating_point(scores, target)
     if point.threshold is not None:
         return SearchPoint(target, point.threshold, point.fmr, point.fnmr)
-    if not tally.n_genuine:
+    if not scores.n_genuine:
         reason = "no mated probe"
-    elif tally.n_impostor < fewest_for(target):
-        reason = f"FPIR {target:g} needs {fewest_for(target)} non-mated probes or more; found {tally.n_impostor}"
+    elif scores.n_impostor < fewest_for(target):
+        reason = f"FPIR {target:g} needs {fewest_for(target)} non-mated probes or more; found {scores.n_impostor}"
     else:
         reason = f"too many non-mated probes tie at the largest score for FPIR {target:g}"
     return SearchPoint(target, None, None, None, reason)

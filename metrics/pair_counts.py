@@ -1,4 +1,4 @@
-"""Counts the scores of all pairs of rows, exactly and once, in a bounded amount of memory.
+"""Count the scores of all pairs of rows, exactly and once, in a bounded amount of memory.
 
 The pairs are visited in tiles of a matrix product that stay near the processor. Each score is rounded to its grid
 (`cosine`), so that its float32 bits are the number of a counter; nothing is kept but counters, and the few genuine
@@ -31,11 +31,11 @@ _TILE = {"cpu": (512, 2048), "cuda": (4096, 8192)}
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a sweep, sorted by class, then cluster, then subject, so that equal ones lie side by side.
+    """Rows sorted by class, then cluster, then subject, so that rows of one subject are adjacent.
 
     `unit` holds unit vectors float32 `[N, D]`; `cluster` and `subject` are int64 `[N]`, `subject` being a rank that
     does not fall within a class; `starts[c] : starts[c + 1]` are the rows of class c. Rows with the same `duplicate`
-    code (int64 `[N]`; a code held by one row alone means nothing) never form a pair.
+    code (int64 `[N]`; a code of one row alone has no effect) never form a pair.
     """
 
     unit: torch.Tensor
@@ -62,11 +62,11 @@ class CellCounts:
     ends_by_cluster: NDArray[np.int64]
 
 
-def sweep(rows: Rows, workers: int) -> Iterator[tuple[int, int, CellCounts]]:
+def count_pairs(rows: Rows, workers: int) -> Iterator[tuple[int, int, CellCounts]]:
     """Yield (class, other class, counts) for every two classes with rows in them, class <= other class.
 
     Workers are threads with one torch thread each, which on a shared machine are faster than torch's own; torch's
-    thread setting is put back when the sweep is over. The counts do not depend on the number of workers. Memory beside
+    thread setting is restored at the end. The counts do not depend on the number of workers. Memory beside
     the features: 32 MB and a tile's buffers (20 MB) for each worker, 32 MB for each cell that the caller keeps, 16
     bytes for each genuine pair.
     """
@@ -184,11 +184,11 @@ class _Counter:
 
     def drop_lower_triangle(self, codes: torch.Tensor, rows: slice, columns: slice) -> None:
         if columns.start < rows.stop:
-            # Column j of the tile is row j + shift of the block; a pair counts where the column lies after the row.
+            # Column j of the tile is row j + shift of the block; a pair counts where the column is after the row.
             codes.triu_(diagonal=1 + rows.start - columns.start)
 
     def take_out_genuine(self, codes: torch.Tensor, rows: slice, columns: slice) -> None:
-        """Set the genuine scores of a tile aside; subjects are sorted, so they lie in one small rectangle."""
+        """Move the genuine scores of a tile to a list; subjects are sorted, so one small rectangle holds them."""
         subject = self.rows.subject
         low = max(subject[rows.start], subject[columns.start])
         high = min(subject[rows.stop - 1], subject[columns.stop - 1])

@@ -2,7 +2,7 @@
 
 Genuine scores are few and kept one by one; impostor scores may be billions and are kept as distinct values with counts.
 Nothing is approximated: the same integers come out as from sorting every score. Where the scores come from (arrays of a
-caller, or the sweep over all pairs) and what is computed from them is left to the neighbouring modules.
+caller, or `allpairs`) and what is computed from them is left to the neighbouring modules.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class ScoreCounts:
 
     @classmethod
     def from_scores(cls, genuine: ArrayLike, impostor: ArrayLike) -> "ScoreCounts":
-        """Tally two 1-D arrays of scores (higher = more alike), in the precision they come in.
+        """Count two 1-D arrays of scores (higher = more alike), in the precision they come in.
 
         Raises ValueError for an array that is not one-dimensional or holds NaN or infinity.
         """
@@ -40,7 +40,7 @@ class ScoreCounts:
     def from_counts(
         cls, genuine: NDArray[np.floating[Any]], impostor: NDArray[np.floating[Any]], counts: NDArray[np.integer[Any]]
     ) -> "ScoreCounts":
-        """Tally genuine scores (ascending) and impostor values (ascending, distinct) with how often each occurs."""
+        """Build from ascending genuine scores, and ascending distinct impostor scores with their counts."""
         return cls(genuine, impostor, np.cumsum(counts[::-1], dtype=np.int64)[::-1])
 
     @property

@@ -89,19 +89,19 @@ def verify(genuine: ArrayLike, impostor: ArrayLike, fmr_points: Sequence[float] 
     return summarise(ScoreCounts.from_scores(genuine, impostor), fmr_points)
 
 
-def summarise(tally: ScoreCounts, fmr_points: Sequence[float] = FMR_POINTS) -> Verification:
-    """Compute all verification figures of a tally."""
+def summarise(counts: ScoreCounts, fmr_points: Sequence[float] = FMR_POINTS) -> Verification:
+    """Compute all verification metrics of counted scores."""
     return Verification(
-        n_genuine=tally.n_genuine,
-        n_impostor=tally.n_impostor,
-        eer=equal_error_rate(tally),
-        auc=auc(tally),
-        d_prime=d_prime(tally),
-        points=tuple(operating_point(tally, target) for target in fmr_points),
+        n_genuine=counts.n_genuine,
+        n_impostor=counts.n_impostor,
+        eer=equal_error_rate(counts),
+        auc=auc(counts),
+        d_prime=d_prime(counts),
+        points=tuple(operating_point(counts, target) for target in fmr_points),
     )
 
 
-def operating_point(tally: ScoreCounts, target_fmr: float) -> OperatingPoint:
+def operating_point(counts: ScoreCounts, target_fmr: float) -> OperatingPoint:
     """FNMR at the smallest observed score t with FMR(t) **at most** `target_fmr` (ISO/IEC 19795-1:2021, FNMR at FMR).
 
     The target is read as the decimal number that it prints as, so 0.29 of 100 impostors are 29 and not 28.
@@ -113,21 +113,21 @@ def operating_point(tally: ScoreCounts, target_fmr: float) -> OperatingPoint:
     """
     if not 0 < target_fmr < 1:
         raise ValueError(f"target FMR {target_fmr} is outside (0, 1)")
-    allowed = math.floor(_as_printed(target_fmr) * tally.n_impostor)
-    if reason := _missing_pairs(tally):
+    allowed = math.floor(_as_printed(target_fmr) * counts.n_impostor)
+    if reason := _missing_pairs(counts):
         return OperatingPoint(target_fmr, None, None, None, reason)
     if allowed == 0:
         needed = fewest_for(target_fmr)
-        reason = f"FMR {target_fmr:g} needs {needed} impostor pairs or more; found {tally.n_impostor}"
+        reason = f"FMR {target_fmr:g} needs {needed} impostor pairs or more; found {counts.n_impostor}"
         return OperatingPoint(target_fmr, None, None, None, reason)
     # The largest impostor score at which too many would match; every observed score above it is strict enough.
-    too_lax = int(np.count_nonzero(tally.impostor_at_least > allowed)) - 1
-    threshold = tally.next_observed_above(float(tally.impostor[too_lax]))
+    too_lax = int(np.count_nonzero(counts.impostor_at_least > allowed)) - 1
+    threshold = counts.next_observed_above(float(counts.impostor[too_lax]))
     if threshold is None:
-        ties = int(tally.impostor_at_least[too_lax])
+        ties = int(counts.impostor_at_least[too_lax])
         reason = f"{ties} impostor scores tie at the largest score; FMR {target_fmr:g} allows {allowed}"
         return OperatingPoint(target_fmr, None, None, None, reason)
-    fmr, fnmr = rates_at(tally, threshold)
+    fmr, fnmr = rates_at(counts, threshold)
     return OperatingPoint(target_fmr, threshold, fmr, fnmr)
 
 
@@ -140,107 +140,107 @@ def _as_printed(rate: float) -> Fraction:
     return Fraction(repr(float(rate)))
 
 
-def rates_at(tally: ScoreCounts, threshold: float) -> tuple[float | None, float | None]:
+def rates_at(counts: ScoreCounts, threshold: float) -> tuple[float | None, float | None]:
     """FMR and FNMR at any threshold; None for a rate that has no pairs."""
-    false_matches, false_non_matches = _errors_at(tally, threshold)
-    fmr = false_matches / tally.n_impostor if tally.n_impostor else None
-    fnmr = false_non_matches / tally.n_genuine if tally.n_genuine else None
+    false_matches, false_non_matches = _errors_at(counts, threshold)
+    fmr = false_matches / counts.n_impostor if counts.n_impostor else None
+    fnmr = false_non_matches / counts.n_genuine if counts.n_genuine else None
     return fmr, fnmr
 
 
-def equal_error_rate(tally: ScoreCounts) -> EqualErrorRate:
+def equal_error_rate(counts: ScoreCounts) -> EqualErrorRate:
     """EER as FVC2000 defines it (Maio et al., "FVC2000", IEEE TPAMI 24(3), 2002), exact from counts.
 
     t2 is the smallest observed score with FMR <= FNMR, t1 the observed score just below it (t1 = t2 when both rates are
     equal there). Of the two, the one with the smaller FMR + FNMR is taken, t1 on a tie, and the EER is the mean of its
     FMR and FNMR. The reject-everything point (FMR 0, FNMR 1) above all scores ends the curve.
     """
-    if reason := _missing_pairs(tally):
+    if reason := _missing_pairs(counts):
         return EqualErrorRate(None, None, reason)
-    n_genuine, n_impostor = tally.n_genuine, tally.n_impostor
+    n_genuine, n_impostor = counts.n_genuine, counts.n_impostor
 
     def crossed(threshold: float) -> bool:
-        false_matches, false_non_matches = _errors_at(tally, threshold)
+        false_matches, false_non_matches = _errors_at(counts, threshold)
         return false_matches * n_genuine <= false_non_matches * n_impostor
 
-    above = [_first(values, crossed) for values in (tally.impostor, tally.genuine)]
+    above = [_first(values, crossed) for values in (counts.impostor, counts.genuine)]
     upper = min((score for score in above if score is not None), default=None)
-    upper_errors = (0, n_genuine) if upper is None else _errors_at(tally, upper)
+    upper_errors = (0, n_genuine) if upper is None else _errors_at(counts, upper)
     threshold, (false_matches, false_non_matches) = upper, upper_errors
     if upper_errors[0] * n_genuine != upper_errors[1] * n_impostor:
-        lower = tally.last_observed_below(math.inf if upper is None else upper)
+        lower = counts.last_observed_below(math.inf if upper is None else upper)
         assert lower is not None  # at the smallest observed score FMR is 1 and FNMR 0: the crossing lies above it
-        lower_errors = _errors_at(tally, lower)
-        if _weighted_sum(tally, lower_errors) <= _weighted_sum(tally, upper_errors):
+        lower_errors = _errors_at(counts, lower)
+        if _weighted_sum(counts, lower_errors) <= _weighted_sum(counts, upper_errors):
             threshold, (false_matches, false_non_matches) = lower, lower_errors
     return EqualErrorRate((false_matches / n_impostor + false_non_matches / n_genuine) / 2, threshold)
 
 
-def auc(tally: ScoreCounts) -> float | None:
+def auc(counts: ScoreCounts) -> float | None:
     """Area under the ROC curve: P(genuine > impostor) + ½ P(equal), the Mann-Whitney statistic with exact ties."""
-    if _missing_pairs(tally):
+    if _missing_pairs(counts):
         return None
-    at_least = np.append(tally.impostor_at_least, 0)
-    not_below = at_least[np.searchsorted(tally.impostor, tally.genuine, side="left")]
-    above = at_least[np.searchsorted(tally.impostor, tally.genuine, side="right")]
+    at_least = np.append(counts.impostor_at_least, 0)
+    not_below = at_least[np.searchsorted(counts.impostor, counts.genuine, side="left")]
+    above = at_least[np.searchsorted(counts.impostor, counts.genuine, side="right")]
     lost_halves = int(not_below.sum()) + int(above.sum())
-    return float(1 - Fraction(lost_halves, 2 * tally.n_genuine * tally.n_impostor))
+    return float(1 - Fraction(lost_halves, 2 * counts.n_genuine * counts.n_impostor))
 
 
-def d_prime(tally: ScoreCounts) -> float | None:
+def d_prime(counts: ScoreCounts) -> float | None:
     """d′ = (μ_genuine − μ_impostor) / √((σ²_genuine + σ²_impostor) / 2), population variances (Daugman 2000).
 
     Negative when genuine scores are the lower ones. None when a class is empty or all scores of each class are equal.
     """
-    if _missing_pairs(tally):
+    if _missing_pairs(counts):
         return None
-    genuine = tally.genuine.astype(np.float64)
-    impostor = tally.impostor.astype(np.float64)
-    weights = tally.impostor_counts() / tally.n_impostor
+    genuine = counts.genuine.astype(np.float64)
+    impostor = counts.impostor.astype(np.float64)
+    weights = counts.impostor_counts() / counts.n_impostor
     mean_impostor = float(weights @ impostor)
     variance = float(genuine.var() + weights @ (impostor - mean_impostor) ** 2)
     return (float(genuine.mean()) - mean_impostor) / math.sqrt(variance / 2) if variance > 0 else None
 
 
-def det_curve(tally: ScoreCounts, points: int = 512) -> DetCurve:
+def det_curve(counts: ScoreCounts, points: int = 512) -> DetCurve:
     """At most `points` exact points of the DET curve, spread evenly in log FMR and in log FNMR.
 
     Thinning drops points, it never moves one. Empty when a class of pairs is empty.
     """
-    if _missing_pairs(tally):
+    if _missing_pairs(counts):
         return DetCurve(np.empty(0), np.empty(0), np.empty(0))
-    false_matches = np.geomspace(1, tally.n_impostor, points // 2)
-    by_fmr = np.searchsorted(-tally.impostor_at_least, -np.round(false_matches).astype(np.int64))
-    by_fnmr = np.round(np.geomspace(1, tally.n_genuine, points - points // 2)).astype(np.int64) - 1
-    chosen = np.concatenate([tally.impostor[np.minimum(by_fmr, len(tally.impostor) - 1)], tally.genuine[by_fnmr]])
+    false_matches = np.geomspace(1, counts.n_impostor, points // 2)
+    by_fmr = np.searchsorted(-counts.impostor_at_least, -np.round(false_matches).astype(np.int64))
+    by_fnmr = np.round(np.geomspace(1, counts.n_genuine, points - points // 2)).astype(np.int64) - 1
+    chosen = np.concatenate([counts.impostor[np.minimum(by_fmr, len(counts.impostor) - 1)], counts.genuine[by_fnmr]])
     thresholds = np.unique(chosen.astype(np.float64))
-    fmr = tally.false_matches(thresholds) / tally.n_impostor
-    return DetCurve(thresholds, fmr, tally.false_non_matches(thresholds) / tally.n_genuine)
+    fmr = counts.false_matches(thresholds) / counts.n_impostor
+    return DetCurve(thresholds, fmr, counts.false_non_matches(thresholds) / counts.n_genuine)
 
 
-def score_histogram(tally: ScoreCounts, bins: int = 200, low: float = -1.0, high: float = 1.0) -> ScoreHistogram:
+def score_histogram(counts: ScoreCounts, bins: int = 200, low: float = -1.0, high: float = 1.0) -> ScoreHistogram:
     """Histogram of both kinds of scores over `bins` equal bins of [low, high]."""
     edges = np.linspace(low, high, bins + 1)
     inner = edges[1:-1]
-    genuine = np.diff(tally.false_non_matches(inner), prepend=0, append=tally.n_genuine)
-    impostor = -np.diff(tally.false_matches(inner), prepend=tally.n_impostor, append=0)
+    genuine = np.diff(counts.false_non_matches(inner), prepend=0, append=counts.n_genuine)
+    impostor = -np.diff(counts.false_matches(inner), prepend=counts.n_impostor, append=0)
     return ScoreHistogram(edges, genuine.astype(np.int64), impostor.astype(np.int64))
 
 
-def _missing_pairs(tally: ScoreCounts) -> str | None:
-    if not tally.n_genuine:
+def _missing_pairs(counts: ScoreCounts) -> str | None:
+    if not counts.n_genuine:
         return "no genuine pair"
-    return None if tally.n_impostor else "no impostor pair"
+    return None if counts.n_impostor else "no impostor pair"
 
 
-def _errors_at(tally: ScoreCounts, threshold: float) -> tuple[int, int]:
+def _errors_at(counts: ScoreCounts, threshold: float) -> tuple[int, int]:
     """Python integers, so that cross products of counts cannot overflow."""
-    return int(tally.false_matches(threshold)), int(tally.false_non_matches(threshold))
+    return int(counts.false_matches(threshold)), int(counts.false_non_matches(threshold))
 
 
-def _weighted_sum(tally: ScoreCounts, errors: tuple[int, int]) -> int:
+def _weighted_sum(counts: ScoreCounts, errors: tuple[int, int]) -> int:
     """FMR + FNMR, times both totals: an integer that orders points exactly."""
-    return errors[0] * tally.n_genuine + errors[1] * tally.n_impostor
+    return errors[0] * counts.n_genuine + errors[1] * counts.n_impostor
 
 
 def _first(ascending: NDArray[np.floating[Any]], holds: Callable[[float], bool]) -> float | None:

@@ -1,7 +1,7 @@
-"""Embeddings in, features out: the hot path of the nightly run and the query path, over plain NumPy arrays.
+"""Embeddings in, features out: the hot path of every run and query, over plain NumPy arrays.
 
-It scales the rows as the model's card says, runs the inference graph on a device, and lets nothing out that is not a
-finite number. Which rows make a batch, and where they lie, is left to the tasks.
+It scales the rows as the model's card says, runs the inference graph on a device, and raises for a feature that is not
+finite. Which rows make a batch, and where they are stored, is left to the tasks.
 """
 
 from functools import cached_property
@@ -25,10 +25,10 @@ Rows = NDArray[np.float32]
 def normalise(x: Tensor, normalisation: Normalisation, mean_norm: float | None = None) -> Tensor:
     """Return rows `[n, D]` as a network wants them.
 
-    `"none"`: unchanged. `"l2"`: each divided by its Euclidean norm; a row of zeros becomes NaN: it has no direction,
-    and NaN is noticed. Norms are taken in float64, so that no row of finite numbers overflows. `"mean_norm"`: all
-    multiplied by √D / `mean_norm`, so that channels are of order 1 and the norm, which tells how good a picture was,
-    stays. Raises `ValueError` when that needs a `mean_norm` and gets none.
+    `"none"`: unchanged. `"l2"`: each divided by its Euclidean norm; a row of zeros has no direction and becomes NaN,
+    which is refused. Norms are taken in float64, so that no row of finite numbers overflows. `"mean_norm"`: all
+    multiplied by √D / `mean_norm`, so that channels are of order 1 and the norm, which
+    carries the quality of the picture, stays. Raises `ValueError` when that needs a `mean_norm` and gets none.
     """
     if normalisation == "none":
         return x
@@ -52,7 +52,7 @@ def torch_device(wanted: Device) -> Literal["cpu", "cuda"]:
 
 
 class Reweighter:
-    """Re-weights blocks of embeddings with one checkpoint; a call leaves no trace in it, so threads may share it.
+    """Re-weights blocks of embeddings with one checkpoint. It is stateless, so threads may share it.
 
     Args:
         checkpoint: the model and its card.

@@ -1,4 +1,4 @@
-"""The sweep is compared with a matrix of all scores, sorted.
+"""`all_pairs` is compared with a matrix of all scores, sorted.
 
 Rows are integer vectors of norm 1024, so every cosine is a multiple of 2^-20 and comes out of any float32 product
 exactly: the comparison can demand equality, not closeness.
@@ -103,7 +103,7 @@ def test_five_thousand_rows_equal_sorting_twelve_million_scores(
     rows, subjects, classes = crowd
     duplicates = np.arange(len(rows))
     if with_duplicates:
-        # Copies under the same subject, under another subject, in another class, far apart in the order of the sweep.
+        # Copies under the same subject, under another subject, in another class, far apart in the order of the tiles.
         random = np.random.default_rng(1)
         rows = rows.copy()
         for _ in range(200):

@@ -46,10 +46,10 @@ class Simulation:
 
     def result(self, mean: float, mode: int = 0) -> AllPairs:
         genuine, impostor = self.genuine[mode] + mean, self.impostor[mode]
-        tally = ScoreCounts.from_scores(genuine, impostor)
-        verification = summarise(tally, TARGETS)
+        scores = ScoreCounts.from_scores(genuine, impostor)
+        verification = summarise(scores, TARGETS)
         at_global = tuple(
-            GlobalPoint(point.target_fmr, point.threshold, *rates_at(tally, point.threshold))
+            GlobalPoint(point.target_fmr, point.threshold, *rates_at(scores, point.threshold))
             for point in verification.points
             if point.threshold is not None
         )
@@ -57,7 +57,7 @@ class Simulation:
             genuine=self.by_subject(self.owner, genuine),
             impostor_ends=self.by_subject(self.first, impostor) + self.by_subject(self.second, impostor),
         )
-        cell = Cell("all", verification, at_global, det_curve(tally), score_histogram(tally), counts)
+        cell = Cell("all", verification, at_global, det_curve(scores), score_histogram(scores), counts)
         return AllPairs(cell, {}, np.arange(self.n_subjects), self.n_subjects, 0)
 
     def by_subject(self, subjects: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from metrics import pair_counts as module
-from metrics.pair_counts import COARSE_BINS, GRID_POINTS, CellCounts, Rows, sweep
+from metrics.pair_counts import COARSE_BINS, GRID_POINTS, CellCounts, Rows, count_pairs
 
 N_ROWS, N_CLUSTERS = 1100, 9
 
@@ -44,7 +44,7 @@ def by_matrix(rows: Rows, first: int, second: int) -> CellCounts:
 
 
 def assert_counts(rows: Rows, workers: int = 2) -> None:
-    cells = list(sweep(rows, workers))
+    cells = list(count_pairs(rows, workers))
     assert [cell[:2] for cell in cells] == [(0, 0), (0, 1), (1, 1)]
     for first, second, counts in cells:
         expected = by_matrix(rows, first, second)
@@ -71,14 +71,14 @@ def test_counters_are_emptied_into_wider_ones_before_they_can_overflow(
     monkeypatch.setitem(module._TILE, "cpu", (100, 100))
     monkeypatch.setattr(module, "_FLUSH_AT", 25_000)
     assert_counts(rows)
-    widths = {counts.impostor.dtype for _, _, counts in sweep(rows, 2)}
+    widths = {counts.impostor.dtype for _, _, counts in count_pairs(rows, 2)}
     assert widths == {np.dtype(np.int64)}
 
 
 def test_scores_of_equal_and_of_opposite_rows_have_their_places_at_the_ends() -> None:
     unit = torch.tensor([[0.6, 0.8], [0.6, 0.8], [-0.6, -0.8]])
     rows = Rows(unit, np.arange(3), np.arange(3), np.array([0, 3]), np.arange(3), 3)
-    ((_, _, counts),) = sweep(rows, 1)
+    ((_, _, counts),) = count_pairs(rows, 1)
     assert np.flatnonzero(counts.impostor).tolist() == [0, GRID_POINTS - 1]
     assert counts.ends_by_cluster[:, 0].tolist() == [1, 1, 2]
     assert counts.ends_by_cluster[:, -1].tolist() == [1, 1, 0]
@@ -87,7 +87,7 @@ def test_scores_of_equal_and_of_opposite_rows_have_their_places_at_the_ends() ->
 def test_a_class_without_rows_makes_no_cell_and_one_row_makes_no_pair() -> None:
     unit = torch.eye(3)
     rows = Rows(unit, np.arange(3), np.arange(3), np.array([0, 2, 2, 3]), np.arange(3), 3)
-    counted = {(first, second): int(counts.impostor.sum()) for first, second, counts in sweep(rows, 2)}
+    counted = {(first, second): int(counts.impostor.sum()) for first, second, counts in count_pairs(rows, 2)}
     assert counted == {(0, 0): 1, (0, 2): 2, (2, 2): 0}
 
 
@@ -95,9 +95,9 @@ def test_the_thread_setting_of_torch_is_put_back_even_when_the_work_fails(
     rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = torch.get_num_threads()
-    list(sweep(rows, 2))
+    list(count_pairs(rows, 2))
     assert torch.get_num_threads() == before
     monkeypatch.setitem(module._TILE, "cpu", (0, 1))
     with pytest.raises(ValueError, match="must not be zero"):
-        list(sweep(rows, 2))
+        list(count_pairs(rows, 2))
     assert torch.get_num_threads() == before

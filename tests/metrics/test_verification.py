@@ -75,11 +75,11 @@ def test_fnmr_at_fmr_is_the_first_observed_threshold_at_most_the_target(
 
 def test_fnmr_at_fmr_by_hand() -> None:
     # Impostors 0.0 … 0.9: at most two of ten may match, so 0.7 is too low; the next observed score is a genuine one.
-    tally = ScoreCounts.from_scores([0.5, 0.79, 0.8, 0.95, 1.0], np.arange(10) / 10)
-    point = operating_point(tally, 0.2)
+    counts = ScoreCounts.from_scores([0.5, 0.79, 0.8, 0.95, 1.0], np.arange(10) / 10)
+    point = operating_point(counts, 0.2)
     assert (point.threshold, point.fmr, point.fnmr) == (0.79, 0.2, 0.2)
     # With 0.19 only one may match; the next observed score above 0.8 is the impostor 0.9.
-    assert operating_point(tally, 0.19).threshold == 0.9
+    assert operating_point(counts, 0.19).threshold == 0.9
 
 
 def test_a_target_is_read_as_the_decimal_it_prints_as() -> None:
