@@ -1,4 +1,4 @@
-"""What the report's panels are made of: the canvas, the marks and lines of the modes, legends, intervals, names.
+"""What the report's plots are made of: the canvas, the marks and lines of the modes, legends, intervals, names.
 
 `reports.plots` composes figures from these; colours come from `reports.theme`. Call them within `theme.drawing()`.
 """
@@ -6,7 +6,6 @@
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from matplotlib.axes import Axes
@@ -28,15 +27,6 @@ LABEL: dict[str, Any] = {"fontsize": SMALL, "fontweight": "bold", "va": "top"}
 NOTE: dict[str, Any] = {"fontsize": SMALL, "color": light("ink")}
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One drawn panel: `name` (letters, digits, hyphens; unique in a report), the alternative text, the drawing."""
-
-    name: str
-    alt: str
-    figure: Figure
-
-
 def canvas(
     title: str, width: int, height: int, *, left: int, bottom: int, colour: str = light("ink")
 ) -> tuple[Figure, Axes]:
@@ -50,7 +40,7 @@ def canvas(
 
 
 def dress(axes: Axes) -> None:
-    """Give axes the quiet look of all panels: two thin spines, small muted labels, nothing behind."""
+    """Give axes the quiet look of all plots: two thin spines, small muted labels, nothing behind."""
     axes.set_facecolor("none")
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():

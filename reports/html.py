@@ -19,7 +19,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from reports import plots
-from reports.axes import Panel
 from reports.tables import (
     Shown,
     Table,
@@ -41,7 +40,7 @@ from reports.text import (
     percent_of,
     visible,
 )
-from reports.theme import inline_svg, mode_rules, plot_rules, png_file, svg_file, variables
+from reports.theme import Plot, mode_rules, variables
 from schemas.reports import ALL, Evaluation, ModeResult, Population, ReportInput
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -55,12 +54,12 @@ _MAIN_METRICS = ("eer", "fnmr_global@1e-2", "fnmr_global@1e-3")
 
 @dataclass(frozen=True)
 class FigureView:
-    """A figure of the page: small panels under one title and one sentence of explanation."""
+    """A figure of the page: small plots under one title and one sentence of explanation."""
 
     key: str
     title: str
     caption: str
-    panels: list[Panel]
+    plots: list[Plot]
 
 
 def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None) -> str:
@@ -83,7 +82,7 @@ def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None
     return environment.get_template("report.html.j2").render(
         report=report,
         style=Markup(style),  # noqa: S704  our own file and palette
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
         created=_moment(report.created),
         population=population,
         tiles=verdict_tiles(population, report.gated)
@@ -99,7 +98,7 @@ def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None
         versus=versus_rows(population) if population else [],
         accuracy=accuracy_rows(population) if population else [],
         figures=[
-            (one, [Markup(inline_svg(panel.figure, panel.name, panel.alt)) for panel in one.panels])  # noqa: S704
+            (one, [(plot.alt, base64.b64encode(plot.svg).decode()) for plot in one.plots])
             for one in (draw(report) if drawn is None else drawn)
         ],
         weights=report.weights,
@@ -108,19 +107,6 @@ def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None
         else None,
         provenance=[(key, _plain(value)) for key, value in report.provenance.items()],
     )
-
-
-def plot_files(drawn: Sequence[FigureView]) -> dict[str, bytes]:
-    """Return each panel of the figures as a file: name (`det-all.svg`, `det-all.png` …) → content.
-
-    SVG files follow the viewer's light or dark theme; PNG files are light.
-    """
-    files = {}
-    for one in drawn:
-        for panel in one.panels:
-            files[f"{panel.name}.svg"] = svg_file(panel.figure, panel.name, panel.alt)
-            files[f"{panel.name}.png"] = png_file(panel.figure)
-    return files
 
 
 def markdown_table(evaluation: Evaluation) -> str:
@@ -227,7 +213,7 @@ def draw(report: ReportInput) -> list[FigureView]:
             plots.trend_lines(report.trend),
         ),
     ]
-    return [one for one in figures if one.panels]
+    return [one for one in figures if one.plots]
 
 
 def _style() -> str:
@@ -235,7 +221,7 @@ def _style() -> str:
     return (
         f":root {{ {colours['light']} }}\n"
         f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {colours['dark']} }} }}\n"
-        f"{(_TEMPLATES / 'report.css').read_text(encoding='utf-8')}\n{plot_rules()}\n{mode_rules()}\n"
+        f"{(_TEMPLATES / 'report.css').read_text(encoding='utf-8')}\n{mode_rules()}\n"
     )
 
 

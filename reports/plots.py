@@ -1,6 +1,6 @@
-"""The report's figures, as small panels that stand side by side on a desk and one below the other on a phone.
+"""The report's figures, as small plots that stand side by side on a desk and one below the other on a phone.
 
-Each function takes records and returns panels; what was not measured gives no panel. The panels of one function share
+Each function takes records and returns plots; what was not measured gives no plot. The plots of one function share
 their axes, so that they compare by eye. Colours and the way into HTML, SVG and PNG are `reports.theme`'s.
 """
 
@@ -17,7 +17,6 @@ from reports.axes import (
     LABEL,
     LEGEND,
     NOTE,
-    Panel,
     bounds,
     canvas,
     dress,
@@ -45,7 +44,7 @@ from reports.text import (
     pose_pair,
     spoken,
 )
-from reports.theme import RAMP_STEPS, drawing, light, mode_role
+from reports.theme import RAMP_STEPS, Plot, drawing, light, mode_role
 from schemas.reports import RAW, CellResult, ChannelWeights, ModeResult, TrendPoint
 
 Modes = dict[str, ModeResult]
@@ -62,8 +61,8 @@ _TREND_LENGTH = 30
 
 
 @drawing()
-def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> list[Panel]:
-    """Draw mode − raw with its paired interval, one panel a metric, one row a cell; filled where clear of zero."""
+def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> list[Plot]:
+    """Draw mode − raw with its paired interval, one plot a metric, one row a cell; filled where clear of zero."""
     shown = [mode for mode in modes.values() if mode.mode != RAW]
     found = [
         estimate
@@ -75,7 +74,7 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> l
     if not found:
         return []
     reach = 115 * max(abs(bound) for estimate in found for bound in bounds(estimate)) or 1
-    panels = []
+    plots = []
     for metric in metrics:
         figure, axes = canvas(f"{metric_name(metric)}, minus raw", 360, 236, left=94, bottom=60)
         axes.axvline(0, color=light("ink"), lw=1)
@@ -98,20 +97,20 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> l
         axes.grid(visible=False, axis="y")
         mode_legend(figure, [mode.mode for mode in shown], modes)
         name = f"difference-{slug(metric.replace('@', '-'))}"
-        panels.append(Panel(name, f"{metric_name(metric)}: " + "; ".join(said), figure))
-    return panels
+        plots.append(Plot(name, f"{metric_name(metric)}: " + "; ".join(said), figure))
+    return plots
 
 
 @drawing()
-def det_curves(modes: Modes, cells: Sequence[str]) -> list[Panel]:
-    """Draw FNMR over FMR on normal-deviate axes, one panel a cell, with the intervals at FMR 1% and 0.1%."""
+def det_curves(modes: Modes, cells: Sequence[str]) -> list[Plot]:
+    """Draw FNMR over FMR on normal-deviate axes, one plot a cell, with the intervals at FMR 1% and 0.1%."""
     drawn = [cell for cell in cells if any(_has_det(mode, cell) for mode in modes.values())]
     curves = [mode.cells[cell].det for cell in drawn for mode in modes.values() if _has_det(mode, cell)]
     rates = [rate for curve in curves if curve for rate in curve.fmr if rate > 0]
     misses = [rate for curve in curves if curve for rate in curve.fnmr if rate > 0]
     x_range = (max(1e-6, min([*rates, 0.1])), 0.5)
     y_range = (max(1e-5, min([*misses, 0.1])), min(0.95, max(0.5, *misses, 0.5)))
-    panels = []
+    plots = []
     for cell in drawn:
         figure, axes = canvas(cell_name(cell), 300, 264, left=46, bottom=38)
         said = []
@@ -134,16 +133,16 @@ def det_curves(modes: Modes, cells: Sequence[str]) -> list[Panel]:
         axes.set(xlim=_deviates(x_range, x_range), ylim=_deviates(y_range, y_range))
         axes.set(xlabel="false match rate, %", ylabel="false non-match rate, %")
         inner_legend(axes, modes)
-        panels.append(Panel(f"det-{slug(cell)}", f"DET curves, {cell_name(cell)}: " + "; ".join(said), figure))
-    return panels
+        plots.append(Plot(f"det-{slug(cell)}", f"DET curves, {cell_name(cell)}: " + "; ".join(said), figure))
+    return plots
 
 
 @drawing()
-def score_histograms(modes: Modes, cells: Sequence[str], fmr: str) -> list[Panel]:
-    """Draw genuine and impostor scores, one panel a cell and one row a mode, with the global threshold at `fmr`."""
+def score_histograms(modes: Modes, cells: Sequence[str], fmr: str) -> list[Plot]:
+    """Draw genuine and impostor scores, one plot a cell and one row a mode, with the global threshold at `fmr`."""
     drawn = [cell for cell in cells if any(_has_histogram(mode, cell) for mode in modes.values())]
     shown = [mode for mode in modes.values() if any(_has_histogram(mode, cell) for cell in drawn)]
-    panels = []
+    plots = []
     low, high = _score_range(shown, drawn)
     for cell in drawn:
         figure, base = canvas(cell_name(cell), 300, 64 + 62 * len(shown), left=8, bottom=38)
@@ -174,16 +173,16 @@ def score_histograms(modes: Modes, cells: Sequence[str], fmr: str) -> list[Panel
                 axes.set_xlabel("cosine score")
             miss = result.fnmr_global.get(fmr)
             said.append(f"{mode.mode} {spoken(miss)} of genuine pairs below the threshold" if miss else mode.mode)
-        panels.append(Panel(f"scores-{slug(cell)}", f"Scores, {cell_name(cell)}: " + "; ".join(said), figure))
-    return panels
+        plots.append(Plot(f"scores-{slug(cell)}", f"Scores, {cell_name(cell)}: " + "; ".join(said), figure))
+    return plots
 
 
 @drawing()
-def pose_heat_maps(modes: Modes, fmr: str) -> list[Panel]:
-    """Draw FNMR by pose pair at the one global threshold found at `fmr`, one panel a mode."""
+def pose_heat_maps(modes: Modes, fmr: str) -> list[Plot]:
+    """Draw FNMR by pose pair at the one global threshold found at `fmr`, one plot a mode."""
     found = {pose for mode in modes.values() for cell in mode.cells for pose in pose_pair(cell) or ()}
     poses = [pose for pose in _POSE_ORDER if pose in found] + sorted(found.difference(_POSE_ORDER))
-    panels = []
+    plots = []
     for mode in (one for one in modes.values() if any(map(pose_pair, one.cells))):
         figure, axes = canvas(mode.mode, 360, 268, left=62, bottom=62, colour=mode_colour(mode.mode, modes))
         said = []
@@ -204,15 +203,15 @@ def pose_heat_maps(modes: Modes, fmr: str) -> list[Panel]:
             spine.set_visible(False)
         _heat_key(figure)
         alt = f"{mode.mode}, FNMR at the global threshold of FMR {percent_of(fmr)}: " + "; ".join(said)
-        panels.append(Panel(f"poses-{slug(mode.mode)}", alt, figure))
-    return panels
+        plots.append(Plot(f"poses-{slug(mode.mode)}", alt, figure))
+    return plots
 
 
 @drawing()
-def identification_curves(modes: Modes) -> list[Panel]:
-    """Draw the share of probes found within rank k (CMC), and FNIR over FPIR, one panel each."""
+def identification_curves(modes: Modes) -> list[Plot]:
+    """Draw the share of probes found within rank k (CMC), and FNIR over FPIR, one plot each."""
     shown = {name: mode.identification for name, mode in modes.items() if mode.identification}
-    panels = []
+    plots = []
     for name, title, x_label, y_label in (
         ("cmc", "Found within rank k (CMC)", "rank k", "mated probes found, %"),
         ("fnir", "Open-set search", "false positive identification rate", "probes missed (FNIR), %"),
@@ -238,15 +237,15 @@ def identification_curves(modes: Modes) -> list[Panel]:
         axes.set_xticks(range(len(keys)), labels)
         axes.set(xlim=(-0.4, len(keys) - 0.6), xlabel=x_label, ylabel=y_label)
         inner_legend(axes, {mode: modes[mode] for mode in shown}, "lower right" if name == "cmc" else "best")
-        panels.append(Panel(name, f"{title}: " + "; ".join(said), figure))
-    return panels
+        plots.append(Plot(name, f"{title}: " + "; ".join(said), figure))
+    return plots
 
 
 @drawing()
-def channel_weights(weights: Sequence[ChannelWeights]) -> list[Panel]:
-    """Draw the channels' weights and their spread, falling, one panel a branch of a mode, the top channels named."""
+def channel_weights(weights: Sequence[ChannelWeights]) -> list[Plot]:
+    """Draw the channels' weights and their spread, falling, one plot a branch of a mode, the top channels named."""
     names = sorted({one.mode for one in weights})
-    panels = []
+    plots = []
     for one in weights:
         role = light(mode_role(one.mode, names))
         title = f"{short(one.mode)} \N{MIDDLE DOT} {short(one.branch)}"
@@ -263,17 +262,17 @@ def channel_weights(weights: Sequence[ChannelWeights]) -> list[Panel]:
         axes.set(xlim=(0, len(mean) + 1), ylim=_weight_range(weights), xlabel="channels, by rank", ylabel="weight")
         best = ", ".join(f"{channel} ({weight:.3f})" for channel, weight in one.top[:5])
         alt = f"Channel weights of {one.mode}, {one.branch} branch; largest mean weights: {best}"
-        panels.append(Panel(f"weights-{slug(one.mode)}-{slug(one.branch)}", alt, figure))
-    return panels
+        plots.append(Plot(f"weights-{slug(one.mode)}-{slug(one.branch)}", alt, figure))
+    return plots
 
 
 @drawing()
-def channel_relatedness(weights: Sequence[ChannelWeights], related: Sequence[float]) -> list[Panel]:
-    """Draw every channel's learnt weight over its measured identity-relatedness, one panel a branch of a mode."""
+def channel_relatedness(weights: Sequence[ChannelWeights], related: Sequence[float]) -> list[Plot]:
+    """Draw every channel's learnt weight over its measured identity-relatedness, one plot a branch of a mode."""
     names = sorted({one.mode for one in weights})
     known = np.isfinite(related)
     ratios = np.array(related)[known]
-    panels = []
+    plots = []
     for one in weights if known.any() else ():
         role = light(mode_role(one.mode, names))
         title = f"{short(one.mode)} \N{MIDDLE DOT} {short(one.branch)}"
@@ -281,20 +280,20 @@ def channel_relatedness(weights: Sequence[ChannelWeights], related: Sequence[flo
         axes.scatter(ratios, np.array(one.mean)[known], s=5, color=role, alpha=0.5, lw=0)
         axes.set(ylim=_weight_range(weights), xlabel="identity-relatedness", ylabel="weight")
         alt = f"Mean weight of {len(ratios)} channels of {one.mode}, {one.branch} branch, over identity-relatedness"
-        panels.append(Panel(f"relatedness-{slug(one.mode)}-{slug(one.branch)}", alt, figure))
-    return panels
+        plots.append(Plot(f"relatedness-{slug(one.mode)}-{slug(one.branch)}", alt, figure))
+    return plots
 
 
 @drawing()
-def trend_lines(trend: Sequence[TrendPoint]) -> list[Panel]:
-    """Draw the gated metric over the last releases, one panel a mode; hollow marks were not promoted."""
+def trend_lines(trend: Sequence[TrendPoint]) -> list[Plot]:
+    """Draw the gated metric over the last releases, one plot a mode; hollow marks were not promoted."""
     recent = trend[-_TREND_LENGTH:]
     names = list(dict.fromkeys(mode for point in recent for mode in point.figures))
     known_figures = [one for point in recent for one in point.figures.values() if one.value is not None]
     lowest = 100 * min((bounds(one)[0] for one in known_figures), default=0)
     highest = 100 * max((bounds(one)[1] for one in known_figures), default=0)
     margin = 0.08 * (highest - lowest) + 0.1
-    panels = []
+    plots = []
     for mode in names if known_figures else ():
         figure, axes = canvas(mode, 360, 216, left=46, bottom=38, colour=mode_colour(mode, names))
         known = [
@@ -315,8 +314,8 @@ def trend_lines(trend: Sequence[TrendPoint]) -> list[Panel]:
         axes.set_ylim(max(0, lowest - margin), highest + 2 * margin)
         said = f"latest {spoken(known[-1][1])}" if known else "no estimable figure"
         alt = f"Gated metric of {mode} over {len(known)} releases: {said}"
-        panels.append(Panel(f"trend-{slug(mode)}", alt, figure))
-    return panels
+        plots.append(Plot(f"trend-{slug(mode)}", alt, figure))
+    return plots
 
 
 def _deviates(rates: Sequence[float], span: tuple[float, float]) -> list[float]:

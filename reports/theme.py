@@ -1,18 +1,20 @@
-"""The look of the report's figures: one palette in two themes, and matplotlib's SVG made fit for it.
+"""The look of the report's plots: one palette in two themes, and the way from a drawn plot to SVG and PNG.
 
-Figures are drawn once, in the light colours. `inline_svg` replaces each colour by a class whose colour the style sheet
-chooses (light, dark, print), and keeps nothing of matplotlib's file but shapes and text from a fixed list, so no
-inline style, script, link or foreign element can reach the page. What is drawn is left to `reports.plots`.
+Plots are drawn once, in the light colours. The SVG names its colours as CSS variables and carries both themes, so that
+it follows the reader's choice wherever it is shown. A page embeds it with `<img>`: there a browser runs no script and
+loads nothing. What is drawn is left to `reports.plots`.
 """
 
 import io
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
-from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -20,7 +22,7 @@ from matplotlib.text import Text
 
 from reports.text import visible
 
-# role → (light, dark). The light colours double as the keys by which `inline_svg` finds the role: all are distinct.
+# role → (light, dark). The light colours double as the keys by which an SVG's colours are replaced: all are distinct.
 # The colours of the modes are blue and orange because they stay apart for every common kind of colour blindness.
 PALETTE: dict[str, tuple[str, str]] = {
     "ink": ("#1b2026", "#e7eaef"),
@@ -49,14 +51,6 @@ PALETTE: dict[str, tuple[str, str]] = {
 RAMP_STEPS = 8
 _MODES = ("raw", "per_sample", "batch_stat")
 
-SVG = "http://www.w3.org/2000/svg"
-_XLINK_HREF = "{http://www.w3.org/1999/xlink}href"
-_SHAPES = {"svg", "g", "path", "text", "tspan", "defs", "clipPath", "rect", "use"}
-_ATTRIBUTES = {"d", "x", "y", "width", "height", "transform", "clip-path", "viewBox"}
-_PRESENTATION = {
-    "fill-opacity", "font-size", "font-weight", "opacity", "stroke-dasharray", "stroke-dashoffset", "stroke-linecap",
-    "stroke-linejoin", "stroke-opacity", "stroke-width", "text-anchor",
-}  # fmt: skip
 _ROLES = {light: role for role, (light, _) in PALETTE.items()}
 
 
@@ -85,11 +79,6 @@ def variables() -> dict[str, str]:
     }
 
 
-def plot_rules() -> str:
-    """Return the CSS rules that give the classes of `inline_svg` their colours (`f-raw` fills, `s-raw` strokes)."""
-    return "\n".join(f".f-{role} {{ fill: var(--{role}) }} .s-{role} {{ stroke: var(--{role}) }}" for role in PALETTE)
-
-
 def mode_rules() -> str:
     """Return the CSS rules that colour the text (`t-raw`) and the border (`b-raw`) of a mode."""
     roles = (*_MODES, "other-1", "other-2")
@@ -115,108 +104,58 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def inline_svg(figure: Figure, name: str, label: str) -> str:
-    """Return a figure as an `<svg role="img">` element for an HTML page.
+@dataclass(frozen=True)
+class Plot:
+    """One drawn plot: `name` (letters, digits, hyphens; unique in a report), the alternative text, the drawing."""
 
-    `name` (letters, digits, hyphens) keeps the ids of several figures of one page apart; `label` is the alternative
-    text. Raises `ValueError` where the figure holds a colour outside the palette or an element outside the list.
-    """
-    return ElementTree.tostring(_themed(figure, name, label), encoding="unicode")
+    name: str
+    alt: str
+    figure: Figure
 
+    @cached_property
+    def svg(self) -> bytes:
+        """The plot as an SVG document in both themes.
 
-def svg_file(figure: Figure, name: str, label: str) -> bytes:
-    """Return a figure as an SVG file of its own, which follows the light or dark theme of its viewer."""
-    root = _themed(figure, name, label)
-    root.set("xmlns", SVG)
-    _, _, width, height = root.get("viewBox", "").split()
-    root.set("width", width)
-    root.set("height", height)
-    colours = variables()
-    style = ElementTree.Element("style")
-    style.text = (
-        f"svg {{ {colours['light']} background: var(--paper); font-family: system-ui, sans-serif; "
-        "stroke-linejoin: round }\n"
-        f"@media (prefers-color-scheme: dark) {{ svg {{ {colours['dark']} }} }}\n{plot_rules()}"
-    )
-    root.insert(0, style)
-    return b'<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode").encode()
+        Raises:
+            ValueError: it holds a colour outside the palette, which would have no counterpart in the dark theme.
+        """
+        for text in self.figure.findobj(Text):  # XML has no way to hold a control character, so they are written out
+            text.set_text(visible(text.get_text()))
+        target = io.BytesIO()
+        with drawing():
+            self.figure.savefig(target, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        # Within a tag only: matplotlib writes < and > of a text as entities, so no text can pass for a tag.
+        themed = re.sub(r"(?<=: )#[0-9a-f]{6}(?=[^<>]*>)", _variable, target.getvalue().decode())
+        added = f"<title>{escape(visible(self.alt))}</title>\n <style>{_svg_style()}</style>\n <defs>"
+        return themed.replace("<defs>", added, 1).encode()
 
-
-def png_file(figure: Figure) -> bytes:
-    """Return a figure as PNG in the light theme, twice the size of the SVG."""
-    target = io.BytesIO()
-    with drawing():
-        figure.savefig(target, format="png", dpi=144, facecolor=light("paper"), metadata={"Software": None})
-    return target.getvalue()
+    def png(self) -> bytes:
+        """Return the plot as PNG in the light theme, twice the size of the SVG."""
+        target = io.BytesIO()
+        with drawing():
+            self.figure.savefig(target, format="png", dpi=144, facecolor=light("paper"), metadata={"Software": None})
+        return target.getvalue()
 
 
-def _themed(figure: Figure, name: str, label: str) -> ElementTree.Element:
-    for text in figure.findobj(Text):  # XML has no way to hold a control character, so they are written out
-        text.set_text(visible(text.get_text()))
-    target = io.BytesIO()
-    with drawing():
-        figure.savefig(target, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    # matplotlib wrote this document a moment ago and escapes text: it is no foreign XML.
-    root = ElementTree.fromstring(target.getvalue())  # noqa: S314
-    _prune(root)
-    referenced = {use.get("href", "") for use in root.iter("use")} | {
-        part.get("clip-path", "")[4:-1] for part in root.iter() if part.get("clip-path")
+def plot_files(plots: Iterable[Plot]) -> dict[str, bytes]:
+    """Return plots as files: name (`det-all.svg`, `det-all.png` …) → content."""
+    return {
+        name: data
+        for plot in plots
+        for name, data in ((f"{plot.name}.svg", plot.svg), (f"{plot.name}.png", plot.png()))
     }
-    for part in root.iter():
-        if f"#{part.get('id')}" in referenced:
-            part.set("id", f"{name}-{part.get('id')}")
-        else:
-            part.attrib.pop("id", None)
-        if "href" in part.attrib:
-            part.set("href", f"#{name}-{part.attrib['href'][1:]}")
-        if "clip-path" in part.attrib:
-            part.set("clip-path", f"url(#{name}-{part.attrib['clip-path'][5:-1]})")
-    for attribute in ("width", "height"):
-        root.attrib.pop(attribute)
-    root.set("class", "plot")
-    root.set("role", "img")
-    root.set("aria-label", visible(label))
-    return root
 
 
-def _prune(element: ElementTree.Element) -> None:
-    """Strip namespaces, unknown attributes and metadata from a tree, and turn inline style into classes, in place."""
-    element.tag = element.tag.removeprefix(f"{{{SVG}}}")
-    if element.tag not in _SHAPES:
-        raise ValueError(f"SVG element {element.tag!r} is not among those allowed in a report: {sorted(_SHAPES)}")
-    attributes = {key: value for key, value in element.attrib.items() if key in _ATTRIBUTES or key == "id"}
-    if _XLINK_HREF in element.attrib:
-        attributes["href"] = element.attrib[_XLINK_HREF]
-    if "d" in attributes:
-        attributes["d"] = " ".join(attributes["d"].split())
-    attributes |= _presentation(element.get("style", ""))
-    element.attrib.clear()
-    element.attrib.update(attributes)
-    if element.tag != "text" and element.tag != "tspan":
-        element.text = None
-    element.tail = None
-    for child in list(element):
-        if child.tag == f"{{{SVG}}}metadata" or child.find(f"{{{SVG}}}style") is not None:
-            element.remove(child)
-        else:
-            _prune(child)
+def _variable(colour: re.Match[str]) -> str:
+    if colour[0] not in _ROLES:
+        raise ValueError(f"{colour[0]} is not a colour of the palette; add it to reports.theme.PALETTE")
+    return f"var(--{_ROLES[colour[0]]})"
 
 
-def _presentation(style: str) -> dict[str, str]:
-    """Return the attributes and colour classes that say what an inline style says."""
-    attributes: dict[str, str] = {}
-    classes: list[str] = []
-    for declaration in filter(None, (part.strip() for part in style.split(";"))):
-        key, value = (part.strip() for part in declaration.split(":", 1))
-        if key in ("fill", "stroke"):
-            if value == "none":
-                attributes[key] = value
-            elif value in _ROLES:
-                classes.append(f"{key[0]}-{_ROLES[value]}")
-            else:
-                raise ValueError(f"{key} {value} is not a colour of the palette")
-        elif key in _PRESENTATION:
-            attributes[key] = re.sub(r"px$", "", value)
-    if classes:
-        attributes["class"] = " ".join(classes)
-    return attributes
+def _svg_style() -> str:
+    colours = variables()
+    return (
+        f"svg {{ {colours['light']} background: var(--paper) }}\n"
+        "text { font-family: system-ui, sans-serif !important }\n"
+        f"@media (prefers-color-scheme: dark) {{ svg {{ {colours['dark']} }} }}"
+    )

@@ -18,7 +18,7 @@ from models.explain import identity_relatedness, rank_correlation, top_channels
 from models.se import SEBlock
 from reports.plots import channel_relatedness
 from reports.plots import channel_weights as draw
-from reports.theme import png_file, svg_file
+from reports.theme import plot_files
 from schemas.errors import SettingsError
 from schemas.reports import POSE_CLASSES, ChannelWeights
 from schemas.settings import ColumnNames
@@ -139,13 +139,10 @@ def _files(
         "rank correlation of weight and identity relatedness": correlation,
     }
     files = {"channels.csv": table.getvalue().encode(), "explanation.json": json.dumps(summary, indent=1).encode()}
-    panels = draw(found)
+    plots = draw(found)
     if related is not None:
-        panels += channel_relatedness(found, related.tolist())
-    for panel in panels:
-        files[f"{panel.name}.svg"] = svg_file(panel.figure, panel.name, panel.alt)
-        files[f"{panel.name}.png"] = png_file(panel.figure)
-    return files
+        plots += channel_relatedness(found, related.tolist())
+    return files | plot_files(plots)
 
 
 def _known(value: float) -> float | None:

@@ -15,7 +15,8 @@ import torch
 from models.checkpoint import Checkpoint, library_versions, load
 from models.explain import agreement, member_weights, summarise, top_channels
 from models.inference import normalise
-from reports.html import draw, plot_files, render_report
+from reports.html import draw, render_report
+from reports.theme import plot_files
 from schemas.releases import Release
 from schemas.reports import RAW, ChannelWeights, Evaluation, ReportInput, TrendPoint
 from schemas.settings import PipelineSettings
@@ -49,7 +50,7 @@ def write_report(
     )
     folder = f"{REPORTS}/{release.release}"
     drawn = draw(report)
-    for name, content in plot_files(drawn).items():
+    for name, content in plot_files(plot for figure in drawn for plot in figure.plots).items():
         (store / f"{folder}/plots/{name}").write_bytes(content)
     figures = {"release": json.loads(release.model_dump_json()), "evaluation": json.loads(evaluation.model_dump_json())}
     (store / f"{folder}/metrics.json").write_bytes(json.dumps(figures, indent=1).encode())

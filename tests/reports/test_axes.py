@@ -3,14 +3,14 @@ import pytest
 from matplotlib.colors import to_hex
 
 from reports.axes import bounds, canvas, error_curve, line_style, mark_style, mode_legend, short, slug
-from reports.theme import drawing, inline_svg, light
+from reports.theme import Plot, drawing, light
 from schemas.reports import Estimate
 
 MODES = ["raw", "per_sample", "batch_stat"]
 
 
 @drawing()
-def test_panels_of_one_size_have_their_axes_in_the_same_place() -> None:
+def test_plots_of_one_size_have_their_axes_in_the_same_place() -> None:
     places = [canvas(title, 300, 200, left=40, bottom=30)[1].get_position().bounds for title in ("a", "much longer")]
     assert places[0] == places[1]
     assert np.allclose(np.array(places[0]) * [300, 200, 300, 200], [40, 30, 250, 142])
@@ -73,4 +73,4 @@ def test_slugs_are_plain_and_keep_different_names_apart() -> None:
 @drawing()
 def test_dollar_signs_are_text() -> None:
     figure, _ = canvas("$\\frac{$", 300, 200, left=40, bottom=30)
-    assert "$\\frac{$" in inline_svg(figure, "plot", "a plot")
+    assert "$\\frac{$" in Plot("plot", "a plot", figure).svg.decode()

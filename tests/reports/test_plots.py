@@ -8,9 +8,8 @@ from matplotlib.patches import Rectangle, StepPatch
 from scipy.stats import norm
 
 from reports import plots
-from reports.axes import Panel
 from reports.text import spoken
-from reports.theme import inline_svg, light
+from reports.theme import Plot, light
 from schemas.reports import (
     RAW,
     CellResult,
@@ -32,8 +31,8 @@ def modes(report_input: ReportInput) -> dict[str, ModeResult]:
     return report_input.evaluation.populations["held_out"].modes
 
 
-def only_axes(panel: Panel) -> Axes:
-    return panel.figure.axes[0]
+def only_axes(plot: Plot) -> Axes:
+    return plot.figure.axes[0]
 
 
 def cell(**fields: object) -> CellResult:
@@ -51,21 +50,21 @@ def mode(cells: dict[str, CellResult], name: str = RAW, **fields: object) -> Mod
 
 
 def test_differences_stand_at_their_values_filled_only_where_clear_of_zero(modes: dict[str, ModeResult]) -> None:
-    panels = plots.differences(modes, CELLS, ["eer", "fnmr@1e-3"])
-    assert [panel.name for panel in panels] == ["difference-eer", "difference-fnmr-1e-3"]
-    marks = [line for line in only_axes(panels[0]).lines if line.get_marker() in ("s", "^")]
+    drawn = plots.differences(modes, CELLS, ["eer", "fnmr@1e-3"])
+    assert [plot.name for plot in drawn] == ["difference-eer", "difference-fnmr-1e-3"]
+    marks = [line for line in only_axes(drawn[0]).lines if line.get_marker() in ("s", "^")]
     expected = [modes[name].difference[one]["eer"] for name in ("per_sample", "batch_stat") for one in CELLS]
     assert [line.get_xdata()[0] for line in marks] == pytest.approx([100 * one.value for one in expected])
     for line, one in zip(marks, expected, strict=True):
         hollow = one.low <= 0 <= one.high
         assert (to_hex(line.get_markerfacecolor()) == light("paper")) is hollow
-    assert only_axes(panels[0]).get_xlim() == only_axes(panels[1]).get_xlim()
+    assert only_axes(drawn[0]).get_xlim() == only_axes(drawn[1]).get_xlim()
 
 
 def test_det_curves_are_the_normal_deviates_of_both_rates(modes: dict[str, ModeResult]) -> None:
-    panels = plots.det_curves(modes, CELLS)
-    assert [panel.name for panel in panels] == [f"det-{one}" for one in CELLS]
-    axes = only_axes(panels[2])
+    drawn = plots.det_curves(modes, CELLS)
+    assert [plot.name for plot in drawn] == [f"det-{one}" for one in CELLS]
+    axes = only_axes(drawn[2])
     curve = modes[RAW].cells["frontal-profile"].det
     within = [(x, y) for x, y in zip(curve.fmr, curve.fnmr, strict=True) if 0 < x <= 0.5 and y > 0]
     line = axes.lines[0]
@@ -73,7 +72,7 @@ def test_det_curves_are_the_normal_deviates_of_both_rates(modes: dict[str, ModeR
     np.testing.assert_allclose(line.get_ydata(), norm.ppf([y for _, y in within]), atol=1e-9)
     ticks = {label.get_text(): at for at, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)}
     assert ticks["1"] == pytest.approx(norm.ppf(0.01))
-    assert len({only_axes(panel).get_ylim() for panel in panels}) == 1
+    assert len({only_axes(plot).get_ylim() for plot in drawn}) == 1
 
 
 def test_det_marks_stand_at_the_measured_fnmr(modes: dict[str, ModeResult]) -> None:
@@ -85,8 +84,8 @@ def test_det_marks_stand_at_the_measured_fnmr(modes: dict[str, ModeResult]) -> N
 
 
 def test_scores_show_both_histograms_and_the_global_threshold(modes: dict[str, ModeResult]) -> None:
-    panel = plots.score_histograms(modes, ["frontal-profile"], POINT)[0]
-    rows = panel.figure.axes[1:]
+    plot = plots.score_histograms(modes, ["frontal-profile"], POINT)[0]
+    rows = plot.figure.axes[1:]
     assert len(rows) == len(modes)
     for axes, one in zip(rows, modes.values(), strict=True):
         stairs = [patch for patch in axes.patches if isinstance(patch, StepPatch)]
@@ -98,9 +97,9 @@ def test_scores_show_both_histograms_and_the_global_threshold(modes: dict[str, M
 
 
 def test_heat_map_prints_every_pose_pair_once_with_its_number_of_pairs(modes: dict[str, ModeResult]) -> None:
-    panels = plots.pose_heat_maps(modes, POINT)
-    assert [panel.name for panel in panels] == [f"poses-{name}" for name in modes]
-    axes = only_axes(panels[1])
+    drawn = plots.pose_heat_maps(modes, POINT)
+    assert [plot.name for plot in drawn] == [f"poses-{name}" for name in modes]
+    axes = only_axes(drawn[1])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["frontal", "half", "profile"]
     printed = {tuple(round(at) for at in text.get_position()): text.get_text() for text in axes.texts[::2]}
     value = modes["per_sample"].cells["frontal-profile"].fnmr_global[POINT].value
@@ -135,26 +134,26 @@ def test_identification_shows_ranks_in_order_and_rates_that_are_not_estimable(mo
 
 
 def test_channel_weights_fall_and_name_the_top(report_input: ReportInput) -> None:
-    panels = plots.channel_weights(report_input.weights)
-    assert len({panel.name for panel in panels}) == len(report_input.weights)
-    for panel, one in zip(panels, report_input.weights, strict=True):
-        axes = only_axes(panel)
+    drawn = plots.channel_weights(report_input.weights)
+    assert len({plot.name for plot in drawn}) == len(report_input.weights)
+    for plot, one in zip(drawn, report_input.weights, strict=True):
+        axes = only_axes(plot)
         np.testing.assert_array_equal(axes.lines[0].get_ydata(), np.sort(one.mean)[::-1])
         note, *more = axes.texts[0].get_text().splitlines()
         assert note == "top: " + ", ".join(str(channel) for channel, _ in one.top[:5])
         assert more == ([] if one.agreement is None else ["members agree: 0.07"])
-        assert f"{one.top[0][0]} ({one.top[0][1]:.3f})" in panel.alt
+        assert f"{one.top[0][0]} ({one.top[0][1]:.3f})" in plot.alt
 
 
 def test_trend_hollows_what_was_not_promoted_and_shares_its_axis(report_input: ReportInput) -> None:
-    panels = plots.trend_lines(report_input.trend)
-    assert [panel.name for panel in panels] == ["trend-raw", "trend-per_sample", "trend-batch_stat"]
-    marks = [line for line in only_axes(panels[1]).lines if line.get_marker() == "s"]
+    drawn = plots.trend_lines(report_input.trend)
+    assert [plot.name for plot in drawn] == ["trend-raw", "trend-per_sample", "trend-batch_stat"]
+    marks = [line for line in only_axes(drawn[1]).lines if line.get_marker() == "s"]
     filled = [to_hex(line.get_markerfacecolor()) != light("paper") for line in marks]
     assert filled == [point.promoted for point in report_input.trend]
     values = [100 * point.figures["per_sample"].value for point in report_input.trend]
     assert [line.get_ydata()[0] for line in marks] == pytest.approx(values)
-    assert len({only_axes(panel).get_ylim() for panel in panels}) == 1
+    assert len({only_axes(plot).get_ylim() for plot in drawn}) == 1
 
 
 def test_trend_keeps_the_last_thirty_releases(report_input: ReportInput) -> None:
@@ -174,7 +173,7 @@ def test_trend_keeps_the_last_thirty_releases(report_input: ReportInput) -> None
 )
 @pytest.mark.parametrize("modes", [{}, {RAW: mode({})}, {RAW: mode({"all": cell()})}], ids=["none", "no cell", "bare"])
 def test_nothing_measured_draws_nothing(
-    draw: Callable[[dict[str, ModeResult]], list[Panel]], modes: dict[str, ModeResult]
+    draw: Callable[[dict[str, ModeResult]], list[Plot]], modes: dict[str, ModeResult]
 ) -> None:
     assert draw(modes) == []
 
@@ -202,7 +201,7 @@ def test_single_points_without_intervals_can_be_drawn(report_input: ReportInput)
         "per_sample": mode({"all": bare}, "per_sample", difference={"all": {"eer": {"value": 0.0}}}),
     }
     point = report_input.trend[-1].model_copy(update={"figures": {RAW: Estimate(value=0.0), "per_sample": NOT}})
-    panels = [
+    drawn = [
         *plots.differences(modes, ["all"], ["eer"]),
         *plots.det_curves(modes, ["all"]),
         *plots.score_histograms(modes, ["all"], POINT),
@@ -210,11 +209,11 @@ def test_single_points_without_intervals_can_be_drawn(report_input: ReportInput)
         *plots.identification_curves(modes),
         *plots.trend_lines([point]),
     ]
-    assert [panel.name for panel in panels] == [
+    assert [plot.name for plot in drawn] == [
         "difference-eer", "det-all", "scores-all", "poses-raw", "cmc", "fnir", "trend-raw", "trend-per_sample",
     ]  # fmt: skip
-    assert all(inline_svg(panel.figure, panel.name, panel.alt).startswith("<svg") for panel in panels)
-    assert "no estimable figure" in panels[-1].alt
+    assert all(b"</svg>" in plot.svg for plot in drawn)
+    assert "no estimable figure" in drawn[-1].alt
 
 
 def test_alternative_texts_tell_the_key_figure(modes: dict[str, ModeResult]) -> None:

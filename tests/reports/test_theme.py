@@ -6,25 +6,14 @@ import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
 
-from reports.theme import (
-    PALETTE,
-    RAMP_STEPS,
-    drawing,
-    inline_svg,
-    light,
-    mode_role,
-    mode_rules,
-    plot_rules,
-    png_file,
-    svg_file,
-    variables,
-)
+from reports.theme import PALETTE, RAMP_STEPS, Plot, drawing, light, mode_role, mode_rules, plot_files, variables
 
+SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = '</text></svg><script>alert(1)</script><img src=x onerror="alert(2)">$\\frac{$ \u202e\x00 --> ]]>'
 
 
 @drawing()
-def drawn(text: str = "score", colour: str | None = None) -> Figure:
+def drawn(text: str = "score", colour: str | None = None, alt: str = "a plot") -> Plot:
     figure = Figure(figsize=(2, 1), facecolor="none")
     axes = figure.add_axes((0.2, 0.2, 0.7, 0.7))
     axes.set_facecolor("none")
@@ -33,7 +22,7 @@ def drawn(text: str = "score", colour: str | None = None) -> Figure:
         spine.set_color(light("rule"))
     axes.plot([0, 1], [0, 1], "o--", color=colour or light("raw"), clip_on=True)
     axes.text(0.1, 0.5, text, color=light("ink"))
-    return figure
+    return Plot("plot", alt, figure)
 
 
 def luminance(colour: str) -> float:
@@ -81,72 +70,58 @@ def test_modes_keep_their_colour_and_strangers_share_the_spare_ones() -> None:
     assert mode_role("ink", ["ink"]) == "other-1"
 
 
-def test_every_class_has_a_rule_and_every_rule_a_variable() -> None:
-    svg = inline_svg(drawn(), "plot", "a plot")
-    used = {name for names in re.findall(r'class="([^"]*)"', svg) for name in names.split()} - {"plot"}
-    rules = plot_rules() + mode_rules()
-    assert used >= {"s-raw", "f-ink", "f-muted"}
-    assert all(f".{name} {{" in rules for name in used)
+def test_every_rule_has_a_variable_in_both_themes() -> None:
     for theme in ("light", "dark"):
-        assert all(f"{variable}: #" in variables()[theme] for variable in re.findall(r"var\((--[\w-]+)\)", rules))
+        assert all(f"{one}: #" in variables()[theme] for one in re.findall(r"var\((--[\w-]+)\)", mode_rules()))
 
 
-def test_inline_svg_holds_nothing_but_shapes_and_text() -> None:
-    root = ElementTree.fromstring(inline_svg(drawn(HOSTILE), "plot", HOSTILE))
-    assert {part.tag for part in root.iter()} <= {"svg", "g", "path", "text", "defs", "clipPath", "rect", "use"}
-    assert not [name for part in root.iter() for name in part.attrib if name == "style" or name.startswith("on")]
-    assert "alert(2)" in "".join(root.itertext())
-    assert root.get("role") == "img"
-    assert "\\u202e\\u0000" in root.get("aria-label", "")
+def test_svg_names_its_colours_and_carries_both_themes() -> None:
+    root = ElementTree.fromstring(drawn().svg)
+    assert root.tag == f"{SVG}svg"
+    style = root.findtext(f"{SVG}style", "")
+    assert "prefers-color-scheme: dark" in style
+    used = {colour for part in root.iter() for colour in re.findall(r"(?:fill|stroke): ([^;]+)", part.get("style", ""))}
+    assert used == {"none", "var(--ink)", "var(--muted)", "var(--rule)", "var(--raw)"}
+    for theme in variables().values():
+        assert theme in style
+    assert root.findtext(f"{SVG}title") == "a plot"
 
 
-def test_ids_of_two_figures_differ_and_every_reference_resolves() -> None:
-    roots = [ElementTree.fromstring(inline_svg(drawn(), name, "a plot")) for name in ("one", "two")]
-    ids = [{part.get("id") for part in root.iter() if part.get("id")} for root in roots]
-    assert ids[0]
-    assert not ids[0] & ids[1]
-    for root, known in zip(roots, ids, strict=True):
-        references = {part.get("href", "")[1:] for part in root.iter("use")}
-        references |= {part.get("clip-path", "")[5:-1] for part in root.iter() if part.get("clip-path")}
-        assert references == known
+def test_svg_holds_hostile_texts_as_texts() -> None:
+    root = ElementTree.fromstring(drawn(HOSTILE, alt=HOSTILE).svg)
+    tags = {part.tag.removeprefix(SVG) for part in root.iter()}
+    assert tags == {"svg", "title", "style", "g", "path", "text", "defs", "clipPath", "rect", "use"}
+    assert not [name for part in root.iter() for name in part.attrib if name.startswith("on") or name == "src"]
+    assert all(value.startswith("#") for part in root.iter() for name, value in part.attrib.items() if "href" in name)
+    printed = HOSTILE.replace("\u202e\x00", "\\u202e\\u0000")
+    assert printed in [part.text for part in root.iter(f"{SVG}text")]
+    assert root.findtext(f"{SVG}title") == printed
+
+
+def test_a_text_that_looks_like_a_colour_stays_as_it_is() -> None:
+    text = 'style="fill: #123456" stroke: #767e8a'
+    root = ElementTree.fromstring(drawn(text).svg)
+    assert text in [part.text for part in root.iter(f"{SVG}text")]
 
 
 def test_a_colour_outside_the_palette_is_refused() -> None:
-    with pytest.raises(ValueError, match="stroke #123456 is not a colour of the palette"):
-        inline_svg(drawn(colour="#123456"), "plot", "a plot")
-
-
-def test_a_picture_element_is_refused() -> None:
-    with drawing():
-        figure = Figure(figsize=(1, 1), facecolor="none")
-        figure.add_axes((0, 0, 1, 1)).imshow([[0, 1], [1, 0]])
-    with pytest.raises(ValueError, match="'image' is not among those allowed"):
-        inline_svg(figure, "plot", "a plot")
+    with pytest.raises(ValueError, match="#123456 is not a colour of the palette"):
+        _ = drawn(colour="#123456").svg
 
 
 def test_files_are_the_same_every_time() -> None:
-    assert svg_file(drawn(), "plot", "a plot") == svg_file(drawn(), "plot", "a plot")
-    assert png_file(drawn()) == png_file(drawn())
+    first, second = (plot_files([drawn()]) for _ in range(2))
+    assert list(first) == ["plot.svg", "plot.png"]
+    assert first == second
 
 
-def test_svg_file_stands_alone_in_both_themes() -> None:
-    content = svg_file(drawn(HOSTILE), "plot", HOSTILE)
-    root = ElementTree.fromstring(content)
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert (root.get("width"), root.get("height")) == ("144", "72")
-    style = root.findtext("{http://www.w3.org/2000/svg}style", "")
-    assert "prefers-color-scheme: dark" in style
-    assert PALETTE["raw"][1] in style
-    assert b"http" not in content.replace(b"http://www.w3.org/2000/svg", b"")
-
-
-def test_png_file_is_twice_the_size_of_the_drawing() -> None:
-    content = png_file(drawn())
+def test_png_is_twice_the_size_of_the_drawing() -> None:
+    content = drawn().png()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", content[16:24]) == (288, 144)
 
 
 def test_drawing_leaves_matplotlib_as_it_was() -> None:
     before = dict(mpl.rcParams)
-    inline_svg(drawn(), "plot", "a plot")
+    _ = drawn().svg
     assert dict(mpl.rcParams) == before

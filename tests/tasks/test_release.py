@@ -121,7 +121,7 @@ def reported(settings, release, report_input: ReportInput, monkeypatch: pytest.M
     evaluation = report_input.evaluation.model_copy(update={"release": release.release})
     seen: list[ReportInput] = []
     true = release_module.render_report
-    monkeypatch.setattr(release_module, "plot_files", lambda drawn: {})
+    monkeypatch.setattr(release_module, "plot_files", lambda plots: {})
     monkeypatch.setattr(
         release_module, "render_report", lambda report, drawn: seen.append(report) or true(report, drawn)
     )
