@@ -152,7 +152,7 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
     return outcome.model_copy(
         update={
             "shards_computed": len(work),
-            "shards_reused": len({file.partitions["shard"] for file in plan.reused}),
+            "shards_reused": len({file.shard for file in plan.reused}),
             "rows_computed": sum(item.rows for item in work),
             "seconds": time.monotonic() - started,
             "warnings": warnings,

@@ -1,6 +1,6 @@
-"""What the store's tables look like: features, quarantine, and the names of feature files.
+"""The schemas of the store's tables, and the key of a feature file.
 
-A feature file's name is its key: equal names hold equal bytes, whoever wrote them and whenever.
+The name of a feature file is its key: equal names hold equal bytes, whoever wrote them and whenever.
 """
 
 import hashlib
@@ -8,14 +8,62 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
+
+from schemas.errors import StoreError
+from schemas.reports import RAW
 
 VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))
 PARTITIONS = ("mode", "shard")
 VECTOR_COLUMNS = ("front", "identity", "pose_branch")
 DIGEST_BYTES = 16
 FILE_FORMAT = "sealed"  # part of every file name, since equal names hold equal bytes
+DIGESTS = "(?P<input>[0-9a-f]+)-(?P<model>[0-9a-f]+)"
+_NAME = re.compile(rf"(mode=(?P<mode>[^/]+)/)?shard=(?P<shard>[^/]+)/{DIGESTS}\.parquet")
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """All that decides the bytes of a feature file: its mode, its shard and two digests.
+
+    Attributes:
+        mode: of the features.
+        shard: a `shard_key`.
+        input: digest of what the shard contributes, see `input_digest`.
+        model: digest of the model and of every option that changes a feature. For mode `raw`: of what makes a row bad.
+    """
+
+    mode: str
+    shard: str
+    input: str
+    model: str
+
+    @property
+    def path(self) -> str:
+        """The path of the file in the features table."""
+        return f"mode={self.mode}/{self.quarantine_path}"
+
+    @property
+    def quarantine_path(self) -> str:
+        """The path, in the quarantine table, of the rows that this shard lacks; meant for a key of mode `raw`."""
+        return f"shard={self.shard}/{self.input}-{self.model}.parquet"
+
+    @classmethod
+    def parse(cls, path: str) -> "FeatureKey":
+        """Return the key in the path of a feature file; a path in the quarantine table gives the key of mode `raw`.
+
+        Raises:
+            StoreError: the name is not one that Frontalis gives.
+        """
+        found = _NAME.fullmatch(path)
+        if found is None:
+            raise StoreError(
+                f"{path}: is not the name of a feature file; another program wrote to the table, restore it from a "
+                "backup or build the store again."
+            )
+        return cls(found["mode"] or RAW, found["shard"], found["input"], found["model"])
 
 
 def feature_schema(id_type: pa.DataType, keep: Sequence[pa.Field] = ()) -> pa.Schema:
@@ -91,22 +139,3 @@ def input_digest(content: str, duplicates: Iterable[int] = (), forgotten: Iterab
     """
     left_out = json.dumps([sorted(duplicates), sorted(forgotten)], separators=(",", ":"))
     return digest_of(content.encode(), left_out.encode())
-
-
-def feature_path(mode: str, shard: str, input_digest: str, model_digest: str) -> str:
-    """Return where a feature file lies, relative to the features table. `shard` is a `shard_key`."""
-    return f"mode={mode}/shard={shard}/{input_digest}-{model_digest}.parquet"
-
-
-def input_of(path: str) -> str:
-    """Return the input digest in the name of a feature or quarantine file."""
-    return path.rsplit("/", 1)[1].partition("-")[0]
-
-
-def quarantine_path(raw_path: str) -> str:
-    """Return where a shard's quarantined rows lie, relative to the quarantine table.
-
-    Args:
-        raw_path: `feature_path` of the shard's rows in mode `raw`, which depends on all that makes a row bad.
-    """
-    return raw_path.partition("/")[2]

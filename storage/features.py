@@ -18,16 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import StoreError
-from schemas.features import PARTITIONS, VECTOR, VECTOR_COLUMNS
+from schemas.features import PARTITIONS, VECTOR, VECTOR_COLUMNS, FeatureKey
 from storage.checksums import check_whole, checked_footer, checksummed_writer
+from storage.layout import FEATURES, QUARANTINE
 from storage.location import Location
-from storage.tables import LiveFile, Table
+from storage.tables import LiveFile, Snapshot, Table
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FEATURES = "features"
-QUARANTINE = "quarantine"
-
-
 READERS = 4
 
 
@@ -52,6 +49,15 @@ def features_table(store: Location) -> Table:
 def quarantine_table(store: Location) -> Table:
     """Return the quarantine table of a store."""
     return Table(store / QUARANTINE, ("shard",))
+
+
+def feature_keys(snapshot: Snapshot) -> dict[FeatureKey, LiveFile]:
+    """Return the feature files of a snapshot by key, in the order of their paths, without those of other programs."""
+    keys = {}
+    for path, file in sorted(snapshot.files.items()):
+        with contextlib.suppress(StoreError):
+            keys[FeatureKey.parse(path)] = file
+    return keys
 
 
 def parquet_writer(file: Any, schema: pa.Schema) -> contextlib.AbstractContextManager[pq.ParquetWriter]:

@@ -7,7 +7,6 @@ modules beside this one.
 
 import contextlib
 import os
-import secrets
 import shutil
 import stat
 import tempfile
@@ -21,8 +20,8 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from schemas.errors import SettingsError, StoreError
+from storage.layout import temporary_name
 
-TEMPORARY = ".tmp-"
 NOWHERE = -1  # the size of a link whose target is not there
 
 
@@ -283,7 +282,7 @@ class Location:
         """Return the file's path and a temporary one in the same folder, which is made."""
         target = Path(self.path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        return target, target.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+        return target, target.parent / temporary_name()
 
     @contextlib.contextmanager
     def _naming(self, where: str = "") -> Iterator[None]:

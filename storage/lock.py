@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from schemas.errors import StoreBusyError, StoreError
+from storage.layout import LOCK
 from storage.location import Location
 
-LOCK = ".lock"
 POLL_SECONDS = 0.2
 
 

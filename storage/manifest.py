@@ -17,13 +17,12 @@ from schemas.features import input_digest
 from schemas.settings import ColumnNames
 from schemas.shards import check_shard, fitted_column
 from storage.ids import id_checks, id_keys
+from storage.layout import ROW_KEYS, SHARD_RECORDS, row_keys_path
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
 from storage.shards import Shard, content_digest, read_schema, still_same, stream_blocks
 
 NO_KEY = -1
-MANIFEST = "manifest"
-RECORDS = "shards.parquet"
 BLOCK_ROWS = 4096
 
 
@@ -103,16 +102,16 @@ Matcher = Callable[[pa.Array, pa.Array | None], tuple[np.ndarray, list[str]]]
 
 
 class Manifest:
-    """Entries by shard key, loaded from and saved to the `manifest` folder of a store."""
+    """Records by shard key, loaded from and saved to the `manifest` folder of a store."""
 
-    def __init__(self, place: Location) -> None:
-        self.place = place
+    def __init__(self, store: Location) -> None:
+        self.store = store
         self.entries: dict[str, ShardRecord] = {}
 
     def load(self) -> "Manifest":
         """Read the entries; a missing or damaged manifest is an empty one."""
         try:
-            table = from_parquet((self.place / RECORDS).read_bytes())
+            table = from_parquet((self.store / SHARD_RECORDS).read_bytes())
             self.entries = {row["key"]: ShardRecord(**row) for row in table.to_pylist()}
         except (FileNotFoundError, FrontalisError, pa.ArrowException, OSError, TypeError, KeyError):
             self.entries = {}
@@ -123,21 +122,21 @@ class Manifest:
         if dict(entries) == self.entries:
             return
         rows = [asdict(entries[key]) for key in sorted(entries)]
-        (self.place / RECORDS).write_bytes(to_parquet(pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA)))
+        (self.store / SHARD_RECORDS).write_bytes(to_parquet(pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA)))
         self.entries = dict(entries)
-        needed = {_keys_name(entry) for entry in entries.values()}
-        for file in (self.place / "keys").files():
-            if file.name not in needed:
-                (self.place / "keys" / file.name).delete()
+        needed = set(self.paths())
+        for file in (self.store / ROW_KEYS).files():
+            if f"{ROW_KEYS}/{file.name}" not in needed:
+                (self.store / ROW_KEYS / file.name).delete()
 
-    def names(self) -> list[str]:
-        """Return the files that the entries need, relative to the manifest."""
-        return [RECORDS, *(f"keys/{_keys_name(entry)}" for entry in self.entries.values())]
+    def paths(self) -> list[str]:
+        """Return the files that the records need, relative to the store."""
+        return [SHARD_RECORDS, *(_keys_path(entry) for entry in self.entries.values())]
 
     def row_keys(self, entry: ShardRecord) -> RowKeys | None:
         """Return the row keys of a shard, or None where they are lost."""
         try:
-            table = from_parquet((self.place / "keys" / _keys_name(entry)).read_bytes(1 << 34))
+            table = from_parquet((self.store / _keys_path(entry)).read_bytes(1 << 34))
             return RowKeys(table["key"].to_numpy(), table["check"].to_numpy())
         except (FileNotFoundError, FrontalisError, pa.ArrowException, OSError, KeyError):
             return None
@@ -194,7 +193,7 @@ class Manifest:
     def write_keys(self, entry: ShardRecord, keys: np.ndarray, checks: np.ndarray) -> None:
         """Write the row keys of a shard, under a name that follows from its content and basis."""
         content = to_parquet(pa.table({"key": keys, "check": checks}))
-        (self.place / "keys" / _keys_name(entry)).write_bytes(content)
+        (self.store / _keys_path(entry)).write_bytes(content)
 
 
 def mark_repeats(entries: Mapping[str, ShardRecord], keys: Mapping[str, RowKeys]) -> dict[str, ShardRecord]:
@@ -271,8 +270,8 @@ def find_misfits(
     }
 
 
-def _keys_name(entry: ShardRecord) -> str:
-    return f"{entry.content}-{entry.basis}.parquet"
+def _keys_path(entry: ShardRecord) -> str:
+    return row_keys_path(entry.content, entry.basis)
 
 
 def _concatenated(parts: list[np.ndarray]) -> np.ndarray:

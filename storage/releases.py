@@ -14,12 +14,10 @@ from schemas.errors import SettingsError, StoreBusyError, StoreError
 from schemas.features import digest_of
 from schemas.releases import RELEASES_SCHEMA, Release
 from storage.features import features_table, quarantine_table
+from storage.layout import LOCK, RELEASES, history_name
 from storage.location import Location
-from storage.lock import LOCK
 from storage.parquet import from_parquet, to_parquet
 from storage.tables import LiveFile, Snapshot, Table
-
-RELEASES = "releases"
 
 
 class Releases:
@@ -182,7 +180,7 @@ class Releases:
             for release in releases
         ]
         content = to_parquet(pa.Table.from_pylist(rows, schema=RELEASES_SCHEMA))
-        name = f"{base.version + 1:08d}-{digest_of(content, str(base.version).encode())}.parquet"
+        name = history_name(base.version + 1, digest_of(content, str(base.version).encode()))
         try:
             (self.table.place / name).write_bytes(content)
         except FileNotFoundError as error:  # a vacuum took the temporary file of a rollback, which holds no lock

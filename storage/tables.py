@@ -33,13 +33,39 @@ class LiveFile:
     rows: int
     partitions: Mapping[str, str]
 
+    @property
+    def mode(self) -> str:
+        """The value of partition `mode`."""
+        return self.partitions["mode"]
+
+    @property
+    def shard(self) -> str:
+        """The value of partition `shard`."""
+        return self.partitions["shard"]
+
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The files of a table at one version; version −1 is a table that does not exist yet."""
+    """The files of a table at one version, by path; version −1 is a table that does not exist yet."""
 
     version: int
     files: dict[str, LiveFile]
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a table."""
+        return self.version >= 0
+
+    def of_mode(self, mode: str) -> list[LiveFile]:
+        """Return the files of a mode in the order of their paths."""
+        return [file for _, file in sorted(self.files.items()) if file.mode == mode]
+
+    def of_shard(self, shard: str) -> list[LiveFile]:
+        """Return the files of a shard in the order of their paths."""
+        return [file for _, file in sorted(self.files.items()) if file.shard == shard]
+
+
+NO_TABLE = Snapshot(-1, {})
 
 
 class Table:
@@ -59,7 +85,7 @@ class Table:
         if table is None:
             if version is not None and version >= 0:
                 raise StoreError(f"{self.place.uri}: there is no table, so no version {version}.")
-            return Snapshot(-1, {})
+            return NO_TABLE
         actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
         files = {
             action["path"]: LiveFile(

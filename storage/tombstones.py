@@ -14,16 +14,15 @@ import pyarrow as pa
 
 from schemas.errors import StoreError
 from schemas.features import digest_of
+from storage.layout import TOMBSTONES
 from storage.location import Location
-
-FILE = "tombstones.json"
 
 
 class Tombstones:
     """The tombstones of a store, loaded from `tombstones.json`; empty where nobody was forgotten."""
 
     def __init__(self, store: Location) -> None:
-        self.place = store / FILE
+        self.place = store / TOMBSTONES
         self.salt = secrets.token_hex(16)
         self.marks: frozenset[str] = frozenset()
         try:

@@ -239,7 +239,7 @@ class _Measure:
 
         A mode whose served model does not tell whom it has seen has no comparison.
         """
-        there = {file.partitions["mode"] for file in served.features.files.values()}
+        there = {file.mode for file in served.features.files.values()}
         seen, untold = _seen_by_models(self.store, chosen.rows.names, served.release.models)
         old_modes = [mode for mode in modes if mode != RAW and mode in there and mode not in untold]
         if RAW not in there or not old_modes:

@@ -20,6 +20,7 @@ from schemas.index import IndexSettings
 from schemas.releases import IndexRef, Release
 from storage.features import check_files, features_table, matrix_of, read_rows
 from storage.ids import id_keys
+from storage.layout import IDS_FILE, INDEX_FILE, index_folder
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
 from storage.tables import LiveFile, Snapshot, Table
@@ -28,7 +29,6 @@ from storage.vectors.recall import Recall, audit_recall
 
 log = logging.getLogger("frontalis.index")
 
-INDEXES = "indexes"
 IDS_LIMIT = 1 << 36
 AUDIT_QUERIES = 256
 JOINED_ROWS = 16_384  # measured in docs/decisions.md, Incremental
@@ -57,15 +57,15 @@ def index_mode(
         SettingsError: the factory string is none, or nothing fits the memory budget.
     """
     store = Location(store_uri)
-    folder = f"{INDEXES}/{release}/{mode}"
+    folder = index_folder(release, mode)
     table = features_table(store)
-    files = _files(features, mode)
+    files = {file.path: file for file in features.of_mode(mode)}
     done = _finished(store, folder)
     if done is not None and done.rows == sum(file.rows for file in files.values()):
         return done
     old = previous.release.indexes.get(mode) if previous else None
     if previous is not None and old is not None:
-        before = _files(previous.features, mode)
+        before = {file.path: file for file in previous.features.of_mode(mode)}
         if list(before) == list(files) and choose_factory(old.rows, old.dim, settings) == old.factory:
             shared = _share(store, old, folder)
             if shared is not None:
@@ -114,12 +114,8 @@ def open_ids(store: Location, reference: IndexRef) -> pa.Table:
     return from_parquet(content)
 
 
-def _files(snapshot: Snapshot, mode: str) -> dict[str, LiveFile]:
-    return {path: file for path, file in sorted(snapshot.files.items()) if file.partitions["mode"] == mode}
-
-
 def _finished(store: Location, folder: str) -> IndexRef | None:
-    place = store / f"{folder}/ids.parquet"
+    place = store / f"{folder}/{IDS_FILE}"
     try:
         content = place.read_bytes(IDS_LIMIT)
         # The digest is taken of the bytes as they are, so it cannot tell damage; reading all of them can.
@@ -141,7 +137,7 @@ def _share(store: Location, old: IndexRef, folder: str) -> IndexRef | None:
         open_index(store, old)
     except StoreError:
         return None
-    (store / old.path).copy_to(store / f"{folder}/index.faiss")
+    (store / old.path).copy_to(store / f"{folder}/{INDEX_FILE}")
     return _write_ids(store, folder, ids, old)
 
 
@@ -154,7 +150,7 @@ def _update(
     files: Mapping[str, LiveFile],
     settings: IndexSettings,
 ) -> IndexRef | None:
-    gone = {file.partitions["shard"] for path, file in before.items() if path not in files}
+    gone = {file.shard for path, file in before.items() if path not in files}
     came = [file for path, file in files.items() if path not in before and file.rows]
     moved = sum(file.rows for path, file in before.items() if path not in files) + sum(file.rows for file in came)
     rows = sum(file.rows for file in files.values())
@@ -197,7 +193,7 @@ def _write(
             f"{store.uri}/{folder}: {len(index)} vectors and {ids.num_rows} ids for {rows} rows; run again."
         )
     recall = _recall(index, table, files)
-    path = f"{folder}/index.faiss"
+    path = f"{folder}/{INDEX_FILE}"
     with (store / path).writing() as file:
         written = index.write(file)
     reference = IndexRef(
@@ -240,7 +236,7 @@ def _recall(index: VectorIndex, table: Table, files: Mapping[str, LiveFile]) -> 
 
 def _write_ids(store: Location, folder: str, ids: pa.Table, reference: IndexRef) -> IndexRef:
     """Write `ids.parquet` last: it says that the index beside it is whole, and what its digest is."""
-    paths = {"path": f"{folder}/index.faiss", "ids_path": f"{folder}/ids.parquet"}
+    paths = {"path": f"{folder}/{INDEX_FILE}", "ids_path": f"{folder}/{IDS_FILE}"}
     reference = reference.model_copy(update=paths)
     metadata = {REFERENCE: reference.model_dump_json(exclude={"ids_digest"})}
     content = to_parquet(ids.replace_schema_metadata(metadata))
@@ -254,7 +250,7 @@ def _ids_of(table: Table, files: Iterable[LiveFile]) -> pa.Table:
     for file in files:
         for batch in read_rows(table, file, ["id", "subject"]):
             keys = id_keys(batch.column("id"))
-            shard = pa.repeat(pa.scalar(file.partitions["shard"]), batch.num_rows)
+            shard = pa.repeat(pa.scalar(file.shard), batch.num_rows)
             parts.append(
                 pa.table({"key": keys, "id": batch.column("id"), "subject": batch.column("subject"), "shard": shard})
             )

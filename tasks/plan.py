@@ -14,24 +14,23 @@ import pyarrow as pa
 
 from models.checkpoint import inference_options, load, model_digest
 from schemas.errors import BadModelError, BadShardError, SettingsError
-from schemas.features import FILE_FORMAT, digest_of, feature_path, feature_schema, quarantine_path
+from schemas.features import FILE_FORMAT, FeatureKey, digest_of, feature_schema
 from schemas.releases import ModelRef
 from schemas.reports import RAW, ShardFault
 from schemas.settings import ColumnNames, PipelineSettings
 from schemas.shards import check_shard
-from storage.features import complete_rows, features_table, quarantine_table
+from storage.features import complete_rows, feature_keys, features_table, quarantine_table
+from storage.layout import model_path
 from storage.location import Location
-from storage.manifest import MANIFEST, Manifest, ShardRecord, find_misfits, mark_repeats
+from storage.manifest import Manifest, ShardRecord, find_misfits, mark_repeats
 from storage.shards import Shard, find_shards, read_schema
 from storage.tables import LiveFile, Snapshot
 from storage.tombstones import Tombstones
 
-MODELS = "models"
-
 
 @dataclass(frozen=True)
 class ShardWork:
-    """One shard to read, the feature files (by mode) to write from it, and the file for its bad rows."""
+    """One shard to read, the keys (by mode) of the feature files to write from it, and the file for its bad rows."""
 
     shard: Shard
     input_digest: str
@@ -39,20 +38,20 @@ class ShardWork:
     duplicates: tuple[int, ...]
     collisions: tuple[int, ...]
     forgotten: bool
-    paths: Mapping[str, str]
+    keys: Mapping[str, FeatureKey]
     quarantine: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, before anything is computed. `wanted` maps each file name to its (mode, shard)."""
+    """A run, before anything is computed. `wanted` are the feature files that shall be live, by path."""
 
     base: Snapshot
     schema: pa.Schema
     entries: Mapping[str, ShardRecord]
     inputs: Mapping[str, str]
     models: Mapping[str, ModelRef]
-    wanted: Mapping[str, tuple[str, str]]
+    wanted: Mapping[str, FeatureKey]
     reused: Sequence[LiveFile]
     groups: Sequence[Sequence[ShardWork]]
     faults: Sequence[ShardFault] = field(default_factory=list)
@@ -96,7 +95,7 @@ def prepare_models(settings: PipelineSettings) -> dict[str, ModelRef]:
             **inference_options(checkpoint.card, reweight.statistic, reweight.batch_size),
             "output": output_options(settings),
         }
-        copy = f"{MODELS}/{checkpoint.file_digest}.safetensors"
+        copy = model_path(checkpoint.file_digest)
         if (store / copy).size() != len(content):
             (store / copy).write_bytes(content)
         models[mode] = ModelRef(
@@ -137,7 +136,7 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
     table = features_table(store)
     base = table.snapshot()
     known = table.schema()
-    manifest = Manifest(store / MANIFEST).load()
+    manifest = Manifest(store).load()
     shards = find_shards(settings.source)
     dim = next(iter(models.values())).dim
     contract = Contract(settings.columns, Tombstones(store), dim, None if known is None else _id_type(known))
@@ -149,32 +148,31 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
     inputs = {key: entry.input_digest for key, entry in entries.items() if entry.rows}
     if not inputs:
         raise SettingsError(f"source {settings.source}: its {len(entries)} shards hold no row.")
-    wanted = {
-        feature_path(mode, key, inputs[key], digest): (mode, key) for key in inputs for mode, digest in digests.items()
-    }
+    keys = [FeatureKey(mode, shard, inputs[shard], model) for shard in inputs for mode, model in digests.items()]
+    wanted = {key.path: key for key in keys}
     found = {shard.key: shard for shard in shards}
     faults = []
-    for key, error in sorted(errors.items()):
-        last_good = [path for path, (_, shard) in wanted.items() if shard == key]
-        kept = bool(last_good) and all(_lies_there(table.place, base.files.get(path)) for path in last_good)
-        faults.append(ShardFault(shard=key, reason=str(error), kept=kept))
+    for shard, error in sorted(errors.items()):
+        last_good = [path for path, key in wanted.items() if key.shard == shard]
+        kept = bool(last_good) and all(_is_there(table.place, base.files.get(path)) for path in last_good)
+        faults.append(ShardFault(shard=shard, reason=str(error), kept=kept))
         if not kept:  # those of another model cannot stand beside the new ones
-            wanted = {path: where for path, where in wanted.items() if where[1] != key}
-            inputs.pop(key, None)
-    reused, missing = _sort_out(store, base, wanted, entries)
+            wanted = {path: key for path, key in wanted.items() if key.shard != shard}
+            inputs.pop(shard, None)
+    reused, missing = _find_reusable(store, base, wanted.values(), entries)
     work = [
         ShardWork(
-            shard=found[key],
-            input_digest=inputs[key],
-            rows=entries[key].rows,
-            duplicates=tuple(entries[key].duplicates),
-            collisions=tuple(entries[key].collisions),
-            forgotten=bool(entries[key].forgotten),
-            paths={mode: path for path, (mode, _) in paths.items()},
-            quarantine=quarantine_path(feature_path(RAW, key, inputs[key], digests[RAW])),
+            shard=found[shard],
+            input_digest=inputs[shard],
+            rows=entries[shard].rows,
+            duplicates=tuple(entries[shard].duplicates),
+            collisions=tuple(entries[shard].collisions),
+            forgotten=bool(entries[shard].forgotten),
+            keys={key.mode: key for key in lacking},
+            quarantine=FeatureKey(RAW, shard, inputs[shard], digests[RAW]).quarantine_path,
         )
-        for key, paths in _by_shard(missing, wanted).items()
-        if key not in errors
+        for shard, lacking in _by_shard(missing).items()
+        if shard not in errors
     ]
     readable = [found[key] for key in sorted(entries) if key not in errors]
     return Plan(
@@ -267,49 +265,53 @@ def group_work(work: Sequence[ShardWork], group_rows: int, workers: int) -> list
     return groups
 
 
-def _sort_out(
-    store: Location, base: Snapshot, wanted: Mapping[str, tuple[str, str]], entries: Mapping[str, ShardRecord]
-) -> tuple[list[LiveFile], list[str]]:
-    """Tell wanted files that lie complete, though not live yet, from those to compute.
+def _find_reusable(
+    store: Location, base: Snapshot, wanted: Iterable[FeatureKey], entries: Mapping[str, ShardRecord]
+) -> tuple[list[LiveFile], list[FeatureKey]]:
+    """Separate wanted files that are complete on disk, though not live yet, from those to compute.
 
-    A shard that was renamed has its file under the old name: equal file names hold equal bytes, so it is copied. A
-    shard of which rows are neither features nor in quarantine is computed again.
+    A shard that was renamed has its file under the old name: equal digests mean equal bytes, so it is copied. A shard
+    of which rows are neither features nor in quarantine is computed again.
     """
-    place, held = features_table(store).place, quarantine_table(store).place
-    held_rows = _held_rows(store, {quarantine_path(path) for path, (mode, _) in wanted.items() if mode == RAW})
+    wanted = list(wanted)
+    place, quarantine = features_table(store).place, quarantine_table(store).place
+    bad_rows = _quarantined_rows(store, {key.quarantine_path for key in wanted if key.mode == RAW})
     on_disk = {entry.name: entry.size for entry in place.files(".parquet")}
-    elsewhere = {(file.partitions["mode"], path.rsplit("/", 1)[1]): file for path, file in base.files.items()}
+    by_digests = {(key.mode, key.input, key.model): key for key in feature_keys(base)}
     reused, missing = [], []
-    for path, (mode, shard) in wanted.items():
-        live = base.files.get(path)
-        if live is not None and on_disk.get(path) == live.size:
-            if mode == RAW and entries[shard].unaccounted(live.rows, held_rows.get(quarantine_path(path), 0)):
-                missing.append(path)
+    for key in wanted:
+        live = base.files.get(key.path)
+        if live is not None and on_disk.get(key.path) == live.size:
+            if key.mode == RAW and entries[key.shard].unaccounted(live.rows, bad_rows.get(key.quarantine_path, 0)):
+                missing.append(key)
             continue
-        twin = elsewhere.get((mode, path.rsplit("/", 1)[1]))
-        if live is None and path not in on_disk and twin is not None and on_disk.get(twin.path) == twin.size:
-            if mode == RAW and (held / quarantine_path(twin.path)).exists():
-                (held / quarantine_path(twin.path)).copy_to(held / quarantine_path(path))
-                held_rows[quarantine_path(path)] = complete_rows(held / quarantine_path(path)) or 0
-            (place / twin.path).copy_to(place / path)
-            on_disk[path] = twin.size
-        rows = complete_rows(place / path) if live is None and path in on_disk else None
-        lost = rows is None or (
-            mode == RAW and entries[shard].unaccounted(rows, held_rows.get(quarantine_path(path), 0))
-        )
+        twin = by_digests.get((key.mode, key.input, key.model))
+        if (
+            live is None
+            and key.path not in on_disk
+            and twin is not None
+            and on_disk.get(twin.path) == base.files[twin.path].size
+        ):
+            if key.mode == RAW and (quarantine / twin.quarantine_path).exists():
+                (quarantine / twin.quarantine_path).copy_to(quarantine / key.quarantine_path)
+                bad_rows[key.quarantine_path] = complete_rows(quarantine / key.quarantine_path) or 0
+            (place / twin.path).copy_to(place / key.path)
+            on_disk[key.path] = on_disk[twin.path]
+        rows = complete_rows(place / key.path) if live is None and key.path in on_disk else None
+        lost = key.mode == RAW and entries[key.shard].unaccounted(rows or 0, bad_rows.get(key.quarantine_path, 0))
         if rows is None or lost:
-            missing.append(path)
+            missing.append(key)
         else:
-            reused.append(LiveFile(path, on_disk[path], rows, {"mode": mode, "shard": shard}))
+            reused.append(LiveFile(key.path, on_disk[key.path], rows, {"mode": key.mode, "shard": key.shard}))
     return reused, missing
 
 
-def _lies_there(place: Location, file: LiveFile | None) -> bool:
+def _is_there(place: Location, file: LiveFile | None) -> bool:
     return file is not None and (place / file.path).size() == file.size
 
 
-def _held_rows(store: Location, wanted: Collection[str]) -> dict[str, int]:
-    """Return how many rows each wanted quarantine file holds that lies there whole."""
+def _quarantined_rows(store: Location, wanted: Collection[str]) -> dict[str, int]:
+    """Return how many rows are in each wanted quarantine file that is complete on disk."""
     table = quarantine_table(store)
     live = table.snapshot().files
     rows = {}
@@ -321,10 +323,10 @@ def _held_rows(store: Location, wanted: Collection[str]) -> dict[str, int]:
     return rows
 
 
-def _by_shard(missing: Iterable[str], wanted: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, tuple[str, str]]]:
-    shards: dict[str, dict[str, tuple[str, str]]] = {}
-    for path in missing:
-        shards.setdefault(wanted[path][1], {})[path] = wanted[path]
+def _by_shard(keys: Iterable[FeatureKey]) -> dict[str, list[FeatureKey]]:
+    shards: dict[str, list[FeatureKey]] = {}
+    for key in keys:
+        shards.setdefault(key.shard, []).append(key)
     return shards
 
 

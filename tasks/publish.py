@@ -5,14 +5,14 @@ is the commit. Judging the result and serving it come later: readers of the last
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from schemas.errors import BadShardError, StoreError
-from schemas.features import QUARANTINE_SCHEMA, quarantine_path
+from schemas.features import QUARANTINE_SCHEMA, FeatureKey
 from schemas.reports import RAW, DataQuality, ShardFault
 from schemas.settings import PipelineSettings
-from storage.features import complete_rows, features_table, quarantine_table, read_table
+from storage.features import complete_rows, feature_keys, features_table, quarantine_table, read_table
 from storage.location import Location
 from storage.tables import LiveFile, Snapshot, Table
 from tasks.plan import Plan
@@ -37,7 +37,7 @@ def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResul
     """
     store = Location(settings.store)
     features = features_table(store)
-    wanted, faults = _settle(features.place, plan, results)
+    wanted, faults = _final_files(features.place, plan, results)
     fresh = {file.path: file for result in results for file in result.files} | {file.path: file for file in plan.reused}
     add = [file for path, file in fresh.items() if path in wanted and path not in plan.base.files]
     remove = [file for path, file in plan.base.files.items() if path not in wanted]
@@ -46,40 +46,37 @@ def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResul
         what = faults[0].reason if faults else "every row is bad or forgotten"
         raise BadShardError(f"source {settings.source}: no row can be used, so nothing was published: {what}")
     # Quarantine first: were the features live and their bad rows not, vacuum would remove those.
-    quarantine = _publish_quarantine(store, wanted)
+    quarantine = _publish_quarantine(store, wanted.values())
     snapshot = features.commit(plan.base, plan.schema, add, remove)
     return Published(snapshot, quarantine, data_quality(plan, faults, snapshot, quarantine, quarantine_table(store)))
 
 
-def _settle(
+def _final_files(
     place: Location, plan: Plan, results: Sequence[ShardResult]
-) -> tuple[dict[str, tuple[str, str]], list[ShardFault]]:
+) -> tuple[dict[str, FeatureKey], list[ShardFault]]:
     """Return the files the table shall hold: those wanted, but for a shard that failed, its last good ones."""
     wanted = dict(plan.wanted)
     faults = list(plan.faults)
-    digests = {mode: path.rsplit("-", 1)[1] for path, (mode, _) in plan.wanted.items()}
+    models = {key.mode: key.model for key in plan.wanted.values()}
+    live = feature_keys(plan.base)
     for result in results:
         if result.fault is None:
             continue
-        wanted = {path: where for path, where in wanted.items() if where[1] != result.shard}
-        last_good = {
-            path: (file.partitions["mode"], result.shard)
-            for path, file in plan.base.files.items()
-            if file.partitions["shard"] == result.shard and path.endswith(digests.get(file.partitions["mode"], "/"))
-        }
+        wanted = {path: key for path, key in wanted.items() if key.shard != result.shard}
+        last_good = [key for key in live if key.shard == result.shard and key.model == models.get(key.mode)]
         kept = len(last_good) == len(plan.modes) and all(
-            (place / path).size() == plan.base.files[path].size for path in last_good
+            (place / key.path).size() == live[key].size for key in last_good
         )
         if kept:
-            wanted |= last_good
+            wanted |= {key.path: key for key in last_good}
         faults.append(result.fault.model_copy(update={"kept": kept}))
     return wanted, faults
 
 
-def _publish_quarantine(store: Location, features: Mapping[str, tuple[str, str]]) -> Snapshot:
+def _publish_quarantine(store: Location, features: Iterable[FeatureKey]) -> Snapshot:
     table = quarantine_table(store)
     base = table.snapshot()
-    names = {quarantine_path(path): shard for path, (mode, shard) in features.items() if mode == RAW}
+    names = {key.quarantine_path: key.shard for key in features if key.mode == RAW}
     on_disk = {entry.name: entry.size for entry in table.place.files(".parquet")}
     wanted = {path: shard for path, shard in names.items() if path in on_disk}
     add = [
@@ -103,8 +100,8 @@ def data_quality(
     """
     rows: dict[str, dict[str, int]] = {}
     for file in features.files.values():
-        rows.setdefault(file.partitions["shard"], {})[file.partitions["mode"]] = file.rows
-    held = Counter({file.partitions["shard"]: file.rows for file in quarantine.files.values()})
+        rows.setdefault(file.shard, {})[file.mode] = file.rows
+    held = Counter({file.shard: file.rows for file in quarantine.files.values()})
     faulty = {fault.shard for fault in faults}
     read = forgotten = 0
     for shard, by_mode in rows.items():

@@ -234,8 +234,8 @@ def _stored(store: Location, release: Release, mode: str, ids: pa.Table, row: in
     """Return the stored feature `[1, D]` of one row."""
     shard, wanted = ids["shard"][row].as_py(), ids["id"][row]
     table = features_table(store)
-    for file in table.snapshot(release.features_version).files.values():
-        if file.partitions == {"mode": mode, "shard": shard}:
+    for file in table.snapshot(release.features_version).of_mode(mode):
+        if file.shard == shard:
             for batch in read_rows(table, file, ["id", "front"]):
                 at = pc.index(batch.column("id"), wanted).as_py()
                 if at >= 0:

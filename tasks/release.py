@@ -21,10 +21,10 @@ from schemas.releases import Release
 from schemas.reports import RAW, ChannelWeights, Evaluation, ReportInput, TrendPoint
 from schemas.settings import PipelineSettings
 from storage.features import features_table, matrix_of, read_rows
+from storage.layout import REPORT_METRICS, REPORT_PAGE, REPORT_PLOTS, report_folder
 from storage.location import Location
 from tasks.gate import gated
 
-REPORTS = "reports"
 SAMPLE_ROWS = 2048
 
 
@@ -48,14 +48,14 @@ def write_report(
         trend=[_point(old) for old in [*earlier[-59:], release] if old.gated_name == release.gated_name],
         provenance=provenance(release),
     )
-    folder = f"{REPORTS}/{release.release}"
+    folder = report_folder(release.release)
     drawn = draw(report)
     for name, content in plot_files(plot for figure in drawn for plot in figure.plots).items():
-        (store / f"{folder}/plots/{name}").write_bytes(content)
+        (store / f"{folder}/{REPORT_PLOTS}/{name}").write_bytes(content)
     figures = {"release": json.loads(release.model_dump_json()), "evaluation": json.loads(evaluation.model_dump_json())}
-    (store / f"{folder}/metrics.json").write_bytes(json.dumps(figures, indent=1).encode())
-    (store / f"{folder}/index.html").write_bytes(render_report(report, drawn).encode())
-    return f"{folder}/index.html"
+    (store / f"{folder}/{REPORT_METRICS}").write_bytes(json.dumps(figures, indent=1).encode())
+    (store / f"{folder}/{REPORT_PAGE}").write_bytes(render_report(report, drawn).encode())
+    return f"{folder}/{REPORT_PAGE}"
 
 
 def release_weights(store: Location, release: Release) -> list[ChannelWeights]:
@@ -118,7 +118,7 @@ def _raw_sample(store: Location, release: Release) -> np.ndarray:
     """Return up to `SAMPLE_ROWS` raw rows, the same number from every file."""
     table = features_table(store)
     snapshot = table.snapshot(release.features_version)
-    files = [file for _, file in sorted(snapshot.files.items()) if file.partitions["mode"] == RAW and file.rows]
+    files = [file for file in snapshot.of_mode(RAW) if file.rows]
     share = max(1, SAMPLE_ROWS // max(1, len(files)))
     parts = []
     for file in files[:SAMPLE_ROWS]:

@@ -22,7 +22,7 @@ import torch
 from models.checkpoint import load
 from models.inference import Reweighter
 from schemas.errors import BadModelError, BadShardError, FrontalisError, clipped
-from schemas.features import QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, file_schema
+from schemas.features import QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, FeatureKey, file_schema
 from schemas.models import Statistic
 from schemas.releases import ModelRef
 from schemas.reports import RAW, ShardFault
@@ -122,22 +122,22 @@ def reweight_group(group: Sequence[ShardWork], spec: ReweightSpec) -> list[Shard
 
 
 def reweight_shard(work: ShardWork, spec: ReweightSpec) -> ShardResult:
-    """Compute the features of one shard for every mode in `work.paths`, and its quarantine file.
+    """Compute the features of one shard for every mode in `work.keys`, and its quarantine file.
 
     Raises:
         BadShardError: the shard breaks the contract, or a bad row was met and the settings say to fail.
     """
     arrow, _ = read_schema(work.shard)
     shard = check_shard(work.shard.key, arrow, spec.columns)
-    networks = {mode: _network(spec, mode) for mode in work.paths if mode != RAW}
+    networks = {mode: _network(spec, mode) for mode in work.keys if mode != RAW}
     result = ShardResult(work.shard.key, work.input_digest)
     reader = _Reader(work, spec, shard, result)
     by_block: dict[int, list[str]] = {}
-    for mode in work.paths:
+    for mode in work.keys:
         by_block.setdefault(_block_rows(spec, mode), []).append(mode)
     for pass_number, (rows, modes) in enumerate(sorted(by_block.items())):
         with contextlib.ExitStack() as stack:
-            writers = {mode: _Output(stack, spec, work.paths[mode]) for mode in modes}
+            writers = {mode: _Output(stack, spec, work.keys[mode]) for mode in modes}
             for meta, matrix in reader.blocks(rows, record=pass_number == 0):
                 for mode in modes:
                     network = networks.get(mode)
@@ -150,7 +150,7 @@ def reweight_shard(work: ShardWork, spec: ReweightSpec) -> ShardResult:
             if pass_number == 0:  # before the features appear: whoever finds those may rely on it
                 reader.write_quarantine()
         for mode in modes:
-            result.files.append(writers[mode].live(mode, work.shard.key))
+            result.files.append(writers[mode].live())
     return result
 
 
@@ -186,7 +186,7 @@ class _Reader:
                 )
             meta = self._meta(first, block, schema, record)
             matrix, reasons = embedding_matrix(block.column(columns.embedding), self.dim)
-            keep = self._sort_out(first, meta, reasons, record)
+            keep = self._good_rows(first, meta, reasons, record)
             if keep.all():
                 yield meta, matrix
             else:
@@ -222,7 +222,7 @@ class _Reader:
                 self._see_yaw(array)
         return array
 
-    def _sort_out(self, first: int, meta: pa.RecordBatch, reasons: np.ndarray, record: bool) -> np.ndarray:
+    def _good_rows(self, first: int, meta: pa.RecordBatch, reasons: np.ndarray, record: bool) -> np.ndarray:
         """Return which rows are good, and note the others. Forgotten rows leave no trace but their number."""
         ids = meta.column("id")
         for reason, repeated in self.repeats.items():
@@ -285,10 +285,10 @@ class _Reader:
 class _Output:
     """One feature file on its way to its final name."""
 
-    def __init__(self, stack: contextlib.ExitStack, spec: ReweightSpec, path: str) -> None:
-        self.path = path
+    def __init__(self, stack: contextlib.ExitStack, spec: ReweightSpec, key: FeatureKey) -> None:
+        self.key = key
         self.schema = file_schema(spec.schema)
-        self.place = features_table(Location(spec.store)).place / path
+        self.place = features_table(Location(spec.store)).place / key.path
         file = stack.enter_context(self.place.writing())
         self.writer = stack.enter_context(parquet_writer(file, self.schema))
         self.rows = 0
@@ -304,10 +304,10 @@ class _Output:
         self.writer.write_table(table, row_group_size=max(n, BLOCK_ROWS))
         self.rows += n
 
-    def live(self, mode: str, shard: str) -> LiveFile:
+    def live(self) -> LiveFile:
         size = self.place.size()
         assert size is not None
-        return LiveFile(self.path, size, self.rows, {"mode": mode, "shard": shard})
+        return LiveFile(self.key.path, size, self.rows, {"mode": self.key.mode, "shard": self.key.shard})
 
 
 def _apply(network: Reweighter, matrix: np.ndarray, spec: ReweightSpec, mode: str, shard: str) -> dict[str, np.ndarray]:

@@ -169,8 +169,7 @@ def rows_at(
 
 def files_of(features: Snapshot, mode: str) -> dict[str, LiveFile]:
     """Return the files of a mode by shard, in order."""
-    files = [file for file in features.files.values() if file.partitions["mode"] == mode]
-    return {file.partitions["shard"]: file for file in sorted(files, key=lambda file: file.partitions["shard"])}
+    return {file.shard: file for file in sorted(features.of_mode(mode), key=lambda file: file.shard)}
 
 
 def _runs(shards: np.ndarray) -> Iterator[tuple[str, slice]]:

@@ -17,11 +17,9 @@ from models.inference import Reweighter
 from schemas.features import (
     QUARANTINE_SCHEMA,
     VECTOR_COLUMNS,
-    feature_path,
+    FeatureKey,
     file_schema,
     input_digest,
-    input_of,
-    quarantine_path,
 )
 from schemas.releases import ModelRef, Release
 from schemas.reports import RAW
@@ -40,13 +38,11 @@ from storage.features import (
 )
 from storage.ids import id_keys
 from storage.location import Location
-from storage.manifest import MANIFEST, NO_KEY, Manifest, RowKeys, mark_repeats
-from storage.tables import LiveFile, Snapshot, Table
+from storage.manifest import NO_KEY, Manifest, RowKeys, mark_repeats
+from storage.tables import NO_TABLE, LiveFile, Snapshot, Table
 from storage.tombstones import Tombstones
 from tasks.plan import manifest_basis
 from tasks.reweight import BLOCK_ROWS
-
-_NOT_LIVE = Snapshot(-1, {})
 
 
 @dataclass
@@ -84,18 +80,18 @@ def find_forgotten(
     """
     found: dict[str, Hits] = {}
     table = features_table(store)
-    for file in _of_mode(features, RAW):
+    for file in features.of_mode(RAW):
         rows = read_table(table, [file], ["id", "subject"])
         ids = rows["id"].combine_chunks()
         gone, marks = tombstones.match(ids, rows["subject"].combine_chunks())
         if gone.any():
-            found[file.partitions["shard"]] = Hits(ids.filter(pa.array(gone)), marks=set(marks))
+            found[file.shard] = Hits(ids.filter(pa.array(gone)), marks=set(marks))
     held = quarantine_table(store)
     for file in quarantine.files.values():
         rows = read_table(held, [file], ["row", "id", "subject"])
         gone, marks = tombstones.match(rows["id"].combine_chunks(), rows["subject"].combine_chunks())
         if gone.any():
-            hits = found.setdefault(file.partitions["shard"], Hits(pa.array([], pa.string())))
+            hits = found.setdefault(file.shard, Hits(pa.array([], pa.string())))
             hits.quarantined = rows["row"].filter(pa.array(gone)).to_pylist()
             hits.marks.update(marks)
     return found
@@ -125,27 +121,27 @@ def erase(
     shown = features.snapshot(served.features_version) if served else live
     held = _quarantine_of(quarantine, served) if served else live_held
     hits = find_forgotten(store, shown, held, tombstones)
-    manifest = _FollowedCensus(Manifest(store / MANIFEST).load(), columns, before, tombstones)
+    manifest = _FollowedCensus(Manifest(store).load(), columns, before, tombstones)
     if not hits and (served is None or not find_forgotten(store, live, live_held, tombstones)):
-        manifest.save({file.partitions["shard"]: file for file in _of_mode(live, RAW)})
+        manifest.save({file.shard: file for file in live.of_mode(RAW)})
         return Erased(live, live_held, rows=0, quarantined=0, shards=0)
     models = served.models if served else {}
     files, held_files = dict(shown.files), dict(held.files)
     for shard, one in sorted(hits.items()):
-        of_shard = {file.partitions["mode"]: file for file in shown.files.values() if file.partitions["shard"] == shard}
+        of_shard = {file.mode: file for file in shown.of_shard(shard)}
         check_files(features, of_shard.values())
         digest = manifest.forget(shard, one, _input_of(of_shard, shard))
         for mode, file in of_shard.items():
             new = _rewrite(features, of_shard, mode, digest, models, tombstones)
             del files[file.path]
             files[new.path] = new
-        for path in [path for path, file in held.files.items() if file.partitions["shard"] == shard]:
-            kept = _rewrite_quarantine(quarantine, held_files.pop(path), digest, one.quarantined)
+        for file in held.of_shard(shard):
+            kept = _rewrite_quarantine(quarantine, held_files.pop(file.path), digest, one.quarantined)
             if kept is not None:
                 held_files[kept.path] = kept
     after_held = _replace(quarantine, live_held, held_files)  # before the features, as in `tasks.publish`
     after = _replace(features, live, files)
-    manifest.save({file.partitions["shard"]: file for file in _of_mode(after, RAW)})
+    manifest.save({file.shard: file for file in after.of_mode(RAW)})
     return Erased(
         after,
         after_held,
@@ -218,9 +214,8 @@ def _rewrite(
 ) -> LiveFile:
     """Write the rows of a feature file that stay, block by block as `tasks.reweight` would, under its new name."""
     file = of_shard[mode]
-    shard = file.partitions["shard"]
-    path = feature_path(mode, shard, digest, file.path.rsplit("-", 1)[1].removesuffix(".parquet"))
-    place = table.place / path
+    key = replace(FeatureKey.parse(file.path), input=digest)
+    place = table.place / key.path
     rows = complete_rows(place) if place.size() is not None else None
     if rows is None:
         by_batch = mode in models and mode == "batch_stat" and models[mode].statistic == "batch"
@@ -243,7 +238,7 @@ def _rewrite(
                         rows += block.num_rows
     size = place.size()
     assert size is not None
-    return LiveFile(path, size, rows, {"mode": mode, "shard": shard})
+    return LiveFile(key.path, size, rows, file.partitions)
 
 
 def _with_vectors(block: pa.Table, network: Reweighter, embeddings: np.ndarray) -> pa.Table:
@@ -283,18 +278,16 @@ class _Blocks:
 
 def _rewrite_quarantine(table: Table, file: LiveFile, digest: str, gone: Sequence[int]) -> LiveFile | None:
     """Write the quarantined rows of a shard that stay under their new name; None where none is left."""
-    shard = file.partitions["shard"]
     rows = read_table(table, [file], ["row", "id", "subject", "reason"])
     rows = rows.filter(pc.invert(pc.is_in(rows["row"], pa.array(gone, pa.int64())))).combine_chunks()
     if not rows.num_rows:
         return None
-    rules = file.path.rsplit("-", 1)[1].removesuffix(".parquet")
-    path = quarantine_path(feature_path(RAW, shard, digest, rules))
+    path = replace(FeatureKey.parse(file.path), input=digest).quarantine_path
     rows = rows.cast(file_schema(QUARANTINE_SCHEMA))
     write_quarantine(table.place / path, rows)
     size = (table.place / path).size()
     assert size is not None
-    return LiveFile(path, size, rows.num_rows, {"shard": shard})
+    return LiveFile(path, size, rows.num_rows, file.partitions)
 
 
 def _replace(table: Table, live: Snapshot, files: Mapping[str, LiveFile]) -> Snapshot:
@@ -311,13 +304,9 @@ def _network(table: Table, model: ModelRef) -> Reweighter:
 
 
 def _quarantine_of(table: Table, release: Release) -> Snapshot:
-    return _NOT_LIVE if release.quarantine_version is None else table.snapshot(release.quarantine_version)
-
-
-def _of_mode(snapshot: Snapshot, mode: str) -> list[LiveFile]:
-    return [file for _, file in sorted(snapshot.files.items()) if file.partitions["mode"] == mode]
+    return NO_TABLE if release.quarantine_version is None else table.snapshot(release.quarantine_version)
 
 
 def _input_of(of_shard: Mapping[str, LiveFile], shard: str) -> str:
     """Return the input digest in the name of a shard's raw feature file; one that no shard has where it has none."""
-    return input_of(of_shard[RAW].path) if RAW in of_shard else f"none of {shard}"
+    return FeatureKey.parse(of_shard[RAW].path).input if RAW in of_shard else f"none of {shard}"

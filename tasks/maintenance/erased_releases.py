@@ -14,7 +14,7 @@ from schemas.reports import RAW
 from storage.features import quarantine_table
 from storage.location import Location
 from storage.releases import Releases
-from storage.tables import Snapshot
+from storage.tables import NO_TABLE
 from storage.tombstones import Tombstones
 from tasks.index import open_ids
 from tasks.maintenance.erase import find_forgotten
@@ -69,6 +69,6 @@ def holds_forgotten(store: Location, release: Release, tombstones: Tombstones) -
         if release.quarantine_version is None:
             return False
         held = quarantine_table(store).snapshot(release.quarantine_version)
-        return bool(find_forgotten(store, Snapshot(-1, {}), held, tombstones))
+        return bool(find_forgotten(store, NO_TABLE, held, tombstones))
     except StoreError:
         return True

@@ -20,6 +20,7 @@ from schemas.releases import IndexRef, Release, release_name
 from schemas.reports import DataQuality, GateDecision
 from schemas.settings import ColumnNames, EvaluationSettings, PipelineSettings, checked
 from storage.features import features_table, quarantine_table, read_table
+from storage.layout import FORGET_LOG
 from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
@@ -33,8 +34,6 @@ from tasks.maintenance.erased_releases import holds_forgotten
 from tasks.release import write_report
 
 log = logging.getLogger("frontalis.forget")
-
-LOG = "forgotten.jsonl"
 
 
 class Forgotten(BaseModel):
@@ -206,7 +205,7 @@ def _settings(store: Location, release: Release | None) -> PipelineSettings:
 
 def _write_log(store: Location, outcome: Forgotten) -> None:
     """Add a line to the log: when, which kind and how many, never whom."""
-    place = store / LOG
+    place = store / FORGET_LOG
     try:
         lines = place.read_bytes()
     except FileNotFoundError:

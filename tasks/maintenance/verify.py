@@ -7,6 +7,7 @@ listed, and are no problem.
 import hashlib
 import logging
 from collections.abc import Iterable
+from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -15,17 +16,17 @@ from prefect import flow
 from pydantic import BaseModel
 
 from schemas.errors import BadModelError, FrontalisError, StoreError
-from schemas.features import input_of, quarantine_path
 from schemas.releases import IndexRef, Release
 from schemas.reports import RAW
 from storage.checksums import check_whole
-from storage.features import features_table, quarantine_table
+from storage.features import feature_keys, features_table, quarantine_table
 from storage.ids import id_keys
+from storage.layout import report_folder
 from storage.leftovers import find_leftovers
 from storage.location import digest_file
-from storage.manifest import MANIFEST, Manifest
+from storage.manifest import Manifest
 from storage.releases import Releases
-from storage.tables import LiveFile, Snapshot, Table
+from storage.tables import NO_TABLE, LiveFile, Snapshot, Table
 from storage.tombstones import Tombstones
 from tasks.index import open_ids, open_index
 
@@ -96,13 +97,13 @@ class _Check:
         releases = self.history.all()
         kept = [release for release in releases if not (release.erased or release.vacuumed)]
         self._one_served(releases)
-        newest = {"features": self._newest(self.features), "quarantine": self._newest(self.quarantine)}
+        features, quarantine = self._newest(self.features), self._newest(self.quarantine)
         for release in kept:
             log.info("verify: %s", release.release)
             self._release(release)
-        for what, table in (("features", self.features), ("quarantine", self.quarantine)):
-            self._files(table, newest[what].files.values())
-        self._sums(newest["features"], newest["quarantine"])
+        self._files(self.features, features.files.values())
+        self._files(self.quarantine, quarantine.files.values())
+        self._sums(features, quarantine)
         return Checked(
             store=self.store.uri,
             releases=[release.release for release in kept],
@@ -128,28 +129,26 @@ class _Check:
             return table.snapshot()
         except StoreError as error:
             self._wrong(table.place.name, str(error), "restore the table's _delta_log from a backup")
-            return Snapshot(-1, {})
+            return NO_TABLE
 
     def _sums(self, features: Snapshot, quarantine: Snapshot) -> None:
         """Add up the rows of every shard of which the manifest knows how many were read for these files."""
-        entries = Manifest(self.store / MANIFEST).load().entries
-        for path, file in sorted(features.files.items()):
-            shard = file.partitions["shard"]
-            if file.partitions["mode"] != RAW or shard not in entries or entries[shard].input_digest != input_of(path):
+        entries = Manifest(self.store).load().entries
+        for key, file in feature_keys(features).items():
+            entry = entries.get(key.shard)
+            if key.mode != RAW or entry is None or entry.input_digest != key.input:
                 continue
-            held = quarantine.files.get(quarantine_path(path))
-            lost = entries[shard].unaccounted(file.rows, held.rows if held is not None else 0)
+            bad = quarantine.files.get(key.quarantine_path)
+            lost = entry.unaccounted(file.rows, bad.rows if bad is not None else 0)
             if lost is not None:
-                self._wrong(f"shard {shard}", lost, "run `frontalis reprocess` with this source and these models")
+                self._wrong(f"shard {key.shard}", lost, "run `frontalis reprocess` with this source and these models")
 
     def _release(self, release: Release) -> None:
         name = release.release
         try:
             features = self.features.snapshot(release.features_version)
             held = (
-                Snapshot(-1, {})
-                if release.quarantine_version is None
-                else self.quarantine.snapshot(release.quarantine_version)
+                NO_TABLE if release.quarantine_version is None else self.quarantine.snapshot(release.quarantine_version)
             )
         except StoreError as error:
             self._wrong(name, str(error), f"serve another release, then `frontalis vacuum --store {self.store.uri}`")
@@ -157,7 +156,7 @@ class _Check:
         self._files(self.features, features.files.values())
         self._files(self.quarantine, held.files.values())
         for mode, index in release.indexes.items():
-            files = [file for file in features.files.values() if file.partitions["mode"] == mode]
+            files = features.of_mode(mode)
             rows = sum(file.rows for file in files)
             if rows != release.data.rows_features:
                 self._wrong(
@@ -176,9 +175,8 @@ class _Check:
         for mode, model in release.models.items():
             self._model(f"{name}, model {mode}", model.path, model.file_digest)
         if release.report is None or (self.store / release.report).size() is None:
-            self._wrong(
-                name, "its report is missing", f"restore reports/{name} from a backup; its figures are in the releases"
-            )
+            remedy = f"restore {report_folder(name)} from a backup; its metrics are in the releases table"
+            self._wrong(name, "its report is missing", remedy)
 
     def _files(self, table: Table, files: Iterable[LiveFile]) -> None:
         for file in sorted(files, key=lambda file: file.path):
@@ -224,7 +222,7 @@ class _Check:
 
     def _index(self, name: str, index: IndexRef, files: list[LiveFile], served: bool) -> None:
         rebuild = (
-            f"delete the folder {index.path.rsplit('/', 1)[0]}, then run `frontalis reprocess`, or roll back"
+            f"delete the folder {PurePosixPath(index.path).parent}, then run `frontalis reprocess`, or roll back"
             if served
             else f"it is not served: `frontalis vacuum --store {self.store.uri} --keep 1` drops old releases"
         )

@@ -109,7 +109,7 @@ def test_bad_rows_that_are_nowhere_are_told_and_found_again(pipeline_of, run_sta
     before = live(tmp_path / "store")
     table = quarantine_table(Location(settings.store))
     base = table.snapshot()
-    [lost] = [file for file in base.files.values() if file.partitions["shard"] == "part-900"]
+    [lost] = [file for file in base.files.values() if file.shard == "part-900"]
     table.commit(base, QUARANTINE_SCHEMA, [], [lost])
     (table.place / lost.path).delete()
     [problem] = check(settings.store).problems

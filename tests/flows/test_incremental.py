@@ -233,7 +233,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     really = tasks.reweight.reweight_shard
 
     def watched(work, spec):
-        seen.setdefault(work.shard.key, set()).update(work.paths)
+        seen.setdefault(work.shard.key, set()).update(work.keys)
         return really(work, spec)
 
     monkeypatch.setattr(tasks.reweight, "reweight_shard", watched)

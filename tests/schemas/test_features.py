@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from schemas.errors import StoreError
 from schemas.features import (
     PARTITIONS,
+    FeatureKey,
     digest_of,
-    feature_path,
     feature_schema,
     file_schema,
     input_digest,
     printable,
-    quarantine_path,
     shard_key,
 )
 
@@ -79,9 +79,36 @@ def test_the_input_digest_follows_all_that_a_shard_contributes_and_no_order() ->
 
 
 def test_a_quarantine_file_has_the_name_of_its_raw_rows() -> None:
-    raw = feature_path("raw", "part-0", "aa", "bb")
-    assert raw == "mode=raw/shard=part-0/aa-bb.parquet"
-    assert quarantine_path(raw) == "shard=part-0/aa-bb.parquet"
+    raw = FeatureKey("raw", "part-0", "aa", "bb")
+    assert raw.path == "mode=raw/shard=part-0/aa-bb.parquet"
+    assert raw.quarantine_path == "shard=part-0/aa-bb.parquet"
+    assert FeatureKey.parse(raw.path) == FeatureKey.parse(raw.quarantine_path) == raw
+
+
+SHARDS = st.text(min_size=1, max_size=120).map(shard_key)
+HEX = st.binary(min_size=1, max_size=16).map(bytes.hex)
+
+
+@given(st.builds(FeatureKey, st.sampled_from(["raw", "per_sample", "batch_stat"]), SHARDS, HEX, HEX))
+def test_a_key_is_read_back_from_its_path(key: FeatureKey) -> None:
+    assert FeatureKey.parse(key.path) == key
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "mode=raw/shard=a/mine.parquet",
+        "mode=raw/shard=a/aa-bb.parquet.bak",
+        "mode=raw/shard=a/b/aa-bb.parquet",
+        "part-00000-0a1b-c000.snappy.parquet",
+        "mode=raw/aa-bb.parquet",
+        "features/mode=raw/shard=a/aa-bb.parquet",
+    ],
+)
+def test_other_names_are_refused(path: str) -> None:
+    with pytest.raises(StoreError, match=f"^{path}: is not the name of a feature file"):
+        FeatureKey.parse(path)
 
 
 def test_bytes_that_are_no_utf8_can_be_printed() -> None:

@@ -144,6 +144,9 @@ def test_files_of_interrupted_runs_are_left_over(store: Location) -> None:
         "indexes/r00009-c0de/raw/index.faiss": False,
         "reports/r00001-c0de5/index.html": False,
         ".tmp-0123456789abcdef": True,
+        "census/shards.parquet": False,
+        "census/keys/0a-0b.parquet": False,
+        "census/keys/.tmp-0123456789abcdef": True,
     }
     for name in strays:
         put(store, name, b"12345")
@@ -174,6 +177,7 @@ def test_what_others_put_beside_the_store_is_left_alone(store: Location) -> None
         "reports/2025/index.html",
         "reports/r00009-c0de/notes.txt",
         "manifest/notes.txt",
+        "census/notes.txt",
     ):
         put(store, name)
     assert find_leftovers(store, [kept]) == []
@@ -181,7 +185,7 @@ def test_what_others_put_beside_the_store_is_left_alone(store: Location) -> None
 
 def test_row_keys_are_needed_while_the_census_names_them(store: Location) -> None:
     kept = publish(store, 1, "a")
-    manifest = Manifest(store / "manifest")
+    manifest = Manifest(store)
     entry = ShardRecord("a", "/a", 1, 1, "1", "ba", "c0", 1, 4, "string")
     put(store, "manifest/keys/c0-ba.parquet")
     put(store, "manifest/keys/d7-ba.parquet")

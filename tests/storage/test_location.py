@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import SettingsError, StoreError
-from storage.location import NOWHERE, TEMPORARY, Location, digest_file
+from storage.layout import TEMPORARY
+from storage.location import NOWHERE, Location, digest_file
 
 
 @pytest.fixture

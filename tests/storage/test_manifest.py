@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from schemas.errors import BadShardError
 from schemas.settings import ColumnNames
 from storage.ids import id_checks, id_keys
+from storage.layout import SHARD_RECORDS
 from storage.location import Location
-from storage.manifest import NO_KEY, RECORDS, Manifest, RowKeys, ShardRecord, find_misfits, mark_repeats
+from storage.manifest import NO_KEY, Manifest, RowKeys, ShardRecord, find_misfits, mark_repeats
 from storage.parquet import to_parquet
 from storage.shards import find_shards
 
@@ -74,7 +75,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
-    return Manifest(Location(str(tmp_path / "manifest")))
+    return Manifest(Location(str(tmp_path / "store")))
 
 
 def write(source: Path, name: str, ids: list[object], subjects: list[str | None] | None = None) -> None:
@@ -137,7 +138,7 @@ def test_a_shard_rewritten_while_it_is_read_is_bad(source: Path, manifest: Manif
     write(source, "a", ["z"])
     with pytest.raises(BadShardError, match=r"shard a: .*was rewritten while it was read; run again"):
         manifest.count(shard, COLUMNS, "basis", None)
-    assert manifest.place.files() == []
+    assert manifest.store.files() == []
 
 
 @pytest.mark.parametrize("change", ["size", "mtime_ns", "change", "uri", "basis"])
@@ -158,24 +159,24 @@ def test_what_is_saved_is_loaded_and_keys_without_an_entry_go(source: Path, mani
     write(source, "a", ["x", "x"])
     first = replace(count(manifest, source), duplicates=[1], forgotten=["m"], forgotten_rows=3)
     manifest.save({"a": first})
-    loaded = Manifest(manifest.place).load()
+    loaded = Manifest(manifest.store).load()
     assert loaded.entries == {"a": first}
-    assert sorted(loaded.names()) == [file.name for file in manifest.place.files()]
+    assert sorted(loaded.paths()) == [file.name for file in manifest.store.files()]
     write(source, "a", ["y"])
     second = count(loaded, source)
     loaded.save({"a": second})
     assert loaded.row_keys(first) is None
     assert loaded.row_keys(second) is not None
-    assert [file.name for file in manifest.place.files()] == sorted(loaded.names())
+    assert [file.name for file in manifest.store.files()] == sorted(loaded.paths())
 
 
 def test_an_unchanged_census_is_not_written(source: Path, manifest: Manifest) -> None:
     write(source, "a", ["x"])
     entries = {"a": count(manifest, source)}
     manifest.save(entries)
-    before = (manifest.place / RECORDS).entry()
-    Manifest(manifest.place).load().save(entries)
-    assert (manifest.place / RECORDS).entry() == before
+    before = (manifest.store / SHARD_RECORDS).entry()
+    Manifest(manifest.store).load().save(entries)
+    assert (manifest.store / SHARD_RECORDS).entry() == before
 
 
 DAMAGE = {
@@ -193,9 +194,9 @@ def test_a_damaged_census_is_an_empty_one(source: Path, manifest: Manifest, dama
     write(source, "a", ["x"])
     found = count(manifest, source)
     manifest.save({"a": found})
-    for name in manifest.names():
-        damage(Path((manifest.place / name).path))
-    assert Manifest(manifest.place).load().entries == {}
+    for name in manifest.paths():
+        damage(Path((manifest.store / name).path))
+    assert Manifest(manifest.store).load().entries == {}
     assert manifest.row_keys(found) is None
 
 

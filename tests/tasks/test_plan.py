@@ -64,7 +64,7 @@ def published(tmp_path: Path, source: Path, run_stages, pipeline_of):
 
 
 def computed(plan: Plan) -> dict[str, set[str]]:
-    return {work.shard.key: set(work.paths) for work in plan.work}
+    return {work.shard.key: set(work.keys) for work in plan.work}
 
 
 def test_first_plan_wants_everything(plan_of) -> None:
@@ -178,7 +178,7 @@ def test_renamed_shard_is_copied_with_its_quarantine(tmp_path: Path, source: Pat
     rename(source)
     plan, results, after = published()
     assert not results
-    assert {file.partitions["shard"] for file in plan.reused} == {"z"}
+    assert {file.shard for file in plan.reused} == {"z"}
     assert (after.data.rows_features, after.data.quarantined) == (before.data.rows_features, {"duplicate_id": 1})
 
 
@@ -249,7 +249,7 @@ def test_features_of_an_old_model_do_not_stand_for_a_bad_shard(
     plan = plan_of(models={**tiny_models.by_mode, "per_sample": str(other)})
     assert [fault.kept for fault in plan.faults] == [False]
     assert set(computed(plan)) == {"a", "c"}
-    assert {shard for _, shard in plan.wanted.values()} == {"a", "c"}
+    assert {key.shard for key in plan.wanted.values()} == {"a", "c"}
 
 
 def test_bad_shard_owns_no_id_of_others(source: Path, published) -> None:
@@ -268,7 +268,7 @@ def test_interrupted_run_goes_on_where_it_was(tmp_path: Path, source: Path, pipe
     again = make_plan(settings, models)
     assert computed(again) == {"c": MODES}
     assert sorted(file.path for file in again.reused) == sorted(
-        path for path, (_, shard) in plan.wanted.items() if shard in "ab"
+        path for path, key in plan.wanted.items() if key.shard in "ab"
     )
     cut = tmp_path / "store" / "features" / again.reused[0].path
     cut.write_bytes(cut.read_bytes()[:-20])

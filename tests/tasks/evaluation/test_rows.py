@@ -72,7 +72,7 @@ def test_rows_come_with_their_own_vectors_in_every_mode(roster, store, features,
 
 def test_rows_that_are_not_read_need_no_file(roster, store, features) -> None:
     first = np.flatnonzero(roster.shard == 0)
-    files = {path: file for path, file in features.files.items() if file.partitions["shard"] == roster.shards[0]}
+    files = {path: file for path, file in features.files.items() if file.shard == roster.shards[0]}
     whole = read_labelled(store, features, roster, first, MODES, EvaluationSettings())
     alone = read_labelled(store, Snapshot(0, files), roster, first, MODES, EvaluationSettings())
     assert whole.ids == alone.ids
