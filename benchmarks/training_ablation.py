@@ -25,12 +25,12 @@ import torch
 
 from benchmarks.classical import CLASSICAL, Fold, Transform
 from metrics.allpairs import AllPairs, all_pairs
-from metrics.bootstrap import Figure, draw, draw_subjects, figures_of
+from metrics.bootstrap import draw, draw_subjects
 from models.architectures import build
 from models.dual_branch import DualBranchEnsemble, scale_change
 from models.training import Candidate, LabelledTensor, Recipe, fit
+from schemas.metrics import EER, POSE_CLASSES, MetricId
 from schemas.models import Mode
-from schemas.reports import POSE_CLASSES
 from schemas.settings import ColumnNames
 from schemas.split import subject_key
 from tasks.training.rows import TrainingRows, read_training_rows
@@ -43,14 +43,14 @@ RAW = "raw per_sample"
 CHOOSING = Recipe(validate_every=120, shares=(1.0, 0.8, 0.6))
 
 CELLS = {"FP": "frontal-profile", "FF": "frontal-frontal", "PP": "profile-profile", "LFW": "LFW"}
-Key = tuple[str, Figure]  # a cell and a figure in it
+Key = tuple[str, MetricId]  # a cell and a metric in it
 Row = dict[str, list[float | None]]
 COLUMNS: Mapping[str, Key] = {
-    **{f"{short} EER": (cell, Figure("eer")) for short, cell in CELLS.items()},
+    **{f"{short} EER": (cell, EER) for short, cell in CELLS.items()},
     **{
-        f"{short} FNMR@{point:g}{where}": (CELLS[short], Figure(kind, point))
+        f"{short} FNMR@{point:g}{where}": (CELLS[short], MetricId.at(kind, point))
         for short in ("FP", "FF")
-        for kind, where in (("fnmr_own", ""), ("fnmr_global", " global"))
+        for kind, where in (("fnmr", ""), ("fnmr_global", " global"))
         for point in POINTS
     },
 }
@@ -271,7 +271,7 @@ def report(net: str, work: Path, data: Path, to: Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Figures of a method: exact, by fold, and in every draw of subjects within the folds, averaged over folds."""
+    """Metrics of a method: exact, by fold, and in every draw of subjects within the folds, averaged over folds."""
 
     exact: list[dict[Key, float | None]]
     drawn: dict[Key, np.ndarray]
@@ -282,16 +282,16 @@ class Measured:
         for test in range(FOLDS):
             fold = read_fold(data, net, test)
             with np.load(work / net / method / f"{test}.npz") as file:
-                cfp = swept(file["cfp"], fold.test.subjects, fold.test.classes)
-                lfw = swept(file["lfw"], fold.lfw_test.subjects, np.zeros(len(fold.lfw_test), int))
+                cfp = compare_all(file["cfp"], fold.test.subjects, fold.test.classes)
+                lfw = compare_all(file["lfw"], fold.lfw_test.subjects, np.zeros(len(fold.lfw_test), int))
             cells = {"all": cfp.overall, "LFW": lfw.overall, **cfp.cells}
             exact.append(
-                {(name, figure): value for name, cell in cells.items() for figure, value in figures_of(cell).items()}
+                {(name, metric): one.value for name, cell in cells.items() for metric, one in cell.estimates().items()}
             )
             # Equal seeds: a method's draws are those of raw, so that differences are paired.
             drawn = draw(cfp, draw_subjects(cfp, RESAMPLES, test, 0.95))
             drawn["LFW"] = draw(lfw, draw_subjects(lfw, RESAMPLES, FOLDS + test, 0.95))["all"]
-            draws.append({(name, figure): value for name, of in drawn.items() for figure, value in of.items()})
+            draws.append({(name, metric): value for name, of in drawn.items() for metric, value in of.items()})
         return cls(exact, {key: np.mean([one[key] for one in draws], axis=0) for key in draws[0]})
 
     def rate(self, key: Key) -> float | None:
@@ -301,7 +301,7 @@ class Measured:
         return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def swept(x: np.ndarray, subjects: np.ndarray, classes: np.ndarray) -> AllPairs:
+def compare_all(x: np.ndarray, subjects: np.ndarray, classes: np.ndarray) -> AllPairs:
     _, codes = np.unique(subjects, return_inverse=True)
     return all_pairs(x, codes, classes=classes, class_names=POSE_CLASSES, fmr_points=POINTS)
 

@@ -43,7 +43,7 @@ def main() -> None:
                         TrainingSettings(sources=(str(source),), out=str(out), device=device, resamples=0)
                     )
                     seconds[device].append(time.perf_counter() - start)
-                    rates[device] = [100 * (cells["frontal-profile"]["eer"] or 0) for cells in trained.table.values()]
+                    rates[device] = [100 * (cells["frontal-profile"]["eer"] or 0) for cells in trained.rates.values()]
             for device, taken in seconds.items():
                 eer = ", ".join(f"{rate:.2f}" for rate in rates[device])
                 print(

@@ -23,6 +23,7 @@ from flows.runner import check_runner, reweight_all
 from reports.html import markdown_table
 from schemas.errors import FrontalisError, SettingsError, StoreError
 from schemas.features import digest_of
+from schemas.metrics import measured_modes
 from schemas.releases import ModelRef, Release, release_name
 from schemas.reports import DataQuality, Estimate, Evaluation, GateDecision, ShardFault
 from schemas.settings import PipelineSettings, load_pipeline
@@ -188,7 +189,7 @@ def _measure_and_record(
     served = next((old for old in releases if old.serving), None)
     previous = _previous(history, releases, release)
     indexes = {}
-    for mode in ["raw", *sorted(release.models, reverse=True)]:
+    for mode in measured_modes(release.models):
         indexes[mode] = index_task.with_options(task_run_name=f"index-{mode}")(
             settings.store,
             release.release,

@@ -17,8 +17,6 @@ from rich.text import Text
 from reports.tables import filled
 from reports.text import (
     cell_name,
-    difference_of,
-    figure_of,
     interval,
     judge,
     pairs_remarks,
@@ -28,8 +26,9 @@ from reports.text import (
     population_name,
 )
 from schemas.errors import one_line
+from schemas.metrics import ALL, EER, FRONTAL_PROFILE, MAIN_CELLS, RAW, MetricId
 from schemas.releases import Release
-from schemas.reports import ALL, RAW, Estimate, Evaluation, Population
+from schemas.reports import Estimate, Evaluation, Population
 from tasks.training.model_card import change_interval
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from tasks.maintenance.verify import Checked
     from tasks.query import QueryAnswer
     from tasks.training.train import Trained
-
-CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")  # first, in this order
 
 
 def print_trained(trained: "Trained", as_json: bool) -> None:
@@ -55,11 +52,12 @@ def print_trained(trained: "Trained", as_json: bool) -> None:
     table = _table(console, f"{trained.card.mode} on {subjects} {trained.measured_on} subjects, in percent")
     for name in ("cell", "mode", "EER", "FNMR @ global FMR 1e-2", "FNMR @ global FMR 1e-3", "EER - raw [95%]"):
         table.add_column(name, justify="left" if name in ("cell", "mode") else "right")
-    for cell in CELLS:
-        for mode, cells in trained.table.items():
+    shown = (EER, MetricId("fnmr_global@1e-2"), MetricId("fnmr_global@1e-3"))
+    for cell in MAIN_CELLS:
+        for mode, cells in trained.rates.items():
             if cell in cells:
-                values = [cells[cell][name] for name in ("eer", "global fnmr@1e-2", "global fnmr@1e-3")]
-                change = change_interval(trained.difference.get(cell, {}).get("eer")) if mode != RAW else ""
+                values = [cells[cell][name] for name in shown]
+                change = change_interval(trained.difference.get(cell, {}).get(EER)) if mode != RAW else ""
                 table.add_row(
                     cell_name(cell), mode, *("n/e" if one is None else percent(one) for one in values), change
                 )
@@ -258,20 +256,21 @@ def _population(console: Console, population: Population, evaluation: Evaluation
     title = f"{population_name(population)}: {population.n_subjects:,} subjects{left_out}, "
     table = _table(console, title + f"{population.n_rows:,} rows, {evaluation.release}")
     points_shown = [fmr for fmr in ("1e-2", "1e-3") if fmr in evaluation.fmrs]
-    columns = {"eer": "EER %", **{f"fnmr_global@{fmr}": f"FNMR % @ global FMR {fmr}" for fmr in points_shown}}
-    compared = {"eer": "EER − raw, points", "fnmr_global@1e-3": "FNMR @ 1e-3 − raw, points"}
+    columns = {EER: "EER %"}
+    columns |= {MetricId.at("fnmr_global", fmr): f"FNMR % @ global FMR {fmr}" for fmr in points_shown}
+    compared = {EER: "EER − raw, points", MetricId("fnmr_global@1e-3"): "FNMR @ 1e-3 − raw, points"}
     compared = {metric: name for metric, name in compared.items() if metric in columns and len(population.modes) > 1}
     for name in ["cell", "mode", *columns.values(), *compared.values(), "genuine", "impostor"]:
         table.add_column(name, justify="left" if name in ("cell", "mode") else "right")
     cells = filled(population)
-    for cell in sorted(cells, key=lambda name: CELLS.index(name) if name in CELLS else len(CELLS)):
+    for cell in sorted(cells, key=lambda name: MAIN_CELLS.index(name) if name in MAIN_CELLS else len(MAIN_CELLS)):
         for mode, result in population.modes.items():
             figures = result.cells[cell]
             table.add_row(
                 cell_name(cell) if mode == RAW else "",
                 mode,
-                *(_with_interval(figure_of(figures, metric)) for metric in columns),
-                *(_difference(difference_of(result, cell, metric)) for metric in compared),
+                *(_with_interval(figures.estimate(metric)) for metric in columns),
+                *(_difference(result.difference_to_raw(cell, metric)) for metric in compared),
                 f"{figures.n_genuine:,}",
                 f"{figures.n_impostor:,}",
             )
@@ -283,9 +282,9 @@ def _population(console: Console, population: Population, evaluation: Evaluation
         _say(console, f"score >=   {mode}, global {exact}")
     for mode, result in population.modes.items():
         for other, differences in result.versus_modes.items():
-            for cell in (ALL, "frontal-profile"):
+            for cell in (ALL, FRONTAL_PROFILE):
                 if cell in differences:
-                    eer = _difference(differences[cell].get("eer"))
+                    eer = _difference(differences[cell].get(EER))
                     _say(console, f"modes      {mode} − {other}, {cell_name(cell)} EER, points: {eer}")
     for mode, result in population.modes.items():
         for one in result.pairs:

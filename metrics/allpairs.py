@@ -27,8 +27,9 @@ from metrics.verification import (
     score_histogram,
     summarise,
 )
+from schemas.metrics import ALL, AUC, EER, MetricId
+from schemas.reports import Estimate
 
-OVERALL = "all"
 _CLUSTER_SEED = 19795  # any fixed number: two modes on the same rows must get the same clusters
 
 
@@ -69,6 +70,24 @@ class Cell:
     det: DetCurve
     histogram: ScoreHistogram
     counts: ClusterCounts
+
+    def estimates(self) -> dict[MetricId, Estimate]:
+        """Return every metric, exact and without an interval."""
+        eer, auc = self.verification.eer, self.verification.auc
+        found = {
+            EER: _estimate(eer.rate, eer.reason),
+            AUC: _estimate(auc, "not estimable: one kind of pair is missing"),
+        }
+        for own in self.verification.points:
+            found[MetricId.at("fnmr", own.target_fmr)] = _estimate(own.fnmr, own.reason)
+        for point in self.at_global:
+            found[MetricId.at("fnmr_global", point.target_fmr)] = _estimate(point.fnmr, point.reason)
+            found[MetricId.at("fmr_global", point.target_fmr)] = _estimate(point.fmr, point.reason)
+        return found
+
+
+def _estimate(value: float | None, reason: str | None) -> Estimate:
+    return Estimate(value=value, reason=None if value is not None else reason or "not estimable")
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +177,7 @@ def all_pairs(
             cells[name] = _cell(name, counts, cell_scores, summarise(cell_scores, fmr_points), verification.points)
     _, copies = np.unique(duplicates, return_counts=True)
     return AllPairs(
-        overall=_cell(OVERALL, total, scores, verification, verification.points),
+        overall=_cell(ALL, total, scores, verification, verification.points),
         cells=cells,
         clusters=clusters,
         n_subjects=len(known),

@@ -28,60 +28,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metrics.allpairs import AllPairs, Cell, ClusterCounts
-
-_ENOUGH = 0.95  # share of the draws in which a figure must exist; else there is no interval
+from metrics.allpairs import AllPairs, ClusterCounts
+from metrics.intervals import with_interval
+from schemas.metrics import AUC, EER, MetricId
+from schemas.reports import Estimate
 
 Samples = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A figure, exact on the data, with its percentile interval; None for what is not estimable."""
-
-    estimate: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class CellIntervals:
-    """Intervals of one cell, or of a difference in one cell; the dictionaries are keyed by target FMR.
-
-    `fnmr_own` at the cell's own thresholds; `fnmr_global` and `fmr_global` in the cell at the thresholds of all pairs.
-    """
-
-    eer: Interval
-    auc: Interval
-    fnmr_own: dict[float, Interval]
-    fnmr_global: dict[float, Interval]
-    fmr_global: dict[float, Interval]
-
-
 def bootstrap(
     result: AllPairs, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> dict[str, CellIntervals]:
-    """Percentile intervals of every figure of every cell, keyed by cell name, the total under "all".
+) -> dict[str, dict[MetricId, Estimate]]:
+    """Return every metric of every cell with its percentile interval, by cell name and metric.
 
-    Deterministic for a seed. An interval is None where the figure is, or where more than 5% of the draws lack it.
+    Deterministic for a seed. There is no interval where more than 5% of the draws lack the metric.
 
     Raises ValueError for fewer than two subjects, or arguments out of range.
     """
     drawn = draw(result, draw_subjects(result, resamples, seed, level))
     return {
-        cell.name: _by_kind(
-            {figure: _interval(value, drawn[cell.name][figure], level) for figure, value in figures_of(cell).items()}
-        )
+        cell.name: {
+            metric: with_interval(exact, drawn[cell.name][metric], level) for metric, exact in cell.estimates().items()
+        }
         for cell in result
     }
 
 
 def paired_bootstrap(
     base: AllPairs, other: AllPairs, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> dict[str, CellIntervals]:
-    """Percentile intervals of `other` - `base`, both drawn with the same subjects; negative error rates = improvement.
+) -> dict[str, dict[MetricId, Estimate]]:
+    """Return `other` - `base` with percentile intervals, by cell name and metric; negative error rates = improvement.
 
-    The two are results on the same rows: same subjects in the same order, same classes, same duplicates.
+    Both are drawn with the same subjects. They are results on the same rows: same subjects in the same order, same
+    classes, same duplicates.
 
     Raises ValueError when they are not, and as `bootstrap` does.
     """
@@ -90,40 +69,14 @@ def paired_bootstrap(
     before, after = draw(base, multiplicities), draw(other, multiplicities)
     differences = {}
     for cell, changed in zip(base, other, strict=True):
-        old, new = figures_of(cell), figures_of(changed)
-        differences[cell.name] = _by_kind(
-            {
-                figure: _interval(
-                    _difference(old[figure], new[figure]), after[cell.name][figure] - before[cell.name][figure], level
-                )
-                for figure in old
-            }
-        )
+        new = changed.estimates()
+        differences[cell.name] = {
+            metric: with_interval(
+                _difference(old, new[metric]), after[cell.name][metric] - before[cell.name][metric], level
+            )
+            for metric, old in cell.estimates().items()
+        }
     return differences
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of a cell: `kind` is a field of `CellIntervals`, `target_fmr` the key in it, if it has keys."""
-
-    kind: str
-    target_fmr: float | None = None
-
-
-def figures_of(cell: Cell) -> dict[Figure, float | None]:
-    """Return the exact figures of a cell."""
-    own = {Figure("fnmr_own", point.target_fmr): point.fnmr for point in cell.verification.points}
-    fnmr = {Figure("fnmr_global", point.target_fmr): point.fnmr for point in cell.at_global}
-    fmr = {Figure("fmr_global", point.target_fmr): point.fmr for point in cell.at_global}
-    return {Figure("eer"): cell.verification.eer.rate, Figure("auc"): cell.verification.auc} | own | fnmr | fmr
-
-
-def _by_kind(intervals: dict[Figure, Interval]) -> CellIntervals:
-    by_target: dict[str, dict[float, Interval]] = {"fnmr_own": {}, "fnmr_global": {}, "fmr_global": {}}
-    for figure, interval in intervals.items():
-        if figure.target_fmr is not None:
-            by_target[figure.kind][figure.target_fmr] = interval
-    return CellIntervals(intervals[Figure("eer")], intervals[Figure("auc")], **by_target)
 
 
 def draw_subjects(result: AllPairs, resamples: int, seed: int, level: float) -> Samples:
@@ -140,8 +93,8 @@ def draw_subjects(result: AllPairs, resamples: int, seed: int, level: float) -> 
     return random.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=resamples).astype(np.float64)
 
 
-def draw(result: AllPairs, multiplicities: Samples) -> dict[str, dict[Figure, Samples]]:
-    """Return every figure of every cell in every draw, `[resamples]`, NaN where a draw does not have it."""
+def draw(result: AllPairs, multiplicities: Samples) -> dict[str, dict[MetricId, Samples]]:
+    """Return every metric of every cell in every draw, `[resamples]`, NaN where a draw does not have it."""
     targets = [point.target_fmr for point in result.overall.verification.points]
     span = _span(result.overall.counts)
     total = _Curves.of(result.overall.counts, span, multiplicities)
@@ -149,15 +102,15 @@ def draw(result: AllPairs, multiplicities: Samples) -> dict[str, dict[Figure, Sa
     drawn = {}
     for cell in result:
         curves = total if cell is result.overall else _Curves.of(cell.counts, span, multiplicities)
-        figures = {Figure("eer"): curves.equal_error_rate(), Figure("auc"): curves.auc()}
+        of_cell = {EER: curves.equal_error_rate(), AUC: curves.auc()}
         for target in targets:
-            figures |= {
-                Figure("fnmr_own", target): curves.fnmr_at(curves.position_of_fmr(target)),
-                Figure("fnmr_global", target): curves.fnmr_at(at_global[target]),
-                Figure("fmr_global", target): curves.fmr_at(at_global[target]),
+            of_cell |= {
+                MetricId.at("fnmr", target): curves.fnmr_at(curves.position_of_fmr(target)),
+                MetricId.at("fnmr_global", target): curves.fnmr_at(at_global[target]),
+                MetricId.at("fmr_global", target): curves.fmr_at(at_global[target]),
             }
         # Between two edges rounding may lead out of [0, 1] by some 1e-16.
-        drawn[cell.name] = {figure: np.clip(samples, 0.0, 1.0) for figure, samples in figures.items()}
+        drawn[cell.name] = {metric: np.clip(samples, 0.0, 1.0) for metric, samples in of_cell.items()}
     return drawn
 
 
@@ -241,16 +194,10 @@ def _around(curve: Samples, positions: Samples) -> tuple[Samples, Samples, Sampl
     return left, right, positions - before
 
 
-def _interval(estimate: float | None, samples: Samples, level: float) -> Interval:
-    known = samples[np.isfinite(samples)]
-    if estimate is None or len(known) < _ENOUGH * len(samples):
-        return Interval(estimate, None, None)
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(estimate, float(low), float(high))
-
-
-def _difference(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None else after - before
+def _difference(before: Estimate, after: Estimate) -> Estimate:
+    if before.value is None or after.value is None:
+        return Estimate(value=None, reason="not estimable")
+    return Estimate(value=after.value - before.value)
 
 
 def _check_same_rows(base: AllPairs, other: AllPairs) -> None:

@@ -14,18 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from metrics.cosine import SCORES_PER_UNIT, Features, shift_to_grid, unit_rows
+from metrics.intervals import with_interval
 from metrics.score_counts import ScoreCounts
 from metrics.verification import fewest_for, operating_point
+from schemas.reports import Estimate
 
 RANKS = (1, 5, 10)
 FPIR_POINTS = (1e-1, 1e-2, 1e-3)
 
 _BLOCK = (256, 32_768)  # probes, gallery rows: 64 MB of search keys
 _ROW_BITS = 39  # with the 24 bits of a score just within an int64
-
-
-Bounds = tuple[float, float] | None
-"""(low, high), or None where there is no interval."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,11 @@ class RankRate:
     rank: int
     rate: float | None
     reason: str | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        """The rate, without an interval."""
+        return Estimate(value=self.rate, reason=self.reason)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class SearchPoint:
     fpir: float | None
     fnir: float | None
     reason: str | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        """FNIR, without an interval."""
+        return Estimate(value=self.fnir, reason=self.reason)
 
 
 @dataclass(frozen=True)
@@ -111,15 +119,16 @@ def identify_intervals(
     resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
-) -> tuple[dict[int, Bounds], dict[float, Bounds]]:
-    """Return percentile intervals of rank rates and of FNIR by bootstrap over the probes' subjects.
+) -> tuple[dict[int, Estimate], dict[float, Estimate]]:
+    """Return rank rates by rank and FNIR by FPIR, with percentile intervals by bootstrap over the probes' subjects.
 
-    Subjects are drawn with replacement, all probes of a subject together; the gallery stays as it is, and the threshold
-    of an FPIR is found anew in every draw. (low, high), or None where more than 5% of the draws lack the figure.
-    Arguments as for `identify`.
+    Subjects are drawn with replacement, all probes of a subject together. The gallery is fixed. The threshold of an
+    FPIR is found again in every draw. There is no interval where more than 5% of the draws lack the rate. Arguments as
+    for `identify`.
 
     Raises ValueError as `identify`, and for fewer than two subjects or arguments out of range.
     """
+    exact = identify(candidate_subjects, candidate_scores, probe_subjects, mated, ranks=ranks, fpir_points=fpir_points)
     probes = _outcomes(candidate_subjects, candidate_scores, probe_subjects, mated)
     _, subject = np.unique(probe_subjects, return_inverse=True)
     n_subjects = int(subject.max(initial=-1)) + 1
@@ -130,14 +139,20 @@ def identify_intervals(
     total = of_mated.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         by_rank = {
-            wanted: _bounds(of_mated[:, probes.rank[mated] <= wanted].sum(axis=1) / total, level) for wanted in ranks
+            one.rank: with_interval(
+                one.estimate, of_mated[:, probes.rank[mated] <= one.rank].sum(axis=1) / total, level
+            )
+            for one in exact.ranks
         }
         by_point = {
-            target: _bounds(
-                _fnir_of_draws(probes.own_score[mated], of_mated, probes.best_score[~mated], of_strangers, target),
+            one.target_fpir: with_interval(
+                one.estimate,
+                _fnir_of_draws(
+                    probes.own_score[mated], of_mated, probes.best_score[~mated], of_strangers, one.target_fpir
+                ),
                 level,
             )
-            for target in fpir_points
+            for one in exact.points
         }
     return by_rank, by_point
 
@@ -245,14 +260,6 @@ def _fnir_of_draws(
     at = np.searchsorted(own[order], -levels[refused], side="right")
     fnir = missed[np.arange(len(missed)), at] / missed[:, -1]
     return np.where(allowed >= 1 - 1e-9, fnir, np.nan)
-
-
-def _bounds(values: NDArray[np.float64], level: float) -> Bounds:
-    known = values[np.isfinite(values)]
-    if len(known) < 0.95 * len(values):
-        return None
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def _check(

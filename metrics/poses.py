@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from schemas.reports import POSE_CLASSES
+from schemas.metrics import POSE_CLASSES
 
 UNKNOWN = POSE_CLASSES.index("unknown")
 

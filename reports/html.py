@@ -41,15 +41,13 @@ from reports.text import (
     visible,
 )
 from reports.theme import Plot, mode_rules, variables
-from schemas.reports import ALL, Evaluation, ModeResult, Population, ReportInput
+from schemas.metrics import EER, HELD_OUT, MAIN_CELLS, MetricId
+from schemas.reports import Evaluation, ModeResult, Population, ReportInput
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-_MAIN_CELLS = (ALL, "frontal-frontal", "frontal-profile", "profile-profile")
-
-
-_MAIN_METRICS = ("eer", "fnmr_global@1e-2", "fnmr_global@1e-3")
+_MAIN_METRICS = (EER, MetricId("fnmr_global@1e-2"), MetricId("fnmr_global@1e-3"))
 
 
 @dataclass(frozen=True)
@@ -111,10 +109,10 @@ def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None
 
 def markdown_table(evaluation: Evaluation) -> str:
     """Return the main figures of the first population as a Markdown table, such as Prefect shows as an artifact."""
-    population = _population(evaluation, "held_out")
+    population = _population(evaluation, HELD_OUT)
     if population is None:
         return "No figures: no labelled rows were evaluated.\n"
-    table = pose_table(population, present(population, _MAIN_CELLS), _metrics(evaluation))
+    table = pose_table(population, present(population, MAIN_CELLS), _metrics(evaluation))
     heads = ["pose pair", "mode", *(f"{head}, %" for head in table.heads)]
     lines = [_markdown_row(heads), _markdown_row(["---"] * len(heads), escape=False)]
     for title, _, rows in table.groups:
@@ -134,12 +132,12 @@ def _population(evaluation: Evaluation, wanted: str) -> Population | None:
     return measured.get(wanted) or next(iter(measured.values()), None)
 
 
-def _metrics(evaluation: Evaluation) -> list[str]:
-    return [one for one in _MAIN_METRICS if one == "eer" or one.partition("@")[2] in evaluation.fmrs]
+def _metrics(evaluation: Evaluation) -> list[MetricId]:
+    return [one for one in _MAIN_METRICS if one.fmr is None or one.fmr_text in evaluation.fmrs]
 
 
 def _shown_cells(report: ReportInput, population: Population) -> list[str]:
-    cells = _MAIN_CELLS if report.gated.cell in _MAIN_CELLS else (*_MAIN_CELLS, report.gated.cell)
+    cells = MAIN_CELLS if report.gated.cell in MAIN_CELLS else (*MAIN_CELLS, report.gated.cell)
     return present(population, cells)
 
 

@@ -34,8 +34,6 @@ from reports.axes import (
 from reports.text import (
     NOT_ESTIMABLE,
     cell_name,
-    difference_of,
-    figure_of,
     judge,
     metric_name,
     percent,
@@ -45,7 +43,8 @@ from reports.text import (
     spoken,
 )
 from reports.theme import RAMP_STEPS, Plot, drawing, light, mode_role
-from schemas.reports import RAW, CellResult, ChannelWeights, ModeResult, TrendPoint
+from schemas.metrics import RAW, MetricId
+from schemas.reports import CellResult, ChannelWeights, ModeResult, TrendPoint
 
 Modes = dict[str, ModeResult]
 
@@ -61,7 +60,7 @@ _TREND_LENGTH = 30
 
 
 @drawing()
-def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> list[Plot]:
+def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[MetricId]) -> list[Plot]:
     """Draw mode − raw with its paired interval, one plot a metric, one row a cell; filled where clear of zero."""
     shown = [mode for mode in modes.values() if mode.mode != RAW]
     found = [
@@ -69,7 +68,7 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> l
         for mode in shown
         for cell in cells
         for metric in metrics
-        if (estimate := difference_of(mode, cell, metric)) and estimate.value is not None
+        if (estimate := mode.difference_to_raw(cell, metric)) and estimate.value is not None
     ]
     if not found:
         return []
@@ -82,7 +81,7 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[str]) -> l
         for place, mode in enumerate(shown):
             shift = (place - (len(shown) - 1) / 2) * min(0.28, 0.8 / len(shown))
             for row, cell in enumerate(cells):
-                estimate = difference_of(mode, cell, metric)
+                estimate = mode.difference_to_raw(cell, metric)
                 if estimate is None or estimate.value is None:
                     continue
                 low, high = bounds(estimate)
@@ -336,7 +335,7 @@ def _det_intervals(
     y_range: tuple[float, float],
 ) -> None:
     for fmr in ("1e-2", "1e-3"):
-        miss = figure_of(result, f"fnmr@{fmr}")
+        miss = result.estimate(MetricId.at("fnmr", fmr))
         if miss is None or miss.value is None or float(fmr) < x_range[0]:
             continue
         at = _deviates([float(fmr)], x_range)

@@ -12,8 +12,6 @@ from reports.text import (
     NOT_ESTIMABLE,
     Judgement,
     cell_name,
-    difference_of,
-    figure_of,
     interval,
     judge,
     metric_name,
@@ -25,7 +23,8 @@ from reports.text import (
     threshold,
 )
 from reports.theme import mode_role
-from schemas.reports import ALL, RAW, Estimate, Evaluation, GatedMetric, ModeResult, Population
+from schemas.metrics import ALL, EER, MAIN_CELLS, RAW, MetricId
+from schemas.reports import Estimate, Evaluation, GatedMetric, ModeResult, Population
 
 _SIGNS: dict[Judgement, str] = {"better": "↓", "worse": "↑", "no difference": "=", "no interval": "?"}
 _MARKS = {RAW: "●", "per_sample": "■", "batch_stat": "▲"}
@@ -106,7 +105,7 @@ def present(population: Population, cells: Sequence[str]) -> list[str]:
     return [cell for cell in cells if cell in there]
 
 
-def pose_table(population: Population, cells: Sequence[str], metrics: Sequence[str]) -> Table:
+def pose_table(population: Population, cells: Sequence[str], metrics: Sequence[MetricId]) -> Table:
     """Build the table of modes within pose pairs, with differences to raw."""
     title = "Modes by pose pair" if ALL in cells else "Modes by other pose pairs"
     table = Table(f"{title}, population {population.name}", [metric_name(metric) for metric in metrics])
@@ -117,7 +116,7 @@ def pose_table(population: Population, cells: Sequence[str], metrics: Sequence[s
             if result is None:
                 continue
             sizes = f"{result.n_genuine:,} genuine, {result.n_impostor:,} impostor pairs"
-            shown = [table.show(figure_of(result, metric), difference_of(mode, cell, metric)) for metric in metrics]
+            shown = [table.show(result.estimate(metric), mode.difference_to_raw(cell, metric)) for metric in metrics]
             rows.append((_mode_name(mode.mode, population), shown))
         table.groups.append((cell_name(cell), sizes, rows))
     return table
@@ -129,11 +128,11 @@ def verdict_tiles(population: Population, gated: GatedMetric) -> list[tuple[Mode
     tiles = []
     for mode in population.modes.values():
         result = mode.cells.get(gated.cell)
-        figure = figure_of(result, gated.metric) if result else None
+        figure = result.estimate(gated.metric) if result else None
         if figure is None:
             continue
-        served = mode.versus_served.get(gated.cell, {}).get(gated.metric)
-        shown = table.show(figure, difference_of(mode, gated.cell, gated.metric))
+        served = mode.difference_to_served(gated.cell, gated.metric)
+        shown = table.show(figure, mode.difference_to_raw(gated.cell, gated.metric))
         versus = table.show(figure, served) if served and served.value is not None else None
         tiles.append((_mode_name(mode.mode, population), shown, versus))
     return tiles
@@ -141,7 +140,7 @@ def verdict_tiles(population: Population, gated: GatedMetric) -> list[tuple[Mode
 
 def detail_table(population: Population, fmrs: Sequence[str]) -> Table:
     """Build the folded table: every pose pair, AUC, d′ and every operating point at the pose pair's own threshold."""
-    heads = ["AUC, %", "d\N{PRIME}", "EER", *(metric_name(f"fnmr@{fmr}") for fmr in fmrs)]
+    heads = ["AUC, %", "d\N{PRIME}", "EER", *(metric_name(MetricId.at("fnmr", fmr)) for fmr in fmrs)]
     table = Table("Every pose pair at thresholds of its own", heads)
     for cell in filled(population):
         rows, sizes = [], ""
@@ -269,12 +268,12 @@ def versus_rows(population: Population) -> list[dict[str, Any]]:
             "mode": _mode_name(mode.mode, population),
             "other": other,
             "cell": cell_name(cell),
-            "eer": _points_with_interval(differences[cell].get("eer")),
-            "fnmr": _points_with_interval(differences[cell].get("fnmr_global@1e-3")),
+            "eer": _points_with_interval(differences[cell].get(EER)),
+            "fnmr": _points_with_interval(differences[cell].get(MetricId("fnmr_global@1e-3"))),
         }
         for mode in population.modes.values()
         for other, differences in mode.versus_modes.items()
-        for cell in (ALL, "frontal-frontal", "frontal-profile", "profile-profile")
+        for cell in MAIN_CELLS
         if cell in differences
     ]
 

@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from schemas.errors import visible as visible
-from schemas.reports import ALL, CellResult, Estimate, ModeResult, PairsResult, Population
+from schemas.metrics import ALL, MetricId
+from schemas.reports import Estimate, PairsResult, Population
 
 Judgement = Literal["better", "worse", "no difference", "no interval"]
 
@@ -99,25 +100,16 @@ def pose_pair(cell: str) -> tuple[str, str] | None:
     return None
 
 
-def metric_name(metric: str) -> str:
+def metric_name(metric: MetricId) -> str:
     """Name a metric for people: `fnmr_global@1e-3` is FNMR at global FMR 0.1%, `fnmr@1e-3` is that at own FMR 0.1%."""
-    kind, _, fmr = metric.partition("@")
-    if not fmr:
+    if metric.fmr is None:
         return metric.upper()
-    return f"FNMR at {'global' if kind == 'fnmr_global' else 'own'} FMR {percent_of(fmr)}"
+    return f"FNMR at {'global' if metric.is_global else 'own'} FMR {percent_of(metric.fmr_text)}"
 
 
 def percent_of(rate: str) -> str:
     """Print a rate given as text (`1e-3`) in percent with its sign (0.1%)."""
     return f"{float(100 * float(rate)):.10g}%"
-
-
-def figure_of(cell: CellResult, metric: str) -> Estimate | None:
-    """Return the estimate of `eer`, `fnmr@<fmr>` or `fnmr_global@<fmr>` of a cell, None where it was not measured."""
-    kind, _, fmr = metric.partition("@")
-    if kind == "eer":
-        return cell.eer
-    return (cell.fnmr_global if kind == "fnmr_global" else cell.fnmr).get(fmr)
 
 
 def pairs_remarks(pairs: PairsResult) -> list[str]:
@@ -135,8 +127,3 @@ def pairs_remarks(pairs: PairsResult) -> list[str]:
 def threshold(score: float) -> str:
     """Print a threshold, rounded down to seven decimals: scores lie 2.4e-7 apart, so it decides every pair alike."""
     return minus(f"{np.floor(1e7 * score) / 1e7:.7f}")
-
-
-def difference_of(mode: ModeResult, cell: str, metric: str) -> Estimate | None:
-    """Return mode − raw of a metric in a cell, None where it was not measured (as for raw itself)."""
-    return mode.difference.get(cell, {}).get(metric)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from schemas.errors import StoreError
-from schemas.reports import RAW
+from schemas.metrics import RAW
 
 VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))
 PARTITIONS = ("mode", "shard")

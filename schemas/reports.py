@@ -9,9 +9,7 @@ from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-RAW = "raw"
-ALL = "all"
-POSE_CLASSES = ("frontal", "half", "profile", "unknown")
+from schemas.metrics import MetricId
 
 
 class Record(BaseModel):
@@ -64,6 +62,15 @@ class CellResult(Record):
     fmr_global: dict[str, float | None]
     det: Curve | None = None
     histogram: Histogram | None = None
+
+    def estimate(self, metric: MetricId) -> Estimate | None:
+        """Return the estimate of a metric, None where it was not measured."""
+        if metric.kind == "fmr_global":
+            found = self.fmr_global.get(metric.fmr_text)
+            return None if found is None else Estimate(value=found)
+        if metric.fmr is None:
+            return self.eer if metric.kind == "eer" else self.auc
+        return (self.fnmr_global if metric.is_global else self.fnmr).get(metric.fmr_text)
 
 
 class PairsResult(Record):
@@ -120,6 +127,10 @@ class IndexRecall(Record):
     queries: int = Field(description="none of them a row of the index; 0 where the index is exact")
 
 
+Differences = dict[str, dict[MetricId, Estimate]]
+"""Cell → metric → difference."""
+
+
 class ModeResult(Record):
     """All figures of one mode over one population. `difference` holds mode − raw, paired over the same subjects."""
 
@@ -128,17 +139,25 @@ class ModeResult(Record):
     training_subjects_known: bool = Field(default=True, description="False: leakage cannot be excluded")
     thresholds: dict[str, float | None] = Field(description="global `score >= t` threshold at each FMR point")
     cells: dict[str, CellResult]
-    difference: dict[str, dict[str, Estimate]] = Field(
+    difference: Differences = Field(
         default_factory=dict, description="cell → metric ('eer', 'fnmr@1e-3', …) → mode − raw with its paired interval"
     )
-    versus_served: dict[str, dict[str, Estimate]] = Field(
-        default_factory=dict, description="the same, this mode − the same mode of the release served until now"
+    versus_served: Differences = Field(
+        default_factory=dict, description="the same, this mode − the same mode of the served release"
     )
-    versus_modes: dict[str, dict[str, dict[str, Estimate]]] = Field(
+    versus_modes: dict[str, Differences] = Field(
         default_factory=dict, description="by other mode: the same, this mode − the other"
     )
     pairs: list[PairsResult] = Field(default_factory=list)
     identification: IdentificationResult | None = None
+
+    def difference_to_raw(self, cell: str, metric: MetricId) -> Estimate | None:
+        """Return mode − raw of a metric in a cell, None where it was not measured (as for raw itself)."""
+        return self.difference.get(cell, {}).get(metric)
+
+    def difference_to_served(self, cell: str, metric: MetricId) -> Estimate | None:
+        """Return this mode − the same mode of the served release, None where they were not compared."""
+        return self.versus_served.get(cell, {}).get(metric)
 
 
 class Population(Record):
@@ -211,7 +230,7 @@ class GuardedResult(Record):
 
     mode: str
     cell: str
-    metric: str
+    metric: MetricId
     tolerance: float
     value: float | None = Field(description="None where it could not be measured; `difference` holds the reason")
     reference: str | None = Field(description="a release or raw; None where there was nothing to compare with")
@@ -237,7 +256,7 @@ class GatedMetric(Record):
 
     population: str
     cell: str
-    metric: str
+    metric: MetricId
 
 
 class TrendPoint(Record):

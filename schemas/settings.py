@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from schemas.errors import SettingsError
 from schemas.index import IndexSettings
+from schemas.metrics import ALL, EER, FRONTAL_FRONTAL, FRONTAL_PROFILE, POSE_CLASSES, MetricId, pose_cell, rate_text
 from schemas.models import Mode
-from schemas.reports import ALL, POSE_CLASSES
 
 Device = Literal["auto", "cpu", "cuda"]
 HARMLESS = 0.002  # a fifth of a frontal EER of 1%; a difference this small is noise on dozens of subjects
@@ -80,14 +80,7 @@ class EvaluationSettings(Settings):
     @field_validator("fmrs")
     @classmethod
     def _points(cls, fmrs: tuple[str, ...]) -> tuple[str, ...]:
-        for fmr in fmrs:
-            try:
-                inside = 0 < float(fmr) < 1
-            except ValueError:
-                inside = False
-            if not inside:
-                raise ValueError(f"evaluation.fmrs: {fmr!r} is no rate between 0 and 1, such as '1e-3'")
-        return fmrs
+        return tuple(map(rate_text, fmrs))
 
     @model_validator(mode="after")
     def _bins(self) -> Self:
@@ -100,8 +93,8 @@ class Guard(Settings):
     """A figure in which no mode may be worse than the reference by more than `tolerance`, with confidence."""
 
     cell: str = Field(description="'all' or a pair such as 'frontal-profile'; 'all' is used where it is empty")
-    metric: str = Field(
-        default="eer", description="'eer', 'fnmr@1e-3', or 'fnmr_global@1e-3' at the threshold of all pairs"
+    metric: MetricId = Field(
+        default=EER, description="'eer', 'fnmr@1e-3', or 'fnmr_global@1e-3' at the threshold of all pairs"
     )
     tolerance: float = Field(default=HARMLESS, ge=0, le=1, description="absolute worsening that is tolerated")
 
@@ -111,20 +104,20 @@ class Guard(Settings):
         classes = cell.split("-")
         if cell != ALL and (len(classes) != 2 or not set(classes) <= set(POSE_CLASSES)):
             raise ValueError(f"{cell!r} is no cell; use 'all' or two of {', '.join(POSE_CLASSES)} with a hyphen")
-        return "-".join(sorted(classes, key=POSE_CLASSES.index)) if cell != ALL else cell
+        return cell if cell == ALL else pose_cell(*classes)
 
     @field_validator("metric")
     @classmethod
-    def _metric(cls, metric: str) -> str:
-        if metric != "eer" and not metric.startswith(("fnmr@", "fnmr_global@")):
-            raise ValueError(f"{metric!r} is unknown; use 'eer', 'fnmr@<fmr>' or 'fnmr_global@<fmr>'")
+    def _metric(cls, metric: MetricId) -> MetricId:
+        if metric.kind not in ("eer", "fnmr", "fnmr_global"):
+            raise ValueError(f"'{metric}' is unknown; use 'eer', 'fnmr@<fmr>' or 'fnmr_global@<fmr>'")
         return metric
 
 
 class GateSettings(Guard):
     """When a release is promoted. The figure named here is judged first; `guards` are further ones."""
 
-    cell: str = "frontal-profile"
+    cell: str = FRONTAL_PROFILE
     tolerance: float = Field(default=0.0, ge=0, le=1, description="absolute worsening that is tolerated")
     guards: tuple[Guard, ...] | None = Field(
         default=None,
@@ -138,7 +131,7 @@ class GateSettings(Guard):
     def figures(self) -> tuple[Guard, ...]:
         """All that is guarded, the figure of the gate itself first. What it tolerates, the default guards tolerate."""
         harmless = max(self.tolerance, HARMLESS)
-        default = tuple(Guard(cell=cell, tolerance=harmless) for cell in ("frontal-frontal", ALL))
+        default = tuple(Guard(cell=cell, tolerance=harmless) for cell in (FRONTAL_FRONTAL, ALL))
         first = Guard(cell=self.cell, metric=self.metric, tolerance=self.tolerance)
         return (first, *(default if self.guards is None else self.guards))
 
@@ -175,9 +168,9 @@ class PipelineSettings(Settings):
     @model_validator(mode="after")
     def _gate_point_is_measured(self) -> Self:
         for figure in self.gate.figures:
-            point = figure.metric.partition("@")[2]
-            if figure.metric != "eer" and point not in self.evaluation.fmrs:
-                raise ValueError(f"gate.metric {figure.metric!r}: {point!r} is not among evaluation.fmrs")
+            metric = figure.metric
+            if metric.fmr is not None and metric.fmr_text not in self.evaluation.fmrs:
+                raise ValueError(f"gate.metric '{metric}': '{metric.fmr_text}' is not among evaluation.fmrs")
         return self
 
 

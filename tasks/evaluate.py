@@ -12,19 +12,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from metrics.allpairs import AllPairs, Cell, all_pairs
-from metrics.bootstrap import CellIntervals, Interval, bootstrap, paired_bootstrap
+from metrics.bootstrap import bootstrap, paired_bootstrap
 from models.checkpoint import load
 from models.inference import torch_device
 from schemas.errors import BadModelError, StoreError
 from schemas.features import digest_of
 from schemas.index import IndexSettings
+from schemas.metrics import ALL, AUC, EER, HELD_OUT, POSE_CLASSES, RAW, MetricId, measured_modes
 from schemas.releases import ModelRef
 from schemas.reports import (
-    ALL,
-    POSE_CLASSES,
-    RAW,
     CellResult,
     Curve,
+    Differences,
     Estimate,
     Evaluation,
     Histogram,
@@ -42,8 +41,6 @@ from tasks.evaluation.served import served_features
 from tasks.index import Previous
 
 log = logging.getLogger("frontalis.evaluate")
-
-HELD_OUT = "held_out"
 
 
 def evaluate(
@@ -72,7 +69,7 @@ def evaluate(
     """
     pairs = read_pairs(settings.pairs) if settings.pairs else None
     store = Location(store_uri)
-    modes = [RAW, *sorted(models, reverse=True)]
+    modes = measured_modes(models)
     roster = read_roster(store, features)
     seen, untold = _seen_by_models(store, roster.names, models)
     notes = [f"mode {mode}: {why}; its figures may be flattered by leaks" for mode, why in untold.items()]
@@ -111,10 +108,6 @@ def evaluate(
         served_unread=served_unread,
         populations=populations,
     )
-
-
-Differences = dict[str, dict[str, Estimate]]
-"""Cell → metric → difference."""
 
 
 @dataclass(frozen=True)
@@ -210,28 +203,21 @@ class _Measure:
 
     def _cells(self, pairs: AllPairs) -> dict[str, CellResult]:
         settings = self.settings
-        intervals = bootstrap(pairs, resamples=settings.resamples, seed=settings.seed) if settings.resamples else {}
-        return {cell.name: _cell(cell, intervals.get(cell.name), settings.fmrs) for cell in pairs}
+        if not settings.resamples:
+            return {cell.name: _cell(cell, cell.estimates(), settings.fmrs) for cell in pairs}
+        estimates = bootstrap(pairs, resamples=settings.resamples, seed=settings.seed)
+        return {cell.name: _cell(cell, estimates[cell.name], settings.fmrs) for cell in pairs}
 
     def _difference(self, base: AllPairs, other: AllPairs) -> Differences:
         resamples = self.settings.resamples
         paired = paired_bootstrap(base, other, resamples=max(1, resamples), seed=self.settings.seed)
-
-        def estimate(interval: Interval | None) -> Estimate:
-            if interval is None or interval.estimate is None:
-                return Estimate(value=None, reason="not estimable")
-            if not resamples:
-                return Estimate(value=interval.estimate)
-            return Estimate(value=interval.estimate, low=interval.low, high=interval.high)
-
+        shown = [EER, AUC, *(MetricId.at(kind, fmr) for kind in ("fnmr", "fnmr_global") for fmr in self.settings.fmrs)]
         return {
             cell: {
-                "eer": estimate(one.eer),
-                "auc": estimate(one.auc),
-                **{f"fnmr@{fmr}": estimate(one.fnmr_own.get(float(fmr))) for fmr in self.settings.fmrs},
-                **{f"fnmr_global@{fmr}": estimate(one.fnmr_global.get(float(fmr))) for fmr in self.settings.fmrs},
+                metric: found[metric] if resamples else found[metric].model_copy(update={"low": None, "high": None})
+                for metric in shown
             }
-            for cell, one in paired.items()
+            for cell, found in paired.items()
         }
 
     def versus_served(self, chosen: _Sample, modes: Sequence[str], served: Previous) -> dict[str, Differences]:
@@ -261,34 +247,16 @@ class _Measure:
         return pairs_accuracy(rows, rows.features[mode], self.pairs, self.stored) if self.pairs else []
 
 
-def _cell(cell: Cell, intervals: CellIntervals | None, fmrs: Sequence[str]) -> CellResult:
-    result = cell.verification
-    at_global = {point.target_fmr: point for point in cell.at_global}
+def _cell(cell: Cell, estimates: Mapping[MetricId, Estimate], fmrs: Sequence[str]) -> CellResult:
     return CellResult(
-        n_genuine=result.n_genuine,
-        n_impostor=result.n_impostor,
-        eer=_with_reason(result.eer.rate, result.eer.reason, intervals.eer if intervals else None),
-        auc=_with_reason(
-            result.auc, "not estimable: one kind of pair is missing", intervals.auc if intervals else None
-        ),
-        d_prime=result.d_prime,
-        fnmr={
-            fmr: _with_reason(
-                result.at(float(fmr)).fnmr,
-                result.at(float(fmr)).reason,
-                intervals.fnmr_own.get(float(fmr)) if intervals else None,
-            )
-            for fmr in fmrs
-        },
-        fnmr_global={
-            fmr: _with_reason(
-                at_global[float(fmr)].fnmr,
-                at_global[float(fmr)].reason,
-                intervals.fnmr_global.get(float(fmr)) if intervals else None,
-            )
-            for fmr in fmrs
-        },
-        fmr_global={fmr: at_global[float(fmr)].fmr for fmr in fmrs},
+        n_genuine=cell.verification.n_genuine,
+        n_impostor=cell.verification.n_impostor,
+        eer=estimates[EER],
+        auc=estimates[AUC],
+        d_prime=cell.verification.d_prime,
+        fnmr={fmr: estimates[MetricId.at("fnmr", fmr)] for fmr in fmrs},
+        fnmr_global={fmr: estimates[MetricId.at("fnmr_global", fmr)] for fmr in fmrs},
+        fmr_global={fmr: estimates[MetricId.at("fmr_global", fmr)].value for fmr in fmrs},
         det=Curve(fmr=cell.det.fmr[::-1].tolist(), fnmr=cell.det.fnmr[::-1].tolist()),
         histogram=Histogram(
             edges=cell.histogram.edges.tolist(),
@@ -302,14 +270,6 @@ def _density(counts: np.ndarray, edges: np.ndarray) -> list[float]:
     """Return counts as a density, so that few genuine and many impostor scores can be compared."""
     total = int(counts.sum())
     return (counts / (total * np.diff(edges)) if total else np.zeros(len(counts))).tolist()
-
-
-def _with_reason(value: float | None, reason: str | None, interval: Interval | None) -> Estimate:
-    if value is None:
-        return Estimate(value=None, reason=reason or "not estimable")
-    if interval is None:
-        return Estimate(value=value)
-    return Estimate(value=value, low=interval.low, high=interval.high)
 
 
 def _seen_by_models(

@@ -20,7 +20,8 @@ from reports.plots import channel_relatedness
 from reports.plots import channel_weights as draw
 from reports.theme import plot_files
 from schemas.errors import SettingsError
-from schemas.reports import POSE_CLASSES, ChannelWeights
+from schemas.metrics import POSE_CLASSES
+from schemas.reports import ChannelWeights
 from schemas.settings import ColumnNames
 from storage.location import Location
 from tasks.release import model_weights

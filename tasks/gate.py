@@ -10,21 +10,11 @@ unless the settings say otherwise.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reports.text import cell_name, figure_of, metric_name, points
+from reports.text import cell_name, metric_name, points
+from schemas.metrics import ALL, HELD_OUT, RAW, MetricId
 from schemas.releases import Release
-from schemas.reports import (
-    ALL,
-    RAW,
-    Estimate,
-    Evaluation,
-    GateDecision,
-    GatedMetric,
-    GuardedResult,
-    ModeResult,
-    Population,
-)
+from schemas.reports import Estimate, Evaluation, GateDecision, GatedMetric, GuardedResult, ModeResult, Population
 from schemas.settings import GateSettings, Guard
-from tasks.evaluate import HELD_OUT
 
 NOBODY = "there are fewer than two labelled subjects that no model has seen"
 UNTOLD = "its model does not tell whom it was trained on"
@@ -58,7 +48,7 @@ def gated(evaluation: Evaluation, settings: GateSettings) -> Gated:
 
 def guarded(population: Population, settings: GateSettings) -> list[Guard]:
     """Return what is judged: the guarded figures, in all pairs where a cell has no genuine or no impostor pair."""
-    figures: dict[tuple[str, str], Guard] = {}
+    figures: dict[tuple[str, MetricId], Guard] = {}
     for figure in settings.figures:
         cell = figure.cell if _has_pairs(population, figure.cell) else ALL
         figures.setdefault((cell, figure.metric), figure.model_copy(update={"cell": cell}))
@@ -105,9 +95,9 @@ def _judge(
     result: ModeResult, figure: Guard, settings: GateSettings, served: Release | None, unread: str | None
 ) -> GuardedResult:
     now = _figure(result, figure)
-    reference, difference = RAW, result.difference.get(figure.cell, {}).get(figure.metric)
+    reference, difference = RAW, result.difference_to_raw(figure.cell, figure.metric)
     if served is not None and result.mode in served.models:
-        before = result.versus_served.get(figure.cell, {}).get(figure.metric)
+        before = result.difference_to_served(figure.cell, figure.metric)
         if (before is not None and before.value is not None) or _must_compare(result.mode, figure, settings, served):
             reference, difference = served.release, before
     reason = UNTOLD
@@ -187,8 +177,8 @@ def _has_pairs(population: Population, cell: str) -> bool:
 
 
 def _figure(result: ModeResult, figure: Guard) -> Estimate | None:
-    return figure_of(result.cells[figure.cell], figure.metric) if result.training_subjects_known else None
+    return result.cells[figure.cell].estimate(figure.metric) if result.training_subjects_known else None
 
 
-def _name(cell: str, metric: str) -> str:
+def _name(cell: str, metric: MetricId) -> str:
     return f"{cell_name(cell)} {metric_name(metric)}"

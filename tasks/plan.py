@@ -15,8 +15,9 @@ import pyarrow as pa
 from models.checkpoint import inference_options, load, model_digest
 from schemas.errors import BadModelError, BadShardError, SettingsError
 from schemas.features import FILE_FORMAT, FeatureKey, digest_of, feature_schema
+from schemas.metrics import RAW, measured_modes
 from schemas.releases import ModelRef
-from schemas.reports import RAW, ShardFault
+from schemas.reports import ShardFault
 from schemas.settings import ColumnNames, PipelineSettings
 from schemas.shards import check_shard
 from storage.features import complete_rows, feature_keys, features_table, quarantine_table
@@ -59,7 +60,7 @@ class Plan:
     @property
     def modes(self) -> list[str]:
         """The modes of the run, raw first."""
-        return [RAW, *sorted(self.models, reverse=True)]
+        return measured_modes(self.models)
 
     @property
     def work(self) -> list[ShardWork]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from schemas.errors import BadShardError, StoreError
 from schemas.features import QUARANTINE_SCHEMA, FeatureKey
-from schemas.reports import RAW, DataQuality, ShardFault
+from schemas.metrics import RAW
+from schemas.reports import DataQuality, ShardFault
 from schemas.settings import PipelineSettings
 from storage.features import complete_rows, feature_keys, features_table, quarantine_table, read_table
 from storage.location import Location

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from schemas.errors import BadShardError, SettingsError, StoreError, clipped
+from schemas.metrics import RAW
 from schemas.releases import Release
-from schemas.reports import RAW
 from schemas.shards import embedding_dim, embedding_matrix, plain_column
 from storage.blocks import open_parquet, read_blocks
 from storage.features import features_table, matrix_of, read_rows

@@ -17,8 +17,9 @@ from models.explain import agreement, member_weights, summarise, top_channels
 from models.inference import normalise
 from reports.html import draw, render_report
 from reports.theme import plot_files
+from schemas.metrics import RAW, measured_modes
 from schemas.releases import Release
-from schemas.reports import RAW, ChannelWeights, Evaluation, ReportInput, TrendPoint
+from schemas.reports import ChannelWeights, Evaluation, ReportInput, TrendPoint
 from schemas.settings import PipelineSettings
 from storage.features import features_table, matrix_of, read_rows
 from storage.layout import REPORT_METRICS, REPORT_PAGE, REPORT_PLOTS, report_folder
@@ -62,7 +63,7 @@ def release_weights(store: Location, release: Release) -> list[ChannelWeights]:
     """Return the channel weights of every SE block of the release's models over a sample of its raw rows."""
     sample = _raw_sample(store, release)
     weights = []
-    for mode in sorted(release.models, reverse=True):
+    for mode in measured_modes(release.models)[1:]:
         checkpoint = load((store / release.models[mode].path).read_bytes())
         weights += model_weights(checkpoint, mode, sample) if len(sample) else []
     return weights

@@ -23,9 +23,10 @@ from models.checkpoint import load
 from models.inference import Reweighter
 from schemas.errors import BadModelError, BadShardError, FrontalisError, clipped
 from schemas.features import QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, FeatureKey, file_schema
+from schemas.metrics import RAW
 from schemas.models import Statistic
 from schemas.releases import ModelRef
-from schemas.reports import RAW, ShardFault
+from schemas.reports import ShardFault
 from schemas.settings import ColumnNames, Device, PipelineSettings
 from schemas.shards import (
     Reason,

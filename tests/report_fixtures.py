@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
+from schemas.metrics import RAW
 from schemas.reports import (
-    RAW,
     CellResult,
     ChannelWeights,
     Curve,

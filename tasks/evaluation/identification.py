@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metrics.identification import Bounds, exact_search, identify, identify_intervals, recall_at_k
+from metrics.identification import exact_search, identify, identify_intervals, recall_at_k
 from models.inference import torch_device
 from schemas.index import IndexSettings
-from schemas.reports import POSE_CLASSES, Estimate, IdentificationResult
+from schemas.metrics import POSE_CLASSES
+from schemas.reports import IdentificationResult
 from schemas.settings import EvaluationSettings
 from storage.vectors.index import build, choose_factory
 
@@ -61,8 +62,21 @@ def identify_mode(
 
     scores, rows = exact_search(features[gallery], features[probes], k, device=torch_device(settings.device))
     names, sorted_scores = candidates(rows, scores)
-    exact = identify(names, sorted_scores, subjects[probes], mated, ranks=RANKS, fpir_points=tuple(map(float, FPIRS)))
-    by_rank, by_fpir = _intervals(names, sorted_scores, subjects[probes], mated, settings)
+    fpir_points = tuple(map(float, FPIRS))
+    exact = identify(names, sorted_scores, subjects[probes], mated, ranks=RANKS, fpir_points=fpir_points)
+    by_rank = {one.rank: one.estimate for one in exact.ranks}
+    by_fpir = {one.target_fpir: one.estimate for one in exact.points}
+    if settings.resamples and len(np.unique(subjects[probes])) > 1:
+        by_rank, by_fpir = identify_intervals(
+            names,
+            sorted_scores,
+            subjects[probes],
+            mated,
+            ranks=RANKS,
+            fpir_points=fpir_points,
+            resamples=settings.resamples,
+            seed=settings.seed,
+        )
     through = build(
         lambda: iter([(np.arange(len(gallery), dtype=np.int64), features[gallery])]),
         len(gallery),
@@ -78,11 +92,8 @@ def identify_mode(
         n_gallery_subjects=len(np.unique(subjects[gallery])),
         n_mated=exact.n_mated,
         n_non_mated=exact.n_non_mated,
-        rank={str(one.rank): _estimate(one.rate, one.reason, by_rank.get(one.rank)) for one in exact.ranks},
-        fnir={
-            name: _estimate(point.fnir, point.reason, by_fpir.get(point.target_fpir))
-            for name, point in zip(FPIRS, exact.points, strict=True)
-        },
+        rank={str(rank): by_rank[rank] for rank in RANKS},
+        fnir={name: by_fpir[float(name)] for name in FPIRS},
         index_kind=choose_factory(len(gallery), features.shape[1], index),
         index_rank={str(one.rank): one.rate for one in by_index.ranks},
         index_recall={str(depth): recall_at_k(keys, rows, depth) for depth in (1, 10) if depth <= k},
@@ -122,26 +133,3 @@ def _experiment(subjects: np.ndarray, classes: np.ndarray, duplicates: np.ndarra
 def _most(codes: np.ndarray) -> int:
     """Return how often the commonest code occurs."""
     return int(np.unique(codes, return_counts=True)[1].max())
-
-
-def _intervals(
-    candidates: np.ndarray, scores: np.ndarray, subjects: np.ndarray, mated: np.ndarray, settings: EvaluationSettings
-) -> tuple[dict[int, Bounds], dict[float, Bounds]]:
-    if not settings.resamples or len(np.unique(subjects)) < 2:
-        return {}, {}
-    return identify_intervals(
-        candidates,
-        scores,
-        subjects,
-        mated,
-        ranks=RANKS,
-        fpir_points=tuple(map(float, FPIRS)),
-        resamples=settings.resamples,
-        seed=settings.seed,
-    )
-
-
-def _estimate(value: float | None, reason: str | None, bounds: Bounds) -> Estimate:
-    if value is None or bounds is None:
-        return Estimate(value=value, reason=reason)
-    return Estimate(value=value, low=bounds[0], high=bounds[1])

@@ -14,7 +14,7 @@ import xxhash
 
 from metrics.poses import pose_classes
 from schemas.features import VECTOR, digest_of
-from schemas.reports import RAW
+from schemas.metrics import RAW
 from schemas.settings import EvaluationSettings
 from storage.features import features_table, matrix_of, read_rows, read_table, take_rows
 from storage.location import Location

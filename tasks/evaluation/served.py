@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.reports import RAW
+from schemas.metrics import RAW
 from storage.features import features_table, matrix_of, read_rows
 from storage.location import Location
 from storage.tables import Snapshot

@@ -21,8 +21,8 @@ from schemas.features import (
     file_schema,
     input_digest,
 )
+from schemas.metrics import RAW
 from schemas.releases import ModelRef, Release
-from schemas.reports import RAW
 from schemas.settings import ColumnNames
 from storage.features import (
     check_files,

@@ -9,8 +9,8 @@ import logging
 from collections.abc import Iterable
 
 from schemas.errors import StoreError
+from schemas.metrics import RAW
 from schemas.releases import Release
-from schemas.reports import RAW
 from storage.features import quarantine_table
 from storage.location import Location
 from storage.releases import Releases

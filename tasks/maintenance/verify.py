@@ -16,8 +16,8 @@ from prefect import flow
 from pydantic import BaseModel
 
 from schemas.errors import BadModelError, FrontalisError, StoreError
+from schemas.metrics import RAW
 from schemas.releases import IndexRef, Release
-from schemas.reports import RAW
 from storage.checksums import check_whole
 from storage.features import feature_keys, features_table, quarantine_table
 from storage.ids import id_keys

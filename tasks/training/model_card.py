@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+from schemas.metrics import EER, MetricId
 from schemas.models import ModelCard
+from schemas.reports import Estimate
 
 SHOWN = {
-    "eer": "EER",
-    "fnmr@1e-2": "FNMR at FMR 1e-2",
-    "fnmr@1e-3": "FNMR at FMR 1e-3",
-    "global fnmr@1e-3": "FNMR at the FMR 1e-3 of all pairs",
+    EER: "EER",
+    MetricId("fnmr@1e-2"): "FNMR at FMR 1e-2",
+    MetricId("fnmr@1e-3"): "FNMR at FMR 1e-3",
+    MetricId("fnmr_global@1e-3"): "FNMR at the FMR 1e-3 of all pairs",
 }
 
 
@@ -39,9 +41,9 @@ def card_markdown(card: ModelCard) -> str:
         f"| pairs | mode | {' | '.join(SHOWN.values())} |",
         f"|---|---|{'---|' * len(SHOWN)}",
     ]
-    figures, difference = metrics.get("figures"), metrics.get("difference")
-    if isinstance(figures, dict):
-        for mode, cells in figures.items():
+    rates, difference = metrics.get("rates"), metrics.get("difference")
+    if isinstance(rates, dict):
+        for mode, cells in rates.items():
             assert isinstance(cells, dict)
             for cell, values in cells.items():
                 assert isinstance(values, dict)
@@ -51,19 +53,22 @@ def card_markdown(card: ModelCard) -> str:
         lines += [f"| pairs | {' | '.join(SHOWN.values())} |", f"|---|{'---|' * len(SHOWN)}"]
         for cell, values in difference.items():
             assert isinstance(values, dict)
-            lines.append(f"| {cell} | {' | '.join(change_interval(values.get(name)) for name in SHOWN)} |")
+            lines.append(f"| {cell} | {' | '.join(_change_interval(values.get(name)) for name in SHOWN)} |")
     lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in card.versions.items()), ""]
     return "\n".join(lines)
 
 
-def change_interval(value: object) -> str:
-    """Return [estimate, low, high] in percentage points, such as `-1.20 [-2.00, -0.40]`; `n/e` for the unknown."""
-    if not isinstance(value, list) or not isinstance(value[0], float):
+def change_interval(difference: Estimate | None) -> str:
+    """Return a difference in percentage points, such as `-1.20 [-2.00, -0.40]`; `n/e` where it is not estimable."""
+    if difference is None or difference.value is None:
         return "n/e"
-    low, high = value[1:]
-    if not isinstance(low, float) or not isinstance(high, float):
-        return f"{100 * value[0]:+.2f}"
-    return f"{100 * value[0]:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+    if difference.low is None or difference.high is None:
+        return f"{100 * difference.value:+.2f}"
+    return f"{100 * difference.value:+.2f} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+
+
+def _change_interval(value: object) -> str:
+    return change_interval(None if value is None else Estimate.model_validate(value))
 
 
 def _alphas(values: Sequence[object]) -> str:

@@ -7,7 +7,7 @@ come from `tasks.training.rows`; the loop is `models.training`; what the figures
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,15 +16,16 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from metrics.allpairs import AllPairs, Cell, all_pairs
-from metrics.bootstrap import Interval, paired_bootstrap
+from metrics.bootstrap import paired_bootstrap
 from models.architectures import build, check_arguments
 from models.checkpoint import library_versions, to_bytes
 from models.dual_branch import DualBranchSENet
 from models.inference import normalise, torch_device
 from models.training import Candidate, Fitted, LabelledTensor, fit
 from schemas.errors import TrainingError
+from schemas.metrics import EER, FRONTAL_FRONTAL, FRONTAL_PROFILE, POSE_CLASSES, RAW, MetricId
 from schemas.models import ModelCard
-from schemas.reports import POSE_CLASSES
+from schemas.reports import Estimate
 from schemas.settings import TrainingSettings
 from schemas.split import SplitRule, split_of, subject_key, with_enough_validation
 from storage.location import Location
@@ -38,22 +39,22 @@ FEWEST_WITH_PAIRS = 2  # subjects of several rows, in train as in validation
 WHITENING = 0.5  # chosen on validation folds of either network, with Recipe.lengthening (docs/training.md)
 JUDGED_ROWS = 20_000  # all pairs of these take a second; more would not choose better
 PROFILE = POSE_CLASSES.index("profile")
-TURNED, FRONTAL = "frontal-profile", "frontal-frontal"
+ERROR_RATES = (EER, *(MetricId.at(kind, fmr) for kind in ("fnmr", "fnmr_global") for fmr in (1e-2, 1e-3)))
 # Frontal-frontal errors are rare, so on some fifty validation subjects the harm is five times as uncertain as the gain
 # (standard errors of about 12% and 2.5%); with more weight its noise decides (docs/training.md).
 HARM_WEIGHT = 0.25
 HANDFUL = 5  # pairs that are added to both error counts, so that a handful of pairs decides nothing
 
-Figures = dict[str, float | None]
-Intervals = dict[str, list[float | None]]
+Rates = dict[MetricId, float | None]
+Differences = dict[str, dict[MetricId, Estimate]]
 
 
 @dataclass(frozen=True)
 class Trained:
     """What training came to.
 
-    `improved` is False where no candidate beat the raw embeddings on validation. `table` holds rates by mode and cell,
-    `difference` the change to raw by cell as [estimate, low, high], both on the subjects of the part `measured_on`.
+    `improved` is False where no candidate beat the raw embeddings on validation. `rates` holds `ERROR_RATES` by mode
+    and cell, `difference` the change to raw by cell, both on the subjects of the part `measured_on`.
     """
 
     out: str
@@ -61,8 +62,8 @@ class Trained:
     improved: bool
     interrupted: bool
     best: Candidate
-    table: dict[str, dict[str, Figures]]
-    difference: dict[str, Intervals]
+    rates: dict[str, dict[str, Rates]]
+    difference: Differences
     measured_on: str
     parts: dict[str, int]
 
@@ -124,7 +125,7 @@ def train_model(settings: TrainingSettings) -> Trained:
             "Let it train longer." if fitted.interrupted else "Train on more subjects or views.",
         )
     measured_on = "test" if _has_pairs(parts["test"]) else "validation"
-    table, difference = _measure(fitted.model, parts[measured_on].at_most(JUDGED_ROWS), mean_norm, settings)
+    rates, difference = _measure(fitted.model, parts[measured_on].at_most(JUDGED_ROWS), mean_norm, settings)
     card = ModelCard(
         architecture=settings.architecture,
         arguments=arguments,
@@ -143,8 +144,10 @@ def train_model(settings: TrainingSettings) -> Trained:
             "validation_scores": [[one.step, one.share, one.score] for one in fitted.candidates],
             "alpha": [m.alpha.item() for m in fitted.model.modules() if isinstance(m, DualBranchSENet)],
             "measured_on": measured_on,
-            "figures": _json(table),
-            "difference": _json(difference),
+            "rates": _json(rates),
+            "difference": {
+                cell: {metric: one.model_dump() for metric, one in found.items()} for cell, found in difference.items()
+            },
             "subjects": _json(counts),
             "rows": _json({name: len(part) for name, part in parts.items()}),
             "augmented_rows": len(learn) - len(parts["train"]),
@@ -162,7 +165,7 @@ def train_model(settings: TrainingSettings) -> Trained:
         improved=improved,
         interrupted=fitted.interrupted,
         best=fitted.best,
-        table=table,
+        rates=rates,
         difference=difference,
         measured_on=measured_on,
         parts=counts,
@@ -177,13 +180,13 @@ class ValidationScorer:
         self._classes = rows.classes
         self._x = _scaled(rows.x, mean_norm)
         self.raw = sweep(rows.x, self._codes, rows.classes)
-        self.seen: dict[float, Figures] = {}  # of the cell that decides; whole sweeps would fill the memory
+        self.seen: dict[float, Rates] = {}  # of the cell that decides; whole sweeps would fill the memory
 
     def __call__(self, model: nn.Module) -> float:
         """Return the `validation_score` of a model."""
         pairs = sweep(features(model, self._x), self._codes, self._classes)
         score = validation_score(pairs, self.raw)
-        self.seen[score] = figures_of(_told(pairs, self.raw)[0])
+        self.seen[score] = error_rates(_told(pairs, self.raw)[0])
         return score
 
 
@@ -197,18 +200,18 @@ def validation_score(pairs: AllPairs, raw: AllPairs) -> float:
     on these subjects stay out.
     """
     cell, base = _told(pairs, raw)
-    gains = _log_ratios(cell, base, ("eer", "fnmr@1e-2", "fnmr@1e-3", "global fnmr@1e-2", "global fnmr@1e-3"))
+    gains = _log_ratios(cell, base, ERROR_RATES)
     harms = []
-    if FRONTAL in raw.cells:
-        harms = _log_ratios(pairs.cells[FRONTAL], raw.cells[FRONTAL], ("eer", "global fnmr@1e-3"))
+    if FRONTAL_FRONTAL in raw.cells:
+        frontal, raw_frontal = pairs.cells[FRONTAL_FRONTAL], raw.cells[FRONTAL_FRONTAL]
+        harms = _log_ratios(frontal, raw_frontal, (EER, MetricId("fnmr_global@1e-3")))
     return sum(gains) / max(len(gains), 1) + HARM_WEIGHT * sum(max(0.0, harm) for harm in harms)
 
 
-def figures_of(cell: Cell) -> Figures:
-    """Return the error rates of a cell by name; `global` is at the threshold of all pairs together."""
-    own = {f"fnmr@1e{round(math.log10(p.target_fmr))}": p.fnmr for p in cell.verification.points}
-    overall = {f"global fnmr@1e{round(math.log10(p.target_fmr))}": p.fnmr for p in cell.at_global}
-    return {"eer": cell.verification.eer.rate} | own | overall
+def error_rates(cell: Cell) -> Rates:
+    """Return `ERROR_RATES` of a cell, None for what is not estimable."""
+    found = cell.estimates()
+    return {metric: found[metric].value for metric in ERROR_RATES}
 
 
 def sweep(x: np.ndarray, subjects: np.ndarray, classes: np.ndarray) -> AllPairs:
@@ -230,7 +233,7 @@ def _fit(
         log.info(
             "train: step %d of %d, loss %.4f; validation: score %+.4f with the change scaled by %g, %s EER %s (raw %s)",
             step, settings.steps, loss, best.score, best.share, base.name,
-            _percent(judge.seen[best.score]["eer"]), _percent(base.verification.eer.rate),
+            _percent(judge.seen[best.score][EER]), _percent(base.verification.eer.rate),
         )  # fmt: skip
 
     _, subjects = np.unique(learn.subjects, return_inverse=True)
@@ -251,43 +254,34 @@ def _fit(
 
 def _measure(
     model: nn.Module, rows: TrainingRows, mean_norm: float, settings: TrainingSettings
-) -> tuple[dict[str, dict[str, Figures]], dict[str, Intervals]]:
-    """Return the figures by mode and cell, and the paired differences to raw with their 95% intervals."""
+) -> tuple[dict[str, dict[str, Rates]], Differences]:
+    """Return the rates by mode and cell, and the paired differences to raw with their 95% intervals."""
     _, codes = np.unique(rows.subjects, return_inverse=True)
     raw = sweep(rows.x, codes, rows.classes)
     ours = sweep(features(model, _scaled(rows.x, mean_norm)), codes, rows.classes)
-    table = {
-        mode: {cell.name: figures_of(cell) for cell in pairs if cell.verification.n_genuine}
-        for mode, pairs in (("raw", raw), (settings.mode, ours))
+    rates = {
+        mode: {cell.name: error_rates(cell) for cell in pairs if cell.verification.n_genuine}
+        for mode, pairs in ((RAW, raw), (settings.mode, ours))
     }
     if settings.resamples == 0:
-        return table, {}
+        return rates, {}
     paired = paired_bootstrap(raw, ours, resamples=settings.resamples, seed=settings.seed)
-    difference = {
-        name: {
-            "eer": _ends(paired[name].eer),
-            "fnmr@1e-2": _ends(paired[name].fnmr_own[1e-2]),
-            "fnmr@1e-3": _ends(paired[name].fnmr_own[1e-3]),
-            "global fnmr@1e-2": _ends(paired[name].fnmr_global[1e-2]),
-            "global fnmr@1e-3": _ends(paired[name].fnmr_global[1e-3]),
-        }
-        for name in table["raw"]
-    }
-    return table, difference
+    difference = {name: {metric: paired[name][metric] for metric in ERROR_RATES} for name in rates[RAW]}
+    return rates, difference
 
 
 def _told(pairs: AllPairs, raw: AllPairs) -> tuple[Cell, Cell]:
     """Return the cell that says whether a model helps, of both: frontal–profile pairs, or all without such."""
-    cell, base = pairs.cells.get(TURNED), raw.cells.get(TURNED)
+    cell, base = pairs.cells.get(FRONTAL_PROFILE), raw.cells.get(FRONTAL_PROFILE)
     if cell is None or base is None or base.verification.eer.rate is None:
         return pairs.overall, raw.overall
     return cell, base
 
 
-def _log_ratios(cell: Cell, base: Cell, names: tuple[str, ...]) -> list[float]:
-    new, old = figures_of(cell), figures_of(base)
+def _log_ratios(cell: Cell, base: Cell, metrics: Sequence[MetricId]) -> list[float]:
+    new, old = error_rates(cell), error_rates(base)
     few = HANDFUL / max(base.verification.n_genuine, 1)
-    both = [(new[name], old[name]) for name in names]
+    both = [(new[name], old[name]) for name in metrics]
     return [math.log((a + few) / (b + few)) for a, b in both if a is not None and b is not None]
 
 
@@ -356,10 +350,6 @@ def _joined(first: TrainingRows, second: TrainingRows) -> TrainingRows:
         first.digest,
         first.skipped,
     )
-
-
-def _ends(interval: Interval) -> list[float | None]:
-    return [interval.estimate, interval.low, interval.high]
 
 
 def _json(value: Mapping[str, object]) -> dict[str, JsonValue]:

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from frontalis.printing import print_evaluation
+from schemas.metrics import RAW
 from schemas.reports import (
-    RAW,
     CellResult,
     Estimate,
     Evaluation,

@@ -11,6 +11,7 @@ from metrics.allpairs import AllPairs, Cell, ClusterCounts, GlobalPoint, all_pai
 from metrics.bootstrap import bootstrap, draw, draw_subjects, paired_bootstrap
 from metrics.score_counts import ScoreCounts
 from metrics.verification import det_curve, rates_at, score_histogram, summarise
+from schemas.metrics import AUC, EER, MetricId
 
 TARGETS = (0.1, 0.01)
 PER_SUBJECT = 4
@@ -87,12 +88,12 @@ def test_95_percent_intervals_cover_the_truth_in_95_of_100_experiments() -> None
         single = bootstrap(base, resamples=200, seed=seed)["all"]
         difference = paired_bootstrap(base, better, resamples=200, seed=seed)["all"]
         intervals = {
-            "eer": (single.eer, known["eer"]),
-            "auc": (single.auc, known["auc"]),
-            "fnmr@0.1": (single.fnmr_own[0.1], known["fnmr@0.1"]),
-            "fnmr@0.01": (single.fnmr_own[0.01], known["fnmr@0.01"]),
-            "difference of eer": (difference.eer, other["eer"] - known["eer"]),
-            "difference of fnmr@0.1": (difference.fnmr_own[0.1], other["fnmr@0.1"] - known["fnmr@0.1"]),
+            "eer": (single[EER], known["eer"]),
+            "auc": (single[AUC], known["auc"]),
+            "fnmr@0.1": (single[MetricId.at("fnmr", 0.1)], known["fnmr@0.1"]),
+            "fnmr@0.01": (single[MetricId.at("fnmr", 0.01)], known["fnmr@0.01"]),
+            "difference of eer": (difference[EER], other["eer"] - known["eer"]),
+            "difference of fnmr@0.1": (difference[MetricId.at("fnmr", 0.1)], other["fnmr@0.1"] - known["fnmr@0.1"]),
         }
         for name, (interval, value) in intervals.items():
             assert interval.low is not None
@@ -123,7 +124,8 @@ def test_intervals_equal_those_of_weighing_every_pair() -> None:
         for target in TARGETS:
             drawn[target].append(fnmr[np.searchsorted(fmr, target, side="right") - 1])
         eers.append(fnmr[np.argmax(fmr >= fnmr)])
-    for interval, samples in [(intervals.eer, eers), *((intervals.fnmr_own[t], drawn[t]) for t in TARGETS)]:
+    for metric, samples in [(EER, eers), *((MetricId.at("fnmr", target), drawn[target]) for target in TARGETS)]:
+        interval = intervals[metric]
         low, high = np.quantile(samples, [0.025, 0.975])
         assert interval.low == pytest.approx(low, abs=0.05 * (high - low))
         assert interval.high == pytest.approx(high, abs=0.05 * (high - low))
@@ -133,21 +135,21 @@ def test_a_mode_does_not_differ_from_itself_and_the_same_draws_make_a_difference
     simulation = Simulation(80, seed=2)
     base, better = simulation.result(0.10), simulation.result(0.14, mode=1)
     nothing = paired_bootstrap(base, base, resamples=200)["all"]
-    assert (nothing.eer.estimate, nothing.eer.low, nothing.eer.high) == (0, 0, 0)
-    paired = paired_bootstrap(base, better, resamples=200)["all"].fnmr_own[0.1]
-    alone = [bootstrap(result, resamples=200)["all"].fnmr_own[0.1] for result in (base, better)]
+    assert (nothing[EER].value, nothing[EER].low, nothing[EER].high) == (0, 0, 0)
+    paired = paired_bootstrap(base, better, resamples=200)["all"][MetricId.at("fnmr", 0.1)]
+    alone = [bootstrap(result, resamples=200)["all"][MetricId.at("fnmr", 0.1)] for result in (base, better)]
     assert paired.high < 0 < alone[0].low
     of_independent_draws = np.hypot(*(interval.high - interval.low for interval in alone))
     assert paired.high - paired.low < 0.8 * of_independent_draws
-    assert paired.estimate == better.overall.verification.at(0.1).fnmr - base.overall.verification.at(0.1).fnmr
+    assert paired.value == better.overall.verification.at(0.1).fnmr - base.overall.verification.at(0.1).fnmr
 
 
 def test_a_seed_repeats_the_draws_and_another_does_not() -> None:
     result = Simulation(40, seed=3).result(0.1)
-    first, again, other = (bootstrap(result, resamples=100, seed=seed)["all"].eer for seed in (5, 5, 6))
+    first, again, other = (bootstrap(result, resamples=100, seed=seed)["all"][EER] for seed in (5, 5, 6))
     assert first == again
     assert (first.low, first.high) != (other.low, other.high)
-    wide, narrow = (bootstrap(result, resamples=100, level=level)["all"].eer for level in (0.95, 0.5))
+    wide, narrow = (bootstrap(result, resamples=100, level=level)["all"][EER] for level in (0.95, 0.5))
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
@@ -169,18 +171,20 @@ def test_every_estimable_figure_of_every_cell_gets_an_interval_around_it(
     assert list(intervals) == ["all", "a-a", "a-b", "b-b"]
     for cell in result:
         found = intervals[cell.name]
-        figures = [(found.eer, cell.verification.eer.rate), (found.auc, cell.verification.auc)]
-        figures += [(found.fnmr_own[point.target_fmr], point.fnmr) for point in cell.verification.points]
-        figures += [(found.fnmr_global[point.target_fmr], point.fnmr) for point in cell.at_global]
-        figures += [(found.fmr_global[point.target_fmr], point.fmr) for point in cell.at_global]
-        for interval, exact in figures:
-            assert interval.estimate == exact
+        exact_of = {EER: cell.verification.eer.rate, AUC: cell.verification.auc}
+        exact_of |= {MetricId.at("fnmr", point.target_fmr): point.fnmr for point in cell.verification.points}
+        exact_of |= {MetricId.at("fnmr_global", point.target_fmr): point.fnmr for point in cell.at_global}
+        exact_of |= {MetricId.at("fmr_global", point.target_fmr): point.fmr for point in cell.at_global}
+        assert set(found) == set(exact_of)
+        for metric, exact in exact_of.items():
+            interval = found[metric]
+            assert interval.value == exact
             if exact is None:
                 assert interval.low is interval.high is None
             else:
                 # The interval's own grid is 2^-10 wide in score.
                 assert interval.low - 1e-3 <= exact <= interval.high + 1e-3
-        assert found.fnmr_own[1e-6].low is None
+        assert found[MetricId.at("fnmr", 1e-6)].low is None
 
 
 def test_a_cell_without_genuine_pairs_has_no_intervals_but_a_false_match_rate() -> None:
@@ -188,8 +192,11 @@ def test_a_cell_without_genuine_pairs_has_no_intervals_but_a_false_match_rate() 
     result = all_pairs(features, np.arange(60) // 2, classes=np.arange(60) % 2, class_names=("a", "b"))
     alone = bootstrap(result, resamples=50, seed=1)["a-a"]
     assert result.cells["a-a"].verification.n_genuine == 0
-    assert alone.eer.low is alone.auc.low is alone.fnmr_own[0.1].low is alone.fnmr_global[0.1].low is None
-    assert alone.fmr_global[0.1].low < alone.fmr_global[0.1].estimate < alone.fmr_global[0.1].high
+    without = [alone[metric] for metric in (EER, AUC, MetricId("fnmr@1e-1"), MetricId("fnmr_global@1e-1"))]
+    assert {(one.value, one.low, one.high) for one in without} == {(None, None, None)}
+    assert all(one.reason for one in without)
+    false_matches = alone[MetricId("fmr_global@1e-1")]
+    assert false_matches.low < false_matches.value < false_matches.high
 
 
 def test_drawn_rates_stay_between_0_and_1(faces: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:

@@ -176,13 +176,14 @@ def test_intervals_are_those_of_searches_with_resampled_subjects() -> None:
         )
         rates.append(one.ranks[0].rate)
         fnirs.append(one.points[0].fnir)
-    np.testing.assert_allclose(by_rank[1], np.quantile(rates, [0.025, 0.975]))
-    np.testing.assert_allclose(by_fpir[0.1], np.quantile(fnirs, [0.025, 0.975]))
+    np.testing.assert_allclose((by_rank[1].low, by_rank[1].high), np.quantile(rates, [0.025, 0.975]))
+    np.testing.assert_allclose((by_fpir[0.1].low, by_fpir[0.1].high), np.quantile(fnirs, [0.025, 0.975]))
 
 
 def test_interval_of_a_rate_that_the_strangers_cannot_show_is_none() -> None:
     _, by_fpir = identify_intervals(*people(0), resamples=50, fpir_points=(1e-3,))
-    assert by_fpir == {1e-3: None}
+    assert (by_fpir[1e-3].value, by_fpir[1e-3].low) == (None, None)
+    assert "needs 1000 non-mated probes" in by_fpir[1e-3].reason
 
 
 def test_intervals_need_two_subjects() -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from metrics.poses import UNKNOWN, pose_classes
-from schemas.reports import POSE_CLASSES
+from schemas.metrics import POSE_CLASSES
 
 
 def names(codes: np.ndarray) -> list[str]:

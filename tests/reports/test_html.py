@@ -17,16 +17,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from reports.html import draw, markdown_table, render_report
 from reports.text import threshold
 from reports.theme import PALETTE, plot_files
-from schemas.reports import (
-    RAW,
-    DataQuality,
-    Evaluation,
-    GateDecision,
-    GatedMetric,
-    Population,
-    ReportInput,
-    ShardFault,
-)
+from schemas.metrics import RAW
+from schemas.reports import DataQuality, Evaluation, GateDecision, GatedMetric, Population, ReportInput, ShardFault
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "\"'></td></svg><script>pwned=1</script><img src=x onerror=pwned=1>{{7*7}}</style></title>\u202e&amp;$\\frac{"

@@ -10,16 +10,8 @@ from scipy.stats import norm
 from reports import plots
 from reports.text import spoken
 from reports.theme import Plot, light
-from schemas.reports import (
-    RAW,
-    CellResult,
-    Curve,
-    Estimate,
-    Histogram,
-    IdentificationResult,
-    ModeResult,
-    ReportInput,
-)
+from schemas.metrics import EER, RAW, MetricId
+from schemas.reports import CellResult, Curve, Estimate, Histogram, IdentificationResult, ModeResult, ReportInput
 
 CELLS = ["all", "frontal-frontal", "frontal-profile", "profile-profile"]
 POINT = "1e-3"
@@ -50,7 +42,7 @@ def mode(cells: dict[str, CellResult], name: str = RAW, **fields: object) -> Mod
 
 
 def test_differences_stand_at_their_values_filled_only_where_clear_of_zero(modes: dict[str, ModeResult]) -> None:
-    drawn = plots.differences(modes, CELLS, ["eer", "fnmr@1e-3"])
+    drawn = plots.differences(modes, CELLS, [EER, MetricId("fnmr@1e-3")])
     assert [plot.name for plot in drawn] == ["difference-eer", "difference-fnmr-1e-3"]
     marks = [line for line in only_axes(drawn[0]).lines if line.get_marker() in ("s", "^")]
     expected = [modes[name].difference[one]["eer"] for name in ("per_sample", "batch_stat") for one in CELLS]
@@ -164,7 +156,7 @@ def test_trend_keeps_the_last_thirty_releases(report_input: ReportInput) -> None
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda modes: plots.differences(modes, CELLS, ["eer"]),
+        lambda modes: plots.differences(modes, CELLS, [EER]),
         lambda modes: plots.det_curves(modes, CELLS),
         lambda modes: plots.score_histograms(modes, CELLS, POINT),
         lambda modes: plots.pose_heat_maps(modes, POINT),
@@ -202,7 +194,7 @@ def test_single_points_without_intervals_can_be_drawn(report_input: ReportInput)
     }
     point = report_input.trend[-1].model_copy(update={"figures": {RAW: Estimate(value=0.0), "per_sample": NOT}})
     drawn = [
-        *plots.differences(modes, ["all"], ["eer"]),
+        *plots.differences(modes, ["all"], [EER]),
         *plots.det_curves(modes, ["all"]),
         *plots.score_histograms(modes, ["all"], POINT),
         *plots.pose_heat_maps(modes, POINT),

@@ -15,6 +15,7 @@ from reports.tables import (
     versus_rows,
 )
 from reports.text import percent
+from schemas.metrics import EER, MetricId
 from schemas.reports import Estimate, GatedMetric, Population, ReportInput
 
 
@@ -54,7 +55,7 @@ def test_a_missing_value_is_never_given_a_difference() -> None:
 
 
 def test_pose_table_holds_every_mode_of_every_cell_with_raw_as_its_baseline(population: Population) -> None:
-    table = pose_table(population, ["all", "frontal-profile"], ["eer", "fnmr_global@1e-3"])
+    table = pose_table(population, ["all", "frontal-profile"], [EER, MetricId("fnmr_global@1e-3")])
     assert table.heads == ["EER", "FNMR at global FMR 0.1%"]
     assert [title for title, _, _ in table.groups] == ["all pairs", "frontal–profile"]
     _, sizes, rows = table.groups[1]

@@ -13,6 +13,7 @@ from reports.text import (
     spoken,
     visible,
 )
+from schemas.metrics import EER, MetricId
 from schemas.reports import Estimate
 
 
@@ -85,9 +86,9 @@ def test_cells_are_named_by_their_poses_where_that_is_unambiguous(
 
 
 def test_metrics_are_named_with_their_rate_in_percent() -> None:
-    assert metric_name("eer") == "EER"
-    assert metric_name("fnmr@1e-3") == "FNMR at own FMR 0.1%"
-    assert metric_name("fnmr_global@1e-3") == "FNMR at global FMR 0.1%"
+    assert metric_name(EER) == "EER"
+    assert metric_name(MetricId("fnmr@1e-3")) == "FNMR at own FMR 0.1%"
+    assert metric_name(MetricId("fnmr_global@1e-3")) == "FNMR at global FMR 0.1%"
     assert [percent_of(rate) for rate in ("1e-1", "1e-6", "0.25")] == ["10%", "0.0001%", "25%"]
 
 

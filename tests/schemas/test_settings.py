@@ -90,7 +90,7 @@ def test_what_is_typed_wins_and_stays_as_typed(toml: Path) -> None:
         ({"evaluation": {"profile_yaw": 15}}, "frontal_yaw 15.0 must be below profile_yaw 15.0"),
         ({"gate": {"metric": "auc"}}, "gate.metric: 'auc' is unknown; use 'eer', 'fnmr@<fmr>' or 'fnmr_global@<fmr>'"),
         ({"gate": {"metric": "fnmr@1e-9"}}, "gate.metric 'fnmr@1e-9': '1e-9' is not among evaluation.fmrs"),
-        ({"gate": {"metric": "fnmr@eer"}}, "gate.metric 'fnmr@eer': 'eer' is not among evaluation.fmrs"),
+        ({"gate": {"metric": "fnmr@eer"}}, "gate.metric: 'fnmr@eer': 'eer' is no rate between 0 and 1"),
         ({"gate": {"metric": "fnmr_global@1e-9"}}, "gate.metric 'fnmr_global@1e-9': '1e-9' is not among"),
         (
             {"gate": {"cell": "frontal-proffile"}},

@@ -2,20 +2,10 @@
 
 import pytest
 
+from schemas.metrics import ALL, HELD_OUT, RAW
 from schemas.releases import Release
-from schemas.reports import (
-    ALL,
-    RAW,
-    CellResult,
-    Estimate,
-    Evaluation,
-    GateDecision,
-    GuardedResult,
-    ModeResult,
-    Population,
-)
+from schemas.reports import CellResult, Estimate, Evaluation, GateDecision, GuardedResult, ModeResult, Population
 from schemas.settings import GateSettings, Guard
-from tasks.evaluate import HELD_OUT
 from tasks.gate import decide, gated
 
 FF, FP = "frontal-frontal", "frontal-profile"

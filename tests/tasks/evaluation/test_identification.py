@@ -5,7 +5,7 @@ import pytest
 
 from metrics.identification import exact_search
 from schemas.index import IndexSettings
-from schemas.reports import POSE_CLASSES
+from schemas.metrics import POSE_CLASSES
 from schemas.settings import EvaluationSettings
 from tasks.evaluation import identification
 from tasks.evaluation.identification import identify_mode

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from schemas.reports import RAW
+from schemas.metrics import RAW
 from schemas.settings import EvaluationSettings, PipelineSettings
 from storage.location import Location
 from storage.tables import Snapshot

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from schemas.reports import RAW
+from schemas.metrics import RAW
 from schemas.settings import EvaluationSettings
 from storage.features import features_table
 from storage.location import Location

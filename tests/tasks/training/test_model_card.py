@@ -1,6 +1,7 @@
 """The Markdown beside a checkpoint says what the card says."""
 
 from schemas.models import ModelCard
+from schemas.reports import Estimate
 from tasks.training.model_card import card_markdown, change_interval
 
 
@@ -19,11 +20,11 @@ def test_card_shows_rates_beside_raw_and_their_difference():
             "best_step": 240,
             "change_scaled_by": 0.8,
             "measured_on": "test",
-            "figures": {
+            "rates": {
                 "raw": {"all": {"eer": 0.1, "fnmr@1e-2": 0.25, "fnmr@1e-3": None}},
                 "per_sample": {"all": {"eer": 0.08, "fnmr@1e-2": 0.2, "fnmr@1e-3": None}},
             },
-            "difference": {"all": {"eer": [-0.02, -0.03, -0.01]}},
+            "difference": {"all": {"eer": {"value": -0.02, "low": -0.03, "high": -0.01}}},
         },
     )
     text = card_markdown(card)
@@ -48,6 +49,6 @@ def test_card_without_figures_is_still_a_card():
 
 
 def test_interval_in_words():
-    assert change_interval([-0.012, -0.02, 0.004]) == "-1.20 [-2.00, +0.40]"
-    assert change_interval([0.01, None, None]) == "+1.00"
-    assert change_interval([None, None, None]) == change_interval(None) == "n/e"
+    assert change_interval(Estimate(value=-0.012, low=-0.02, high=0.004)) == "-1.20 [-2.00, +0.40]"
+    assert change_interval(Estimate(value=0.01)) == "+1.00"
+    assert change_interval(Estimate(value=None)) == change_interval(None) == "n/e"

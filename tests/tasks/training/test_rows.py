@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import SettingsError, TrainingError
-from schemas.reports import POSE_CLASSES
+from schemas.metrics import POSE_CLASSES
 from schemas.settings import ColumnNames
 from tasks.training.rows import read_training_rows
 

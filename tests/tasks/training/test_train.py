@@ -17,7 +17,7 @@ from schemas.settings import ColumnNames, TrainingSettings
 from schemas.split import split_of
 from tasks.synthetic.shards import synthesize
 from tasks.training.rows import TrainingRows, read_training_rows
-from tasks.training.train import ValidationScorer, figures_of, sweep, train_model, validation_score
+from tasks.training.train import ValidationScorer, error_rates, sweep, train_model, validation_score
 
 REAL = Path(__file__).parents[3] / "../shared/data"
 
@@ -65,8 +65,8 @@ def test_model_helps_the_people_that_its_card_calls_unseen(trained, synthetic):
     assert trained.improved
     assert trained.best.score < 0
     assert trained.measured_on == "test"
-    _, low, high = trained.difference["frontal-profile"]["eer"]
-    assert low < high < 0
+    change = trained.difference["frontal-profile"]["eer"]
+    assert change.low < change.high < 0
     # The same, computed anew: from the file, through the inference graph, on the subjects that it has not seen.
     checkpoint = load(Path(trained.out).read_bytes())
     rows = read_training_rows([str(synthetic)], ColumnNames())
@@ -76,10 +76,10 @@ def test_model_helps_the_people_that_its_card_calls_unseen(trained, synthetic):
     assert {split_of(name, checkpoint.card.split) for name in rows.subjects[seen]} == {"train", "validation"}
     _, codes = np.unique(unseen.subjects, return_inverse=True)
     front = Reweighter(checkpoint, device="cpu")(unseen.x)["front"]
-    again = figures_of(sweep(front, codes, unseen.classes).cells["frontal-profile"])
-    assert again["eer"] == pytest.approx(trained.table["per_sample"]["frontal-profile"]["eer"], abs=2e-4)
-    raw = figures_of(sweep(unseen.x, codes, unseen.classes).cells["frontal-profile"])
-    assert raw == trained.table["raw"]["frontal-profile"]
+    again = error_rates(sweep(front, codes, unseen.classes).cells["frontal-profile"])
+    assert again["eer"] == pytest.approx(trained.rates["per_sample"]["frontal-profile"]["eer"], abs=2e-4)
+    raw = error_rates(sweep(unseen.x, codes, unseen.classes).cells["frontal-profile"])
+    assert raw == trained.rates["raw"]["frontal-profile"]
     assert again["eer"] < 0.97 * raw["eer"]
 
 
@@ -135,7 +135,7 @@ def test_ten_subjects_can_be_trained_on_whatever_their_names(tmp_path, first):
 def test_without_poses_all_pairs_decide(tmp_path):
     source = write(tmp_path / "s", *people(noise=2.0))
     trained = train_model(settings([source], tmp_path / "m.safetensors", steps=30))
-    assert set(trained.table["raw"]) == {"all", "unknown-unknown"}
+    assert set(trained.rates["raw"]) == {"all", "unknown-unknown"}
     assert trained.card.metrics["validation_scores"][1][2] != 0
 
 
@@ -236,7 +236,7 @@ def test_judge_gives_raw_the_score_0_and_keeps_the_figures():
     judge = ValidationScorer(TrainingRows(faces(1.6), names, classes, "", 0), mean_norm=5.0)
     score = judge(torch.nn.Identity())
     assert score == pytest.approx(0, abs=1e-3)
-    expected = figures_of(judge.raw.cells["frontal-profile"])
+    expected = error_rates(judge.raw.cells["frontal-profile"])
     assert judge.seen[score] == pytest.approx(expected, abs=1e-3)
 
 
@@ -255,6 +255,6 @@ def test_real_embeddings_of_either_length_train_and_repeat(tmp_path, net, dim):
         trained = train_model(settings(sources, out, **options))
         assert trained.card.embedding_dim == dim
         assert sum(trained.parts.values()) == 100
-        assert 0.03 < trained.table["raw"]["frontal-profile"]["eer"] < 0.25
+        assert 0.03 < trained.rates["raw"]["frontal-profile"]["eer"] < 0.25
         files.append(out.read_bytes())
     assert files[0] == files[1]
