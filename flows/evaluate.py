@@ -9,6 +9,7 @@ from reports.html import markdown_table
 from schemas.reports import Evaluation
 from schemas.settings import EvaluationSettings, PipelineSettings
 from storage.features import features_table
+from storage.location import Location
 from storage.releases import Releases
 from tasks.stages import evaluate_task
 
@@ -30,7 +31,7 @@ def evaluate(
         StoreError: nothing is served yet, or its features are damaged or vacuumed.
     """
     show_progress()
-    history = Releases.of(store)
+    history = Releases.of(Location(store))
     record = history.servable(release) if release else history.serving()
     settings = PipelineSettings.model_validate({**record.settings, "store": store})
     changed = {key: value for key, value in {"pairs": pairs, "resamples": resamples}.items() if value is not None}

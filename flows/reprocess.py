@@ -103,7 +103,7 @@ def reprocess(config: str | None = None, settings: PipelineSettings | None = Non
 def run(settings: PipelineSettings) -> Outcome:
     """Do the work of `reprocess`, inside its flow run. A file that turns out damaged is removed and computed again."""
     check_runner(settings.runner)
-    refuse_nested(settings.source, settings.store)
+    refuse_nested(Location(settings.source), Location(settings.store))
     pairs = read_pairs(settings.evaluation.pairs).digest if settings.evaluation.pairs else None
     store = Location(settings.store)
     with store_lock(store, "reprocess", settings.wait):
@@ -191,7 +191,7 @@ def _measure_and_record(
     indexes = {}
     for mode in measured_modes(release.models):
         indexes[mode] = index_task.with_options(task_run_name=f"index-{mode}")(
-            settings.store,
+            history.store,
             release.release,
             mode,
             opaque(published.features),

@@ -253,9 +253,10 @@ def explain(
 def releases(store: Store, as_json: AsJson = False) -> None:
     """List the releases of a store, with the gated metric per mode."""
     from frontalis.printing import print_releases
+    from storage.location import Location
     from storage.releases import Releases
 
-    print_releases(Releases.of(store).all(), as_json)
+    print_releases(Releases.of(Location(store)).all(), as_json)
 
 
 @_command(kept="`frontalis releases` tells which release is served")

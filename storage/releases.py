@@ -28,18 +28,18 @@ class Releases:
         self.table = Table(store / RELEASES, ())
 
     @classmethod
-    def of(cls, store: str) -> "Releases":
+    def of(cls, store: Location) -> "Releases":
         """Return the history of a store that exists; every command that makes none begins here.
 
         Raises:
             SettingsError: at `store` there is no release history, and neither a table nor the lock file of a first run
                 that was killed before its release: nothing there is known to be ours.
         """
-        history = cls(Location(store))
-        tables = (history.table, features_table(history.store), quarantine_table(history.store))
-        if not any(_is_ours(table) for table in tables) and not (history.store / LOCK).exists():
-            what = "holds no releases, so it is no store" if history.store.exists() else "does not exist"
-            raise SettingsError(f"store {store}: {what}; check the path, or make it with `frontalis reprocess`.")
+        history = cls(store)
+        tables = (history.table, features_table(store), quarantine_table(store))
+        if not any(_is_ours(table) for table in tables) and not (store / LOCK).exists():
+            what = "holds no releases, so it is no store" if store.exists() else "does not exist"
+            raise SettingsError(f"store {store.uri}: {what}; check the path, or make it with `frontalis reprocess`.")
         return history
 
     def all(self) -> list[Release]:

@@ -38,7 +38,7 @@ class Shard:
         return Location(self.uri)
 
 
-def find_shards(source: str) -> list[Shard]:
+def find_shards(source: Location) -> list[Shard]:
     """List the shards of a source, ordered by key: a folder (searched through), or one Parquet file.
 
     Names that begin with `.` or `_` are passed over, as other Parquet tools do.
@@ -48,15 +48,13 @@ def find_shards(source: str) -> list[Shard]:
         StoreError: a folder cannot be read, or a link that may stand for a folder leads nowhere: its shards would leave
             the next release. A link of a shard's name that leads nowhere is a shard that cannot be read.
     """
-    place = Location(source)
-    if not place.exists():
-        raise SettingsError(f"source {source}: does not exist; pass a folder of Parquet shards.")
-    itself = place.entry() if place.size() is not None else None
-    found = (
-        [(place, itself)] if itself else [(place / entry.name, entry) for entry in place.files(*SUFFIXES, whole=True)]
-    )
+    if not source.exists():
+        raise SettingsError(f"source {source.uri}: does not exist; pass a folder of Parquet shards.")
+    itself = source.entry() if source.size() is not None else None
+    below = [] if itself else source.files(*SUFFIXES, whole=True)
+    found = [(source, itself)] if itself else [(source / entry.name, entry) for entry in below]
     if not found:
-        raise SettingsError(f"source {source}: holds no .parquet file.")
+        raise SettingsError(f"source {source.uri}: holds no .parquet file.")
     with ThreadPoolExecutor(ETAG_REQUESTS) as pool:  # object storage lists no ETags
         changes = pool.map(lambda one: one[1].change or one[0].etag(), found)
         shards: dict[str, Shard] = {}
@@ -64,22 +62,22 @@ def find_shards(source: str) -> list[Shard]:
             key = shard_key(entry.name.rsplit(".", 1)[0])
             if key in shards:
                 raise SettingsError(
-                    f"source {source}: {entry.name!r} and {shards[key].uri!r} share the name {key!r}; rename one."
+                    f"source {source.uri}: {entry.name!r} and {shards[key].uri!r} share the name {key!r}; rename one."
                 )
             shards[key] = Shard(key, printable(file.uri), entry.size, entry.mtime_ns, change)
     return [shards[key] for key in sorted(shards)]
 
 
-def refuse_nested(source: str, store: str) -> None:
-    """Refuse a source and a store of which one lies in the other.
+def refuse_nested(source: Location, store: Location) -> None:
+    """Refuse a source and a store of which one is inside the other.
 
     Raises:
         SettingsError: the store's own files would be read as shards.
     """
-    if Location(source).overlaps(Location(store)):
+    if source.overlaps(store):
         raise SettingsError(
-            f"source {source} and store {store}: one lies in the other, so files of the store would be read as shards; "
-            "choose a store beside the source."
+            f"source {source.uri} and store {store.uri}: one is inside the other, so files of the store would be read "
+            "as shards; choose a store beside the source."
         )
 
 

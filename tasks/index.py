@@ -4,7 +4,6 @@ Beside `index.faiss` lies `ids.parquet`, which maps FAISS's 64-bit keys back to 
 and how it searches is `storage.vectors.index`; which release is served, `tasks.gate`.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from schemas.errors import StoreError
-from schemas.features import DIGEST_BYTES
 from schemas.index import IndexSettings
 from schemas.releases import IndexRef, Release
 from storage.features import check_files, features_table, matrix_of, read_rows
@@ -24,12 +22,12 @@ from storage.layout import IDS_FILE, INDEX_FILE, index_folder
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
 from storage.tables import LiveFile, Snapshot, Table
-from storage.vectors.index import Batch, VectorIndex, build, choose_factory, read_index, rebuild_reason
+from storage.vectors.index import Batch, VectorIndex, build, choose_factory, rebuild_reason
 from storage.vectors.recall import Recall, audit_recall
+from storage.vectors.store import IDS_LIMIT, ids_digest, open_ids, open_index
 
 log = logging.getLogger("frontalis.index")
 
-IDS_LIMIT = 1 << 36
 AUDIT_QUERIES = 256
 JOINED_ROWS = 16_384  # measured in docs/decisions.md, Incremental
 REFERENCE = b"frontalis.index"
@@ -44,7 +42,7 @@ class Previous:
 
 
 def index_mode(
-    store_uri: str, release: str, mode: str, features: Snapshot, settings: IndexSettings, previous: Previous | None
+    store: Location, release: str, mode: str, features: Snapshot, settings: IndexSettings, previous: Previous | None
 ) -> IndexRef:
     """Make the index of one mode of a release, with the least work that gives it.
 
@@ -56,7 +54,6 @@ def index_mode(
         StoreError: a feature file is damaged or vectors differ in length.
         SettingsError: the factory string is none, or nothing fits the memory budget.
     """
-    store = Location(store_uri)
     folder = index_folder(release, mode)
     table = features_table(store)
     files = {file.path: file for file in features.of_mode(mode)}
@@ -77,41 +74,10 @@ def index_mode(
     ids = _ids_of(table, files.values())
     rows = ids.num_rows
     if not rows:
-        raise StoreError(f"{store_uri}: mode {mode} has no row to index; every row of the source is bad or forgotten.")
+        raise StoreError(f"{store.uri}: mode {mode} has no row to index; every row of the source is bad or forgotten.")
     dim = _dim(table, files.values())
     index = build(lambda: _batches(table, files.values()), rows, dim, settings)
     return _write(store, folder, index, table, files, ids, choose_factory(rows, dim, settings), 0)
-
-
-def open_index(store: Location, reference: IndexRef) -> VectorIndex:
-    """Open the index of a release, after checking the digest of its bytes.
-
-    Raises:
-        StoreError: it is missing, damaged, or larger than recorded.
-    """
-    try:
-        with (store / reference.path).open_input() as file:
-            return read_index(file, reference.digest, reference.size, f"{store.uri}/{reference.path}")
-    except FileNotFoundError as error:
-        raise StoreError(
-            f"{store.uri}/{reference.path}: is missing; run `frontalis verify --store {store.uri}`."
-        ) from error
-
-
-def open_ids(store: Location, reference: IndexRef) -> pa.Table:
-    """Open `ids.parquet` of a release (key, id, subject, shard; ordered by key), after checking its digest.
-
-    Raises:
-        StoreError: it is missing or damaged.
-    """
-    place = store / reference.ids_path
-    try:
-        content = place.read_bytes(IDS_LIMIT)
-    except FileNotFoundError as error:
-        raise StoreError(f"{place.uri}: is missing; run `frontalis verify --store {store.uri}`.") from error
-    if hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest() != reference.ids_digest:
-        raise StoreError(f"{place.uri}: is damaged (its digest differs); run `frontalis verify --store {store.uri}`.")
-    return from_parquet(content)
 
 
 def _finished(store: Location, folder: str) -> IndexRef | None:
@@ -121,7 +87,7 @@ def _finished(store: Location, folder: str) -> IndexRef | None:
         # The digest is taken of the bytes as they are, so it cannot tell damage; reading all of them can.
         metadata = from_parquet(content).select(["key", "id", "subject", "shard"]).schema.metadata or {}
         reference = IndexRef(
-            ids_digest=hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest(),
+            ids_digest=ids_digest(content),
             **json.loads(metadata[REFERENCE]),
         )
         open_index(store, reference)
@@ -241,7 +207,7 @@ def _write_ids(store: Location, folder: str, ids: pa.Table, reference: IndexRef)
     metadata = {REFERENCE: reference.model_dump_json(exclude={"ids_digest"})}
     content = to_parquet(ids.replace_schema_metadata(metadata))
     (store / reference.ids_path).write_bytes(content)
-    digest = hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
+    digest = ids_digest(content)
     return reference.model_copy(update={"ids_digest": digest})
 
 

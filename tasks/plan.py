@@ -138,7 +138,7 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
     base = table.snapshot()
     known = table.schema()
     manifest = Manifest(store).load()
-    shards = find_shards(settings.source)
+    shards = find_shards(Location(settings.source))
     dim = next(iter(models.values())).dim
     contract = Contract(settings.columns, Tombstones(store), dim, None if known is None else _id_type(known))
     entries, errors = update_manifest(manifest, shards, contract)

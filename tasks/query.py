@@ -21,7 +21,7 @@ from storage.features import features_table, matrix_of, read_rows
 from storage.ids import id_keys
 from storage.location import Location
 from storage.releases import Releases
-from tasks.index import open_ids, open_index
+from storage.vectors.store import open_ids, open_index
 
 MAX_K = 10_000
 MAX_NUMBERS = 1 << 28  # 1 GiB of float32 a call
@@ -86,7 +86,7 @@ def answer(
         raise SettingsError(f"-k {k}: must be 1 to {MAX_K}.")
     if bool(ids) == bool(vectors):
         raise SettingsError("pass either --id or --vectors.")
-    history = Releases.of(store)
+    history = Releases.of(Location(store))
     place, record = history.store, history.servable(release) if release else history.serving()
     reference = record.indexes.get(mode)
     if reference is None:

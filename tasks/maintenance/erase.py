@@ -132,7 +132,7 @@ def erase(
         check_files(features, of_shard.values())
         digest = manifest.forget(shard, one, _input_of(of_shard, shard))
         for mode, file in of_shard.items():
-            new = _rewrite(features, of_shard, mode, digest, models, tombstones)
+            new = _rewrite(store, of_shard, mode, digest, models, tombstones)
             del files[file.path]
             files[new.path] = new
         for file in held.of_shard(shard):
@@ -205,7 +205,7 @@ class _FollowedCensus:
 
 
 def _rewrite(
-    table: Table,
+    store: Location,
     of_shard: Mapping[str, LiveFile],
     mode: str,
     digest: str,
@@ -213,7 +213,7 @@ def _rewrite(
     tombstones: Tombstones,
 ) -> LiveFile:
     """Write the rows of a feature file that stay, block by block as `tasks.reweight` would, under its new name."""
-    file = of_shard[mode]
+    table, file = features_table(store), of_shard[mode]
     key = replace(FeatureKey.parse(file.path), input=digest)
     place = table.place / key.path
     rows = complete_rows(place) if place.size() is not None else None
@@ -223,7 +223,7 @@ def _rewrite(
         with place.writing() as target, opened(table, file) as source:
             schema = source.schema_arrow
             raw = _Blocks(table, of_shard[RAW]) if by_batch else None
-            network = _network(table, models[mode]) if by_batch else None
+            network = _network(store, models[mode]) if by_batch else None
             with parquet_writer(target, schema) as writer:
                 for number in range(source.num_row_groups):
                     block = source.read_row_group(number)
@@ -298,8 +298,7 @@ def _replace(table: Table, live: Snapshot, files: Mapping[str, LiveFile]) -> Sna
     return table.commit(live, schema, add, [file for path, file in live.files.items() if path not in files])
 
 
-def _network(table: Table, model: ModelRef) -> Reweighter:
-    store = Location(table.place.uri.rsplit("/", 1)[0])
+def _network(store: Location, model: ModelRef) -> Reweighter:
     return Reweighter(load((store / model.path).read_bytes()), statistic=model.statistic)
 
 

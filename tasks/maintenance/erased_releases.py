@@ -16,7 +16,7 @@ from storage.location import Location
 from storage.releases import Releases
 from storage.tables import NO_TABLE
 from storage.tombstones import Tombstones
-from tasks.index import open_ids
+from storage.vectors.store import open_ids
 from tasks.maintenance.erase import find_forgotten
 
 log = logging.getLogger("frontalis.forgotten")

@@ -68,7 +68,7 @@ def forget(store: str, *, subject: str | None = None, id_: str | None = None, wa
     value = subject if subject is not None else id_
     if value is None or (subject is not None and id_ is not None):
         raise SettingsError("forget: pass either --subject or --id.")
-    history = Releases.of(store)
+    history = Releases.of(Location(store))
     place = history.store
     with store_lock(place, "forget", wait):
         before, tombstones = Tombstones(place), Tombstones(place)
@@ -135,7 +135,7 @@ def _release_without(
     number = releases[-1].number + 1
     name = release_name(number, content)
     indexes = {
-        mode: index_mode(store.uri, name, mode, erased.features, settings.index, _untrained(store, served, old))
+        mode: index_mode(store, name, mode, erased.features, settings.index, _untrained(store, served, old))
         for mode, old in served.indexes.items()
     }
     chosen = settings.evaluation if pairs else settings.evaluation.model_copy(update={"pairs": None})

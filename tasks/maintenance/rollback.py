@@ -9,7 +9,7 @@ from storage.features import features_table
 from storage.location import Location
 from storage.releases import Releases
 from storage.tombstones import Tombstones
-from tasks.index import open_ids, open_index
+from storage.vectors.store import open_ids, open_index
 from tasks.maintenance.erased_releases import holds_forgotten
 
 
@@ -24,7 +24,7 @@ def roll_back(store: str, release: str) -> Release:
         StoreBusyError: another commit came at the same moment; what is served is what that one says.
         StoreError: what the release needs is gone or damaged; what is served stays.
     """
-    history = Releases.of(store)
+    history = Releases.of(Location(store))
     place, wanted = history.store, history.servable(release)
     check_complete(place, wanted)
     tombstones = Tombstones(place)

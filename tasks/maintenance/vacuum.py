@@ -66,7 +66,7 @@ def clean(
     """
     if keep < 1:
         raise SettingsError(f"--keep {keep}: at least 1 release is kept.")
-    history = Releases.of(store)
+    history = Releases.of(Location(store))
     place = history.store
     if grace_hours is None:
         grace_hours = 0.0 if place.is_local else OBJECT_STORAGE_GRACE_HOURS

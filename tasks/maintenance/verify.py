@@ -23,12 +23,12 @@ from storage.features import feature_keys, features_table, quarantine_table
 from storage.ids import id_keys
 from storage.layout import report_folder
 from storage.leftovers import find_leftovers
-from storage.location import digest_file
+from storage.location import Location, digest_file
 from storage.manifest import Manifest
 from storage.releases import Releases
 from storage.tables import NO_TABLE, LiveFile, Snapshot, Table
 from storage.tombstones import Tombstones
-from tasks.index import open_ids, open_index
+from storage.vectors.store import open_ids, open_index
 
 log = logging.getLogger("frontalis.verify")
 
@@ -77,7 +77,7 @@ def check(store: str) -> Checked:
         SettingsError: there is no such store.
         StoreError: the release history itself cannot be read.
     """
-    return _Check(Releases.of(store)).run()
+    return _Check(Releases.of(Location(store))).run()
 
 
 class _Check:

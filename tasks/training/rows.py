@@ -19,6 +19,7 @@ from schemas.errors import BadShardError, TrainingError
 from schemas.settings import ColumnNames
 from schemas.shards import Reason, angle_column, check_shard, embedding_matrix, fitted_column
 from schemas.split import subject_key
+from storage.location import Location
 from storage.shards import Shard, find_shards, read_schema, stream_blocks
 
 log = logging.getLogger("frontalis.train")
@@ -76,7 +77,7 @@ def read_training_rows(
             nothing is left; unless `skip_bad_rows`, an embedding that is not finite or of another length.
         SettingsError: a source does not exist.
     """
-    shards = [shard for source in sources for shard in find_shards(source)]
+    shards = [shard for source in sources for shard in find_shards(Location(source))]
     share = _share(shards, max_rows)
     digest = hashlib.blake2b(digest_size=16)
     known: set[int] = set()

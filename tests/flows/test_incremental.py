@@ -263,7 +263,7 @@ def test_stages_do_what_is_needed_and_no_more(
     )
     made = {
         mode: how_made(there.store, there.before.indexes[mode], index_mode(
-            str(there.store), "r00002-next", mode, published.features, settings.index, previous))
+            Location(str(there.store)), "r00002-next", mode, published.features, settings.index, previous))
         for mode in plan.modes
     }  # fmt: skip
     assert made == (expected.indexes or SHARED)

@@ -100,7 +100,7 @@ def test_source_and_store_in_one_another_are_refused(
     shutil.copytree(tiny_source, tmp_path / source)
     before = sorted(tmp_path.rglob("*"))
     done = reprocess(tmp_path / source, tmp_path / store, code=2)
-    assert "one lies in the other" in done.stderr
+    assert "one is inside the other" in done.stderr
     assert "choose a store beside the source" in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -13,9 +13,10 @@ from storage.blocks import read_blocks
 
 READ = """
 from schemas.errors import BadShardError
+from storage.location import Location
 from storage.shards import find_shards, stream_blocks
 def read(path):
-    [shard] = find_shards(path)
+    [shard] = find_shards(Location(path))
     try:
         return sum(block.num_rows for _, block in stream_blocks(shard, ["id", "embedding", "subject"], 4096))
     except BadShardError as error:

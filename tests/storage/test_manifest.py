@@ -85,7 +85,7 @@ def write(source: Path, name: str, ids: list[object], subjects: list[str | None]
 
 
 def count(manifest: Manifest, source: Path, forget=None) -> ShardRecord:
-    (shard,) = find_shards(str(source))
+    (shard,) = find_shards(Location(str(source)))
     return manifest.count(shard, COLUMNS, "basis", forget)
 
 
@@ -134,7 +134,7 @@ def test_a_shard_without_rows_counts_none(source: Path, manifest: Manifest) -> N
 
 def test_a_shard_rewritten_while_it_is_read_is_bad(source: Path, manifest: Manifest) -> None:
     write(source, "a", ["x"])
-    (shard,) = find_shards(str(source))
+    (shard,) = find_shards(Location(str(source)))
     write(source, "a", ["z"])
     with pytest.raises(BadShardError, match=r"shard a: .*was rewritten while it was read; run again"):
         manifest.count(shard, COLUMNS, "basis", None)
@@ -145,7 +145,7 @@ def test_a_shard_rewritten_while_it_is_read_is_bad(source: Path, manifest: Manif
 def test_whatever_moves_makes_a_shard_be_read_again(source: Path, manifest: Manifest, change: str) -> None:
     write(source, "a", ["x"])
     found = count(manifest, source)
-    (shard,) = find_shards(str(source))
+    (shard,) = find_shards(Location(str(source)))
     assert found.describes(shard, "basis")
     if change == "basis":
         assert not found.describes(shard, "other columns")
@@ -237,7 +237,7 @@ from storage.manifest import Manifest
 from storage.location import Location
 from storage.shards import find_shards
 def read(path):
-    [shard] = find_shards(path)
+    [shard] = find_shards(Location(path))
     try:
         return Manifest(Location(path + "-manifest")).count(shard, ColumnNames(), "basis", None).rows
     except BadShardError as error:

@@ -69,13 +69,13 @@ def test_what_is_no_store_is_refused(tmp_path: Path, there: str) -> None:
         pl.DataFrame({"id": [1]}).write_delta(store / "features")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SettingsError, match=f"store {store}: (does not exist|holds no releases).*; check the path"):
-        Releases.of(str(store))
+        Releases.of(Location(str(store)))
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_store_with_a_release_is_one(releases: Releases, tmp_path: Path) -> None:
     record(releases, release(1))
-    assert Releases.of(str(tmp_path)).all() == releases.all()
+    assert Releases.of(Location(str(tmp_path))).all() == releases.all()
 
 
 def test_the_newest_promoted_release_is_served(releases: Releases) -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import BadShardError, SettingsError
+from storage.location import Location
 from storage.shards import content_digest, find_shards, open_shard, read_schema, still_same, stream_blocks
 
 ROWS = 1_000
@@ -27,14 +28,14 @@ def write(path: Path, rows: int = ROWS, seed: int = 0, **options: object) -> pa.
 
 
 def only(source: Path):
-    (shard,) = find_shards(str(source))
+    (shard,) = find_shards(Location(str(source)))
     return shard
 
 
 def test_shards_are_ordered_by_key_wherever_they_lie(tmp_path: Path) -> None:
     for name in ("b.parquet", "a.PQ", "day 1/a.parquet", "_log/x.parquet", ".x.parquet", "part.parquet.tmp", "z.csv"):
         write(tmp_path / name, rows=1)
-    found = find_shards(str(tmp_path))
+    found = find_shards(Location(str(tmp_path)))
     assert [shard.key.partition("~")[0] for shard in found] == ["a", "b", "day_1_a"]
     assert [shard.uri for shard in found] == [f"{tmp_path}/{name}" for name in ("a.PQ", "b.parquet", "day 1/a.parquet")]
     assert [shard.size for shard in found] == [Path(shard.uri).stat().st_size for shard in found]
@@ -44,22 +45,22 @@ def test_one_file_is_a_source_too(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", rows=3)
     write(tmp_path / "b.parquet", rows=3)
     shard = only(tmp_path / "a.parquet")
-    assert shard == find_shards(str(tmp_path))[0]
+    assert shard == find_shards(Location(str(tmp_path)))[0]
     assert read_schema(shard)[1] == 3
 
 
 def test_a_source_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"nowhere: does not exist"):
-        find_shards(str(tmp_path / "nowhere"))
+        find_shards(Location(str(tmp_path / "nowhere")))
     with pytest.raises(SettingsError, match=r"holds no \.parquet file"):
-        find_shards(str(tmp_path))
+        find_shards(Location(str(tmp_path)))
 
 
 def test_two_files_of_one_key_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", rows=1)
     write(tmp_path / "a.pq", rows=1)
     with pytest.raises(SettingsError, match=r"'a\.pq' and '.*a\.parquet' share the name 'a'; rename one"):
-        find_shards(str(tmp_path))
+        find_shards(Location(str(tmp_path)))
 
 
 def test_a_rewrite_is_noticed_and_the_digest_follows_the_bytes(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from storage.features import features_table
 from storage.ids import id_keys
 from storage.location import Location
 from storage.tables import Snapshot
-from tasks.index import Previous, index_mode, open_ids, open_index
+from storage.vectors.store import open_ids, open_index
+from tasks.index import Previous, index_mode
 
 D = 32
 FLAT = IndexSettings(factory="Flat")
@@ -84,7 +85,7 @@ def found(store: Location, reference: IndexRef, queries: np.ndarray, k: int = 7)
 
 
 def test_neighbours_are_those_of_the_cosine(source: Path, features_of, store: Location) -> None:
-    reference = index_mode(store.uri, "r1", "raw", features_of(), FLAT, None)
+    reference = index_mode(store, "r1", "raw", features_of(), FLAT, None)
     names, rows = [], []
     for file in sorted(source.iterdir()):
         table = pq.read_table(file)
@@ -106,14 +107,14 @@ def test_updated_index_finds_what_a_new_one_finds(
     settings: IndexSettings, mode: str, source: Path, features_of, store: Location
 ) -> None:
     before = features_of()
-    first = index_mode(store.uri, "r1", mode, before, settings, None)
+    first = index_mode(store, "r1", mode, before, settings, None)
     assert first.audit.queries == first.recall_queries == (0 if settings is FLAT else 256)
     write(source, "b", rows=40, seed=1)
     (source / "e.parquet").unlink()
     after = features_of()
     settings = settings.model_copy(update={"rebuild_share": 0.9})
-    updated = index_mode(store.uri, "r2", mode, after, settings, release_of("r1", before, first, mode))
-    rebuilt = index_mode(store.uri, "r3", mode, after, settings, None)
+    updated = index_mode(store, "r2", mode, after, settings, release_of("r1", before, first, mode))
+    rebuilt = index_mode(store, "r3", mode, after, settings, None)
     assert updated.changed == 50 + 50 + 40
     assert (updated.rows, rebuilt.rows, rebuilt.changed) == (340, 340, 0)
     assert open_ids(store, updated).equals(open_ids(store, rebuilt))
@@ -127,17 +128,17 @@ def test_updated_index_finds_what_a_new_one_finds(
 
 def test_many_changes_build_it_anew(source: Path, features_of, store: Location) -> None:
     before = features_of()
-    first = index_mode(store.uri, "r1", "raw", before, LISTS, None)
+    first = index_mode(store, "r1", "raw", before, LISTS, None)
     for name in "abc":
         write(source, name, seed=1)
-    second = index_mode(store.uri, "r2", "raw", features_of(), LISTS, release_of("r1", before, first))
+    second = index_mode(store, "r2", "raw", features_of(), LISTS, release_of("r1", before, first))
     assert second.changed == 0
 
 
 def test_nothing_changed_shares_the_files(features_of, store: Location) -> None:
     before = features_of()
-    first = index_mode(store.uri, "r1", "raw", before, FLAT, None)
-    second = index_mode(store.uri, "r2", "raw", before, FLAT, release_of("r1", before, first))
+    first = index_mode(store, "r1", "raw", before, FLAT, None)
+    second = index_mode(store, "r2", "raw", before, FLAT, release_of("r1", before, first))
     assert second.path == "indexes/r2/raw/index.faiss"
     assert (second.digest, second.rows, second.changed) == (first.digest, first.rows, 0)
     assert Path(store.path, first.path).samefile(Path(store.path, second.path))
@@ -147,10 +148,10 @@ def test_nothing_changed_shares_the_files(features_of, store: Location) -> None:
 
 def test_finished_index_is_taken_as_it_is(features_of, store: Location) -> None:
     features = features_of()
-    first = index_mode(store.uri, "r1", "raw", features, FLAT, None)
+    first = index_mode(store, "r1", "raw", features, FLAT, None)
     stamps = {file: file.stat().st_mtime_ns for file in Path(store.path, "indexes").rglob("*") if file.is_file()}
     assert len(stamps) == 2
-    assert index_mode(store.uri, "r1", "raw", features, FLAT, None) == first
+    assert index_mode(store, "r1", "raw", features, FLAT, None) == first
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
 
 
@@ -158,12 +159,12 @@ def test_finished_index_is_taken_as_it_is(features_of, store: Location) -> None:
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
 def test_half_finished_index_is_made_again(which: str, damage: str, features_of, store: Location) -> None:
     features = features_of()
-    first = index_mode(store.uri, "r1", "raw", features, FLAT, None)
+    first = index_mode(store, "r1", "raw", features, FLAT, None)
     file = Path(store.path, "indexes/r1/raw", which)
     hurt(file, damage)
     with pytest.raises(StoreError, match="index.faiss" if which == "index.faiss" else "ids.parquet"):
         open_index(store, first) if which == "index.faiss" else open_ids(store, first)
-    assert index_mode(store.uri, "r1", "raw", features, FLAT, None) == first
+    assert index_mode(store, "r1", "raw", features, FLAT, None) == first
     assert len(open_index(store, first)) == open_ids(store, first).num_rows == 400
 
 
@@ -179,32 +180,32 @@ def hurt(file: Path, damage: str) -> None:
 
 
 def test_index_left_over_from_other_rows_is_made_again(source: Path, features_of, store: Location) -> None:
-    index_mode(store.uri, "r1", "raw", features_of(), FLAT, None)
+    index_mode(store, "r1", "raw", features_of(), FLAT, None)
     (source / "a.parquet").unlink()
-    assert index_mode(store.uri, "r1", "raw", features_of(), FLAT, None).rows == 350
+    assert index_mode(store, "r1", "raw", features_of(), FLAT, None).rows == 350
 
 
 def test_damaged_previous_index_is_not_carried_on(source: Path, features_of, store: Location) -> None:
     before = features_of()
-    first = index_mode(store.uri, "r1", "raw", before, FLAT, None)
+    first = index_mode(store, "r1", "raw", before, FLAT, None)
     hurt(Path(store.path, first.path), "flipped")
-    shared = index_mode(store.uri, "r2", "raw", before, FLAT, release_of("r1", before, first))
+    shared = index_mode(store, "r2", "raw", before, FLAT, release_of("r1", before, first))
     assert len(open_index(store, shared)) == 400
     write(source, "b", seed=1)
-    updated = index_mode(store.uri, "r3", "raw", features_of(), FLAT, release_of("r1", before, first))
+    updated = index_mode(store, "r3", "raw", features_of(), FLAT, release_of("r1", before, first))
     assert (len(open_index(store, updated)), updated.changed) == (400, 0)
 
 
 def test_previous_index_of_other_rows_is_not_carried_on(source: Path, features_of, store: Location) -> None:
     before = features_of()
-    whole = index_mode(store.uri, "r1", "raw", before, LISTS, None)
+    whole = index_mode(store, "r1", "raw", before, LISTS, None)
     index = open_index(store, whole)
     index.update(open_ids(store, whole)["key"].to_numpy()[:1])
     with (store / whole.path).writing() as file:
         written = index.write(file)
     lacking = whole.model_copy(update={"digest": written.digest, "size": written.size})
     write(source, "b", seed=1)
-    updated = index_mode(store.uri, "r2", "raw", features_of(), LISTS.model_copy(update={"rebuild_share": 0.9}),
+    updated = index_mode(store, "r2", "raw", features_of(), LISTS.model_copy(update={"rebuild_share": 0.9}),
                          release_of("r1", before, lacking))  # fmt: skip
     assert (len(open_index(store, updated)), updated.changed) == (400, 0)
 
@@ -214,14 +215,14 @@ def test_damaged_feature_file_is_named(features_of, store: Location) -> None:
     [path] = [path for path in features.files if path.startswith("mode=raw/shard=c/")]
     hurt(Path(features_table(store).place.path, path), "cut")
     with pytest.raises(StoreError, match=r"shard=c/.* run `frontalis reprocess` to compute it again"):
-        index_mode(store.uri, "r1", "raw", features, FLAT, None)
+        index_mode(store, "r1", "raw", features, FLAT, None)
 
 
 def test_renamed_shard_keeps_its_rows(source: Path, features_of, store: Location) -> None:
     before = features_of()
-    first = index_mode(store.uri, "r1", "raw", before, FLAT, None)
+    first = index_mode(store, "r1", "raw", before, FLAT, None)
     (source / "b.parquet").rename(source / "z.parquet")
-    second = index_mode(store.uri, "r2", "raw", features_of(), IndexSettings(factory="Flat", rebuild_share=0.9),
+    second = index_mode(store, "r2", "raw", features_of(), IndexSettings(factory="Flat", rebuild_share=0.9),
                         release_of("r1", before, first))  # fmt: skip
     ids = open_ids(store, second)
     assert second.rows == 400
@@ -233,7 +234,7 @@ def test_integer_ids_stay_integers(tmp_path: Path, run_stages, pipeline_of, stor
     source.mkdir()
     write(source, "a", integers=True)
     features = run_stages(pipeline_of(source, store.uri)).published.features
-    ids = open_ids(store, index_mode(store.uri, "r1", "raw", features, FLAT, None))
+    ids = open_ids(store, index_mode(store, "r1", "raw", features, FLAT, None))
     assert ids["id"].type == pa.int64()
     assert sorted(ids["id"].to_pylist()) == [hash_free("a", row) for row in range(50)]
     np.testing.assert_array_equal(ids["key"].to_numpy(), id_keys(ids["id"]))
@@ -245,6 +246,6 @@ def test_shards_of_one_row_have_a_recall(tmp_path: Path, run_stages, pipeline_of
     for name in "abc":
         write(source, name, rows=1)
     features = run_stages(pipeline_of(source, store.uri)).published.features
-    reference = index_mode(store.uri, "r1", "raw", features, IndexSettings(factory="HNSW8"), None)
+    reference = index_mode(store, "r1", "raw", features, IndexSettings(factory="HNSW8"), None)
     assert reference.recall_at_1 == 1.0
     assert IndexRef.model_validate_json(reference.model_dump_json()) == reference

@@ -48,7 +48,7 @@ def serve(tmp_path_factory, run_stages, pipeline_of) -> Callable[..., str]:
         settings = pipeline_of(folder / "source", folder / "store")
         plan, _, published = run_stages(settings)
         indexes = {
-            mode: index_mode(settings.store, "r1", mode, published.features, IndexSettings(), None)
+            mode: index_mode(Location(settings.store), "r1", mode, published.features, IndexSettings(), None)
             for mode in ("raw", "per_sample", "batch_stat")
         }
         release = Release(
