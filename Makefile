@@ -1,28 +1,48 @@
-# Set-up, tests and the demo. Everything runs in .venv, installed from requirements.lock.
-# `make EXTRA=gpu demo` installs faiss-gpu in place of faiss-cpu.
+# Set-up, tests and the demo. Everything runs in .venv, installed from the hashed locks in requirements/.
+#
+#   make EXTRA=gpu demo            with faiss-gpu in place of faiss-cpu
+#   make TORCH_INDEX=URL setup     with the build of torch that this index serves (PyTorch has one at …/whl/cpu), its hash
+#                                  unchecked. Without it Linux gets PyPI's build, with CUDA's several GB, unless pip
+#                                  finds the file that requirements/torch-cpu.txt names
+#   make PYTHON=python3.12 setup   with another Python
+#
+# Plain pip works, too: pip install -e '.[cpu,dask,losses,dev]' takes the newest versions that pyproject.toml allows.
 
 PYTHON ?= python3
 EXTRA ?= cpu
+TORCH_INDEX ?=
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --no-deps
+# torch comes first, for EXTRA=cpu without CUDA if pip finds such a build: by itself it prefers PyPI's, with CUDA.
+TORCH := $(INSTALL) --require-hashes --requirement requirements/torch-$(EXTRA).txt 2> /dev/null || true
+ifneq ($(TORCH_INDEX),)
+TORCH := $(INSTALL) --index-url $(TORCH_INDEX) $$(grep -o '^torch==[^ ]*' requirements/base.txt)
+endif
+LOCKS := $(patsubst %,requirements/%.txt,base $(EXTRA) dask losses dev)
 READY := .venv/.ready-$(EXTRA)
 DEMO ?= demo
 DEMO_ID ?= 000000-010
-# Only in an installation with EXTRA=gpu, so never seen by the resolution below.
-GPU_PINS := faiss-gpu==1.15.1 nvidia-cuda-runtime-cu12==12.9.79 nvidia-cublas-cu12==12.9.3.13 \
-  nvidia-curand-cu12==10.3.10.19
 
-.PHONY: setup demo test lint types check torture lock clean
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format types check torture lock clean
 
-setup: $(READY)
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(READY): requirements.lock pyproject.toml
+setup: $(READY) ## install everything into .venv (EXTRA=gpu: with faiss-gpu)
+
+$(READY): $(LOCKS) requirements/cuda.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; run make PYTHON=python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[$(EXTRA),dev]'
+	test -e $@ || $(PYTHON) -m venv --clear .venv
+	$(TORCH)
+	$(INSTALL) --require-hashes $(addprefix --requirement ,$(LOCKS))
+	! $(BIN)/python -m pip show torch | grep -q nvidia || $(INSTALL) --require-hashes --requirement requirements/cuda.txt
+	$(INSTALL) --no-build-isolation --editable .
+	$(BIN)/python -m pip check
 	@rm -f .venv/.ready-* && touch $@
 
-demo: $(READY)
+demo: $(READY) ## make a small store from synthetic shards and query it (DEMO=folder)
 	$(BIN)/frontalis synth $(DEMO)/shards
 	$(BIN)/frontalis train $(DEMO)/shards --mode per_sample --out $(DEMO)/per_sample.safetensors
 	$(BIN)/frontalis train $(DEMO)/shards --mode batch_stat --out $(DEMO)/batch_stat.safetensors
@@ -31,31 +51,33 @@ demo: $(READY)
 	$(BIN)/frontalis query --store $(DEMO)/store --mode per_sample --id $(DEMO_ID) -k 5
 
 # A file of tests stays on one worker, which has a Prefect server of its own.
-test: $(READY)
+test: $(READY) ## run all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-lint: $(READY)
+test-fast: $(READY) ## run the tests that start no server, browser or process
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m 'not e2e'
+
+lint: $(READY) ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
+format: $(READY) ## repair style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY) ## check types
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test ## lint, types and test: what must be green before a change lands
 
-torture: $(READY)
+torture: $(READY) ## kill 60 runs on a local disk and 60 on S3
 	FRONTALIS_KILLS=60 $(BIN)/python -m pytest tests/flows/test_crash.py tests/flows/test_object_storage.py --timeout 7200
 
-# Resolves the ranges of pyproject.toml anew, in an environment of its own, and writes every version down. torch is
-# named here because the release with a CPU-only build at hand is wanted, and a CUDA build is several GB.
-lock:
+lock: ## resolve the dependencies again and write requirements/*.txt
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet torch==2.13.0 '.[cpu,dev]'
-	{ echo "# Exact versions of all dependencies: written by 'make lock', used as constraints by 'make setup'."; \
-	  .venv-lock/bin/python -m pip list --format=freeze --exclude frontalis --exclude pip --exclude setuptools \
-	    | sed 's/+cpu$$//'; \
-	  printf '%s\n' $(GPU_PINS); } > requirements.lock
-	rm -rf .venv-lock build *.egg-info
+	.venv-lock/bin/python -m pip install --quiet uv==0.13.9
+	.venv-lock/bin/python requirements/lock.py
+	rm -rf .venv-lock
 
-clean:
+clean: ## remove the environment, the demo and what builds leave
 	rm -rf .venv .venv-lock build *.egg-info $(DEMO)

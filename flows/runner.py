@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from prefect import flow
@@ -35,10 +36,13 @@ def check_runner(runner: RunnerSettings) -> None:
     """Refuse a runner that cannot work, before anything is done.
 
     Raises:
-        SettingsError: Dask without a Prefect server for all workers, or without a scheduler that answers.
+        SettingsError: Dask that is not installed, without a Prefect server for all workers, or without a scheduler
+            that answers.
     """
     if runner.kind != "dask":
         return
+    if find_spec("prefect_dask") is None:
+        raise SettingsError("runner dask: prefect-dask is not installed; install the extra: pip install -e '.[dask]'.")
     if not PREFECT_API_URL.value():
         raise SettingsError(
             "runner dask: PREFECT_API_URL is not set, so every worker would start a Prefect server of its own; start "

@@ -28,10 +28,9 @@ import torch
 from models.architectures import build
 from models.checkpoint import library_versions, save
 from models.se import gather_statistics
-from models.split import split_of, subject_key
 from schemas.models import Mode, ModelCard
 from schemas.settings import PipelineSettings, pipeline
-from schemas.split import SplitRule
+from schemas.split import SplitRule, split_of, subject_key
 from tasks.plan import Plan, make_plan, prepare_models
 from tasks.publish import Published, publish
 from tasks.reweight import ReweightSpec, ShardResult, reweight_group
@@ -42,6 +41,7 @@ pytest_plugins = ["tests.pipeline_fixtures", "tests.report_fixtures"]
 TINY_DIM = 32
 TINY_SUBJECTS = 20
 TINY_SPLIT = SplitRule(salt="tiny", train=0.4, validation=0.1, test=0.5)
+E2E_FIXTURES = {"prefect_server", "s3", "browser", "memory_grown"}
 HEALTHY_SECONDS = 150
 LOG_TAIL = 4000
 
@@ -61,6 +61,13 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]
     config.stash[_HOME] = Path(tempfile.mkdtemp(prefix="frontalis-prefect-"))
     os.environ |= {"PREFECT_HOME": str(config.stash[_HOME]), **QUIET}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as e2e whatever needs a server, a browser or a process of its own: `make test-fast` leaves it out."""
+    for item in items:
+        if not E2E_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.e2e)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

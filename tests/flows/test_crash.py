@@ -39,7 +39,7 @@ LONGEST = 120
 SHORTEST_STAGE = 0.1
 LANDED: list[str] = []
 
-pytestmark = pytest.mark.timeout(60 + 60 * KILLS)
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60 + 60 * KILLS)]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from flows.runner import check_runner
+from schemas.errors import SettingsError
+from schemas.settings import RunnerSettings
 from tasks.synthetic.shards import synthesize
 
 pytestmark = pytest.mark.timeout(600)  # seven runs of the whole job in processes of their own
@@ -106,6 +109,12 @@ def test_without_a_prefect_server_for_all_workers_it_is_refused(
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("frontalis: runner dask: PREFECT_API_URL is not set")
     assert not (tmp_path / "store").exists()
+
+
+def test_without_the_extra_it_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr("flows.runner.find_spec", lambda _: None)
+    with pytest.raises(SettingsError, match=r"runner dask: prefect-dask is not installed; .*'\.\[dask\]'\.$"):
+        check_runner(RunnerSettings(kind="dask"))
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://x"])

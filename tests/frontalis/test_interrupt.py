@@ -20,6 +20,7 @@ from storage.lock import store_lock
 from storage.releases import Releases
 from tasks.synthetic.shards import synthesize
 
+pytestmark = pytest.mark.e2e
 IN_COMPILED_CODE = """
 import hashlib, sys
 from frontalis.interrupt import stops_within

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+pytestmark = pytest.mark.e2e
+
 
 class Broken(http.server.BaseHTTPRequestHandler):
     """Answers everything with 500, or below /busy with 503, which Prefect would ask again for minutes."""
