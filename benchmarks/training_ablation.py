@@ -28,11 +28,11 @@ from metrics.allpairs import AllPairs, all_pairs
 from metrics.bootstrap import draw, draw_subjects
 from models.architectures import build
 from models.dual_branch import DualBranchEnsemble, scale_change
+from models.split import subject_key
 from models.training import Candidate, LabelledTensor, Recipe, fit
 from schemas.metrics import EER, POSE_CLASSES, MetricId
 from schemas.models import Mode
 from schemas.settings import ColumnNames
-from schemas.split import subject_key
 from tasks.training.rows import TrainingRows, read_training_rows
 from tasks.training.train import PROFILE, WHITENING, ValidationScorer, features
 

@@ -4,8 +4,6 @@ Each fold is classified with the threshold that was best on the *other* folds, s
 helped to choose. Scores come from the caller (`cosine.pair_scores`).
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +21,6 @@ class FoldAccuracy:
     folds: tuple[int, ...]
     accuracies: tuple[float, ...]
     thresholds: tuple[float, ...]
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of the mean, sd / √folds, which the LFW report prints after the ±; CFP prints the sd."""
-        return self.sd / math.sqrt(len(self.folds))
 
 
 def fold_accuracy(
@@ -83,20 +76,6 @@ def why_not(same: NDArray[np.bool_], folds: NDArray[np.integer[Any]]) -> str | N
             if not (same[folds != fold] == wanted).any():
                 return f"there is no {kind} pair outside of fold {fold} to choose its threshold with"
     return None
-
-
-def accuracy_by_protocol(
-    scores: NDArray[np.floating[Any]],
-    same: NDArray[np.bool_],
-    folds: NDArray[np.integer[Any]],
-    protocols: Sequence[str],
-) -> dict[str, FoldAccuracy]:
-    """Return the `fold_accuracy` of each protocol (such as "FF" and "FP") by itself, in alphabetical order."""
-    of_pair = np.asarray(protocols)
-    return {
-        str(name): fold_accuracy(scores[of_pair == name], same[of_pair == name], folds[of_pair == name])
-        for name in np.unique(of_pair)
-    }
 
 
 def best_threshold(scores: NDArray[np.floating[Any]], same: NDArray[np.bool_]) -> float:

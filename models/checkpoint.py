@@ -24,9 +24,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from models.architectures import build, check_arguments, describe, mode_of
+from models.split import subject_key
 from schemas.errors import BadModelError, SettingsError
-from schemas.models import ModelCard, Statistic
-from schemas.split import subject_key
+from schemas.models import ModelCard, Statistic, uses_batch
 
 MAX_BYTES = 2**30
 _MAX_HEADER_BYTES = 16 * 2**20
@@ -125,11 +125,9 @@ def load(source: bytes | str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) 
 
 def inference_options(card: ModelCard, statistic: Statistic, batch_size: int) -> dict[str, str | int]:
     """Return the options that change a feature of this model, and no others: what `model_digest` is to be given."""
-    if card.mode == "per_sample":
-        return {}
-    if statistic == "frozen":
-        return {"statistic": "frozen"}
-    return {"statistic": "batch", "batch_size": batch_size}
+    if uses_batch(card.mode, statistic):
+        return {"statistic": statistic, "batch_size": batch_size}
+    return {"statistic": statistic} if card.mode == "batch_stat" else {}
 
 
 def model_digest(file_digest: str, options: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
-"""What the channel weights are, and whether they follow the channels that tell people apart. Numbers only: plots and
-reading data are left to the tasks.
+"""Channel weights of a network, and how well they follow the channels that distinguish people.
+
+Numbers only: plots and reading data are left to `tasks.explain`.
 """
 
 import itertools
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from models.dual_branch import DualBranchEnsemble, DualBranchSENet, members_of
@@ -25,18 +27,13 @@ class ChannelSummary:
     spread: NDArray[np.float64]
 
 
-def channel_weights(model: nn.Module, x: Tensor) -> dict[str, NDArray[np.float32]]:
-    """Return the channel weights of each branch for rows `[n, C]` that are normalised as the card says.
-
-    The keys are `identity` and `pose`, or `se` for a plain block. Each value is `[n, C]`, of an ensemble the mean over
-    its members; under a batch statistic all its rows are the same. The model's mode (train or
-    eval) is kept. `TypeError` for another kind of model.
-    """
-    return {name: apart.mean(axis=0) for name, apart in member_weights(model, x).items()}
-
-
 def member_weights(model: nn.Module, x: Tensor) -> dict[str, NDArray[np.float32]]:
-    """Return what `channel_weights` does for each member apart, `[members, n, C]`; one where it is no ensemble."""
+    """Return the channel weights of each branch of each member for rows `[n, C]`, scaled as the card says.
+
+    The keys are `identity` and `pose`, or `se` for a plain block. Each value is `[members, n, C]`; a network that is no
+    ensemble is its only member. Under a batch statistic the weights of all rows are equal. The model stays in its mode
+    (train or eval). Raises TypeError for another kind of model.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -50,21 +47,22 @@ def member_weights(model: nn.Module, x: Tensor) -> dict[str, NDArray[np.float32]
 
 
 def agreement(members: Floats) -> float | None:
-    """Return how alike members rank the channels: the mean over all pairs of members of `rank_correlation` of their
-    mean weights. Near 1, the ranking is a finding about the data; near 0, each training ranks them anew.
+    """Return how alike members rank the channels: the mean `rank_correlation` of their mean weights, over all pairs.
 
-    `members` is `[members, n, C]`. None for a single member, or where a member weighs all channels alike.
+    Near 1, the ranking is a finding about the data. Near 0, each training ranks them differently. `members` is
+    `[members, n, C]`. None for a single member, or where a member weights all channels equally.
     """
     means = members.mean(axis=1, dtype=np.float64)
-    pairs = [rank_correlation(a, b) for a, b in itertools.combinations(means, 2)]
-    return float(np.mean(pairs)) if pairs and not np.isnan(pairs).any() else None
+    found = [rank_correlation(a, b) for a, b in itertools.combinations(means, 2)]
+    known = [one for one in found if one is not None]
+    return float(np.mean(known)) if known and len(known) == len(found) else None
 
 
 def _blocks(model: nn.Module) -> dict[str, list[SEBlock]]:
     if isinstance(model, SEBlock):
         return {"se": [model]}
     if not isinstance(model, DualBranchSENet | DualBranchEnsemble):
-        raise TypeError(f"{type(model).__name__} has no channel weights that are known here; extend models.explain")
+        raise TypeError(f"{type(model).__name__} has no channel weights known to models.explain; extend it there")
     members = [member for member in members_of(model) if isinstance(member, DualBranchSENet)]
     return {
         "identity": [member.identity_branch.se for member in members],
@@ -99,7 +97,7 @@ def identity_relatedness(x: Floats, subjects: Sequence[Hashable], views: Sequenc
         relatedness = between / within
 
     It is the F ratio of a one-way analysis of variance over view means, up to the number of views: large where a
-    channel tells people apart and does not care from where they are seen. Views and subjects count equally however
+    channel distinguishes people whatever the view. Views and subjects count equally however
     many rows they have. Only the S subjects with at least two views count.
 
     Args:
@@ -127,21 +125,18 @@ def identity_relatedness(x: Floats, subjects: Sequence[Hashable], views: Sequenc
         return np.asarray(np.var(centres, axis=0, ddof=1) / np.mean(withins, axis=0))
 
 
-def rank_correlation(a: Floats, b: Floats) -> float:
-    """Return Spearman's rank correlation of two `[n]` arrays, ties given their mean rank; NaN where one is constant.
+def rank_correlation(a: Floats, b: Floats) -> float | None:
+    """Return Spearman's rank correlation of two `[n]` arrays, ties given their mean rank; None where one is constant.
 
-    Infinity ranks above all numbers. Pairs with a NaN are left out. `ValueError` for lengths that differ.
+    Infinity ranks above all numbers. Pairs with a NaN are skipped. Raises ValueError for lengths that differ.
+
+    >>> rank_correlation(np.array([1.0, 2.0, np.inf]), np.array([0.1, 0.2, 0.3]))
+    1.0
     """
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"two arrays of one length are wanted, not {list(a.shape)} and {list(b.shape)}")
     known = ~(np.isnan(a) | np.isnan(b))
-    ranks_a, ranks_b = _centred_ranks(a[known]), _centred_ranks(b[known])
-    scale = float(np.sqrt((ranks_a @ ranks_a) * (ranks_b @ ranks_b)))
-    return float(ranks_a @ ranks_b) / scale if scale > 0 else float("nan")
-
-
-def _centred_ranks(values: Floats) -> NDArray[np.float64]:
-    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(sizes)
-    ranks = (last - (sizes - 1) / 2)[group]
-    return np.asarray(ranks - (len(values) + 1) / 2)
+    a, b = a[known], b[known]
+    if len(np.unique(a)) < 2 or len(np.unique(b)) < 2:
+        return None
+    return float(spearmanr(a, b).statistic)

@@ -1,12 +1,15 @@
-"""The losses that teach a network which rows belong together. The training loop and its recipe are left to others."""
+"""Losses for metric learning, called as `loss(features, labels)`. The loop and its recipe are in `models.training`.
 
+The default, `global_threshold`, is our own. The others come from pytorch-metric-learning, which the extra `losses`
+installs.
+"""
+
+import importlib
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from pytorch_metric_learning.distances import CosineSimilarity
-from pytorch_metric_learning.losses import SupConLoss, TripletMarginLoss
-from pytorch_metric_learning.miners import BatchHardMiner
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,8 +27,9 @@ class BatchHardTriplet(nn.Module):
         super().__init__()
         if not 0 < margin <= 2:
             raise SettingsError(f"margin is {margin}; cosine similarities differ by at most 2, choose one in (0, 2]")
-        self.miner = BatchHardMiner(distance=CosineSimilarity())
-        self.loss = TripletMarginLoss(margin=margin, distance=CosineSimilarity())
+        distances, losses, miners = _metric_learning("distances", "losses", "miners")
+        self.miner = miners.BatchHardMiner(distance=distances.CosineSimilarity())
+        self.loss = losses.TripletMarginLoss(margin=margin, distance=distances.CosineSimilarity())
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of `[n, D]` features with int64 labels `[n]`; 0 when no triplet can be formed."""
@@ -43,7 +47,8 @@ class SupervisedContrastive(nn.Module):
         super().__init__()
         if not temperature > 0:
             raise SettingsError(f"temperature is {temperature}; choose a value above 0, such as 0.03")
-        self.loss = SupConLoss(temperature=temperature, distance=CosineSimilarity())
+        distances, losses = _metric_learning("distances", "losses")
+        self.loss = losses.SupConLoss(temperature=temperature, distance=distances.CosineSimilarity())
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of `[n, D]` features with int64 labels `[n]`; 0 when no row has a positive."""
@@ -51,17 +56,27 @@ class SupervisedContrastive(nn.Module):
         return loss
 
 
+def _metric_learning(*modules: str) -> tuple[Any, ...]:
+    try:
+        return tuple(importlib.import_module(f"pytorch_metric_learning.{name}") for name in modules)
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            "the losses supcon and triplet need pytorch-metric-learning; install the extra 'losses' (pip install "
+            "'.[losses]'), or use global_threshold"
+        ) from error
+
+
 class GlobalThresholdLoss(nn.Module):
-    """Every genuine pair has to clear one bar, which all impostor pairs of the batch set together.
+    """Push every genuine pair above one threshold, which all impostor pairs of the batch set together.
 
     With s the cosine similarity over the temperature, and N impostor pairs:
 
-        bar  = log Σ exp(s) over the impostor pairs − log(fmr · N)
-        loss = mean over the genuine pairs of softplus(bar − s)
+        threshold = log Σ exp(s) over the impostor pairs − log(fmr · N)
+        loss = mean over the genuine pairs of softplus(threshold − s)
 
-    The bar is a soft threshold for a false match rate of about `fmr`. One threshold for all rows is how features are
-    used; losses that compare within a row (triplet, contrastive) let each row have a threshold of its own. Our own;
-    measured against the others in docs/training.md.
+    The threshold is soft, for a false match rate of about `fmr`. Features are used with one threshold for all rows;
+    losses that compare within a row (triplet, contrastive) allow each row its own. Measured against those in
+    docs/training.md.
     """
 
     def __init__(self, temperature: float = 0.03, fmr: float = 2e-3) -> None:
@@ -82,8 +97,8 @@ class GlobalThresholdLoss(nn.Module):
         impostor_scores, genuine_scores = scores[~genuine], scores[genuine]
         if len(impostor_scores) == 0 or len(genuine_scores) == 0:
             return features.sum() * 0
-        bar = torch.logsumexp(impostor_scores, dim=0) - math.log(self.fmr * len(impostor_scores))
-        return functional.softplus(bar - genuine_scores).mean()
+        threshold = torch.logsumexp(impostor_scores, dim=0) - math.log(self.fmr * len(impostor_scores))
+        return functional.softplus(threshold - genuine_scores).mean()
 
 
 LOSSES: Mapping[str, Callable[..., nn.Module]] = {

@@ -18,6 +18,11 @@ MAX_DIM = 65_536  # far above any embedding; keeps a hostile card from asking fo
 Dim = Annotated[int, Field(ge=1, le=MAX_DIM)]
 
 
+def uses_batch(mode: str, statistic: Statistic) -> bool:
+    """Return whether a feature depends on the batch that its row is in, so that `batch_size` decides its bytes."""
+    return mode == "batch_stat" and statistic == "batch"
+
+
 class _Arguments(BaseModel):
     """Constructor arguments as written to a card: exact types, no unknown names."""
 

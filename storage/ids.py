@@ -1,7 +1,7 @@
 """Ids as numbers: FAISS knows rows by 64-bit integers, a store knows them by text or integer.
 
-A key is a hash of the id alone, so it survives retries, re-ordering and rebuilding. Where the ids lie, and which table
-maps a key back to its id, is left to the caller.
+A key is a hash of the id alone, so it survives retries, re-ordering and rebuilding. Two ids of one key are found by
+`storage.manifest`; for n ids the chance that there are any is about n² / 2⁶⁴, 0.05% for 100 million.
 """
 
 import functools
@@ -9,8 +9,6 @@ import functools
 import numpy as np
 import pyarrow as pa
 import xxhash
-
-from schemas.errors import StoreError
 
 _POSITIVE = np.uint64(2**63 - 1)
 
@@ -23,7 +21,7 @@ def id_keys(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
     Raises:
         TypeError: `ids` is of another type.
-        ValueError: an id is null; bad rows are sorted out before keys are made.
+        ValueError: an id is null; bad rows are removed before keys are made.
     """
     return _hashes(ids, seed=0)
 
@@ -35,31 +33,6 @@ def id_checks(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
     refuses what `id_keys` does.
     """
     return _hashes(ids, seed=1)
-
-
-def find_collisions(ids: pa.Array | pa.ChunkedArray, keys: np.ndarray) -> None:
-    """Refuse two different ids that have one key; the same id twice is no collision, and is not looked for here.
-
-    For n ids the chance that any two collide is about n² / 2⁶⁴: 0.05% for 100 million.
-
-    Args:
-        ids: the ids, text or integers.
-        keys: int64 `[n]`, what `id_keys` gave for them.
-
-    Raises:
-        StoreError: naming both ids and their key.
-    """
-    if len(ids) != len(keys):
-        raise ValueError(f"find_collisions: {len(ids)} ids but {len(keys)} keys")
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    for at in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
-        left, right = ids[int(order[at])].as_py(), ids[int(order[at + 1])].as_py()
-        if left != right:
-            raise StoreError(
-                f"ids {left!r} and {right!r} have the same 64-bit key {ordered[at]}: an index cannot tell them apart; "
-                "rename one of them"
-            )
 
 
 def _hashes(ids: pa.Array | pa.ChunkedArray, seed: int) -> np.ndarray:

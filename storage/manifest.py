@@ -15,7 +15,8 @@ import pyarrow as pa
 from schemas.errors import BadShardError, FrontalisError
 from schemas.features import input_digest
 from schemas.settings import ColumnNames
-from schemas.shards import check_shard, fitted_column
+from schemas.shards import check_shard
+from storage.columns import fitted_column
 from storage.ids import id_checks, id_keys
 from storage.layout import ROW_KEYS, SHARD_RECORDS, row_keys_path
 from storage.location import Location

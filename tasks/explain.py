@@ -72,7 +72,7 @@ def explain_model(
     found = model_weights(checkpoint, checkpoint.card.mode, rows.x[:SAMPLE_ROWS], k)
     related = _relatedness(rows) if source is not None else None
     correlation = {
-        one.branch: None if related is None else _known(rank_correlation(np.array(one.mean), related)) for one in found
+        one.branch: None if related is None else rank_correlation(np.array(one.mean), related) for one in found
     }
     top = [] if related is None else _finite_top(related, k)
     changing = [] if related is None else [(channel, -ratio) for channel, ratio in _finite_top(-related, k)]
@@ -144,7 +144,3 @@ def _files(
     if related is not None:
         plots += channel_relatedness(found, related.tolist())
     return files | plot_files(plots)
-
-
-def _known(value: float) -> float | None:
-    return None if np.isnan(value) else value

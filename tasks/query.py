@@ -15,8 +15,9 @@ from pydantic import BaseModel
 from schemas.errors import BadShardError, SettingsError, StoreError, clipped
 from schemas.metrics import RAW
 from schemas.releases import Release
-from schemas.shards import embedding_dim, embedding_matrix, plain_column
+from schemas.shards import embedding_dim
 from storage.blocks import open_parquet, read_blocks
+from storage.columns import embedding_matrix, plain_column
 from storage.features import features_table, matrix_of, read_rows
 from storage.ids import id_keys
 from storage.location import Location

@@ -24,18 +24,12 @@ from models.inference import Reweighter
 from schemas.errors import BadModelError, BadShardError, FrontalisError, clipped
 from schemas.features import QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, FeatureKey, file_schema
 from schemas.metrics import RAW
-from schemas.models import Statistic
+from schemas.models import Statistic, uses_batch
 from schemas.releases import ModelRef
 from schemas.reports import ShardFault
 from schemas.settings import ColumnNames, Device, PipelineSettings
-from schemas.shards import (
-    Reason,
-    ShardSchema,
-    angle_column,
-    check_shard,
-    embedding_matrix,
-    fitted_column,
-)
+from schemas.shards import Reason, ShardSchema, check_shard
+from storage.columns import angle_column, embedding_matrix, fitted_column
 from storage.features import features_table, parquet_writer, quarantine_table, vector_column, write_quarantine
 from storage.location import Location
 from storage.shards import read_schema, still_same, stream_blocks
@@ -320,8 +314,7 @@ def _apply(network: Reweighter, matrix: np.ndarray, spec: ReweightSpec, mode: st
 
 def _block_rows(spec: ReweightSpec, mode: str) -> int:
     model = spec.models.get(mode)
-    whole = model is not None and mode == "batch_stat" and model.statistic == "batch"
-    return spec.batch_size if whole else BLOCK_ROWS
+    return spec.batch_size if model is not None and uses_batch(mode, model.statistic) else BLOCK_ROWS
 
 
 def _network(spec: ReweightSpec, mode: str) -> Reweighter:

@@ -28,9 +28,10 @@ import torch
 from models.architectures import build
 from models.checkpoint import library_versions, save
 from models.se import gather_statistics
+from models.split import split_of, subject_key
 from schemas.models import Mode, ModelCard
 from schemas.settings import PipelineSettings, pipeline
-from schemas.split import SplitRule, split_of, subject_key
+from schemas.split import SplitRule
 from tasks.plan import Plan, make_plan, prepare_models
 from tasks.publish import Published, publish
 from tasks.reweight import ReweightSpec, ShardResult, reweight_group

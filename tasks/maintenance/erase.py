@@ -22,6 +22,7 @@ from schemas.features import (
     input_digest,
 )
 from schemas.metrics import RAW
+from schemas.models import uses_batch
 from schemas.releases import ModelRef, Release
 from schemas.settings import ColumnNames
 from storage.features import (
@@ -218,7 +219,7 @@ def _rewrite(
     place = table.place / key.path
     rows = complete_rows(place) if place.size() is not None else None
     if rows is None:
-        by_batch = mode in models and mode == "batch_stat" and models[mode].statistic == "batch"
+        by_batch = mode in models and uses_batch(mode, models[mode].statistic)
         rows = 0
         with place.writing() as target, opened(table, file) as source:
             schema = source.schema_arrow

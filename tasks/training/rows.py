@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 import xxhash
 
 from metrics.poses import UNKNOWN, pose_classes
+from models.split import subject_key
 from schemas.errors import BadShardError, TrainingError
 from schemas.settings import ColumnNames
-from schemas.shards import Reason, angle_column, check_shard, embedding_matrix, fitted_column
-from schemas.split import subject_key
+from schemas.shards import Reason, check_shard
+from storage.columns import angle_column, embedding_matrix, fitted_column
 from storage.location import Location
 from storage.shards import Shard, find_shards, read_schema, stream_blocks
 

@@ -21,13 +21,14 @@ from models.architectures import build, check_arguments
 from models.checkpoint import library_versions, to_bytes
 from models.dual_branch import DualBranchSENet
 from models.inference import normalise, torch_device
+from models.split import split_of, subject_key, with_enough_validation
 from models.training import Candidate, Fitted, LabelledTensor, fit
 from schemas.errors import TrainingError
 from schemas.metrics import EER, FRONTAL_FRONTAL, FRONTAL_PROFILE, POSE_CLASSES, RAW, MetricId
 from schemas.models import ModelCard
 from schemas.reports import Estimate
 from schemas.settings import TrainingSettings
-from schemas.split import SplitRule, split_of, subject_key, with_enough_validation
+from schemas.split import SplitRule
 from storage.location import Location
 from tasks.training.model_card import card_markdown
 from tasks.training.rows import BLOCK_ROWS, TrainingRows, read_training_rows

@@ -19,9 +19,9 @@ from frontalis.cli import app
 from frontalis.interrupt import Watched
 from frontalis.printing import print_releases
 from models.checkpoint import load, save
+from models.split import subject_key
 from schemas.errors import SettingsError
 from schemas.settings import pipeline
-from schemas.split import subject_key
 from storage.location import Location
 from storage.releases import Releases
 from tasks.maintenance.rollback import roll_back

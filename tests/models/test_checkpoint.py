@@ -13,9 +13,10 @@ import torch
 from models import checkpoint as module
 from models.checkpoint import Checkpoint, inference_options, library_versions, load, model_digest, save, to_bytes
 from models.dual_branch import DualBranchSENet
+from models.split import subject_key
 from schemas.errors import BadModelError, SettingsError
 from schemas.models import ModelCard
-from schemas.split import SplitRule, subject_key
+from schemas.split import SplitRule
 
 DIM = 64
 RULE = SplitRule(salt="pepper", train=0.5, validation=0.2, test=0.3)

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -43,8 +45,8 @@ def test_shared_bar_follows_its_formula():
     genuine = [cosine(places[i] - places[j]) for i, j in pairs if labels[i] == labels[j]]
     impostor = [cosine(places[i] - places[j]) for i, j in pairs if labels[i] != labels[j]]
     assert (len(genuine), len(impostor)) == (4, 6)
-    bar = np.log(sum(np.exp(s / temperature) for s in impostor)) - np.log(fmr * len(impostor))
-    expected = np.mean([np.log1p(np.exp(bar - s / temperature)) for s in genuine])
+    threshold = np.log(sum(np.exp(s / temperature) for s in impostor)) - np.log(fmr * len(impostor))
+    expected = np.mean([np.log1p(np.exp(threshold - s / temperature)) for s in genuine])
     loss = make_loss("global_threshold", temperature=temperature, fmr=fmr)(angles(*places), torch.tensor(labels))
     assert loss.item() == pytest.approx(expected, abs=1e-5)
 
@@ -92,3 +94,12 @@ def test_batch_without_a_genuine_pair_has_no_loss_but_a_gradient(name):
 def test_unknown_names_and_values_are_refused(name, options, named):
     with pytest.raises(SettingsError, match=named):
         make_loss(name, **options)
+
+
+@pytest.mark.parametrize("name", ["supcon", "triplet"])
+def test_without_the_extra_the_error_names_it_and_the_default_loss_works(monkeypatch, name):
+    for module in ("distances", "losses", "miners"):
+        monkeypatch.setitem(sys.modules, f"pytorch_metric_learning.{module}", None)
+    with pytest.raises(SettingsError, match="install the extra 'losses'"):
+        make_loss(name)
+    assert make_loss("global_threshold") is not None

@@ -7,8 +7,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.errors import StoreError
-from storage.ids import find_collisions, id_keys
+from storage.ids import id_keys
 
 TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view()]
 
@@ -61,23 +60,3 @@ def test_null_ids_and_other_types_are_refused():
         id_keys(pa.array(["a", None]))
     with pytest.raises(TypeError, match="not double"):
         id_keys(pa.array([1.5]))
-
-
-@pytest.mark.parametrize("id_type", [*TEXT_TYPES, pa.int64()], ids=str)
-def test_a_collision_names_both_ids(id_type):
-    ids = pa.array(["2", "1", "3", "4"]).cast(id_type)
-    with pytest.raises(StoreError) as refusal:
-        find_collisions(ids, np.array([7, 9, 8, 9]))
-    assert f"{ids[1].as_py()!r} and {ids[3].as_py()!r}" in str(refusal.value)
-    assert "key 9" in str(refusal.value)
-
-
-def test_a_collision_is_found_behind_a_repeated_id():
-    with pytest.raises(StoreError, match="'x' and 'y'"):
-        find_collisions(pa.array(["x", "x", "y"]), np.array([5, 5, 5]))
-
-
-def test_the_same_id_twice_is_no_collision():
-    ids = pa.chunked_array([["a", "b"], ["a"]])
-    find_collisions(ids, id_keys(ids))
-    find_collisions(pa.array([], pa.string()), np.empty(0, np.int64))

@@ -14,12 +14,12 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from models.checkpoint import load, save
+from models.split import subject_key
 from schemas.index import IndexSettings
 from schemas.metrics import ALL, HELD_OUT, RAW
 from schemas.releases import Release
 from schemas.reports import DataQuality, Evaluation, GateDecision
 from schemas.settings import EvaluationSettings, PipelineSettings, pipeline
-from schemas.split import subject_key
 from storage.tables import Snapshot
 from tasks.evaluate import evaluate
 from tasks.index import Previous

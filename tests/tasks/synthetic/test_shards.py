@@ -9,7 +9,8 @@ import pytest
 
 from schemas.errors import SettingsError
 from schemas.settings import ColumnNames
-from schemas.shards import check_shard, embedding_matrix
+from schemas.shards import check_shard
+from storage.columns import embedding_matrix
 from tasks.synthetic.shards import synthesize
 
 

@@ -11,10 +11,10 @@ import torch
 
 from models.checkpoint import load
 from models.inference import Reweighter
+from models.split import split_of
 from models.training import fit
 from schemas.errors import TrainingError
 from schemas.settings import ColumnNames, TrainingSettings
-from schemas.split import split_of
 from tasks.synthetic.shards import synthesize
 from tasks.training.rows import TrainingRows, read_training_rows
 from tasks.training.train import ValidationScorer, error_rates, sweep, train_model, validation_score

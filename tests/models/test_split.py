@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from schemas.split import SplitRule, split_of, subject_key, with_enough_validation
+from models.split import split_of, subject_key, with_enough_validation
+from schemas.split import SplitRule
 
 RULE = SplitRule(salt="pepper", train=0.7, validation=0.1, test=0.2)
 NAMES = [f"person {i}" for i in range(20_000)]
@@ -46,7 +47,7 @@ def test_whole_and_empty_parts(part):
 
 def test_hair_left_by_rounding_goes_to_the_last_part_that_has_anybody(monkeypatch):
     rule = SplitRule(salt="x", train=0.6, validation=0.4 - 1e-10, test=0)
-    monkeypatch.setattr("schemas.split.subject_key", lambda subject, salt: -1)  # the highest position there is
+    monkeypatch.setattr("models.split.subject_key", lambda subject, salt: -1)  # the highest position there is
     assert split_of("anybody", rule) == "validation"
 
 
