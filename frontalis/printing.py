@@ -1,7 +1,7 @@
 """What the commands print: tables for people, or one JSON document.
 
-Everything from the data (ids, subjects, shard names) is printed with its control characters written out, so that it
-cannot move the cursor or pass for something else.
+Ids, subjects and shard names are printed with their control characters written out, so that data cannot move the cursor
+or imitate other output.
 """
 
 import json
@@ -18,12 +18,12 @@ from reports.tables import filled
 from reports.text import (
     cell_name,
     interval,
-    judge,
     pairs_remarks,
     percent,
     points,
     points_interval,
     population_name,
+    verdict,
 )
 from schemas.errors import one_line
 from schemas.metrics import ALL, EER, FRONTAL_PROFILE, MAIN_CELLS, RAW, MetricId
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def print_trained(trained: "Trained", as_json: bool) -> None:
-    """Print the figures of a new model beside raw, on subjects it has not seen."""
+    """Print the metrics of a new model beside raw, on held-out subjects."""
     if as_json:
         card = trained.card.model_dump(mode="json")
         sys.stdout.write(json.dumps({"out": trained.out, "improved": trained.improved, "card": card}, indent=1) + "\n")
@@ -50,8 +50,8 @@ def print_trained(trained: "Trained", as_json: bool) -> None:
     console = _console()
     subjects = trained.parts[trained.measured_on]
     table = _table(console, f"{trained.card.mode} on {subjects} {trained.measured_on} subjects, in percent")
-    for name in ("cell", "mode", "EER", "FNMR @ global FMR 1e-2", "FNMR @ global FMR 1e-3", "EER - raw [95%]"):
-        table.add_column(name, justify="left" if name in ("cell", "mode") else "right")
+    for name in ("pose pair", "mode", "EER", "FNMR @ global FMR 1e-2", "FNMR @ global FMR 1e-3", "EER - raw [95%]"):
+        table.add_column(name, justify="left" if name in ("pose pair", "mode") else "right")
     shown = (EER, MetricId("fnmr_global@1e-2"), MetricId("fnmr_global@1e-3"))
     for cell in MAIN_CELLS:
         for mode, cells in trained.rates.items():
@@ -63,14 +63,14 @@ def print_trained(trained: "Trained", as_json: bool) -> None:
                 )
     console.print(table)
     if not trained.improved:
-        worse = "is WORSE than raw; do not serve it" if trained.best.score > 0 else "gives raw embeddings back"
+        worse = "is WORSE than raw; do not serve it" if trained.best.score > 0 else "returns raw embeddings"
         _say(console, f"WARNING    no step was better than raw on validation: this model {worse}")
     chosen = f"step {trained.best.step}, change scaled by {trained.best.share:g}"
     _say(console, f"model      {trained.out}, {chosen}, card {trained.out}.md")
 
 
 def print_outcome(outcome: "Outcome", as_json: bool) -> None:
-    """Print what a run came to."""
+    """Print the outcome of a run."""
     if as_json:
         _json(outcome)
         return
@@ -78,7 +78,7 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
     if outcome.evaluation is not None:
         _evaluation(console, outcome.evaluation)
     data = outcome.data
-    held = ", ".join(f"{count:,} {reason}" for reason, count in data.quarantined.items()) or "none"
+    quarantined = ", ".join(f"{count:,} {reason}" for reason, count in data.quarantined.items()) or "none"
     _say(console, f"release    {outcome.release}: {outcome.reason}")
     _say(
         console,
@@ -86,11 +86,12 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
     )
     _say(
         console,
-        f"rows       {data.rows_read:,} read, {data.rows_features:,} with features, quarantined: {held}"
+        f"rows       {data.rows_read:,} read, {data.rows_features:,} with features, quarantined: {quarantined}"
         + (f", {data.forgotten:,} forgotten" if data.forgotten else ""),
     )
     for fault in data.bad_shards:
-        _say(console, f"bad shard  {fault.reason} Its last good features {'stay' if fault.kept else 'do not exist'}.")
+        kept = "Its last good features are kept." if fault.kept else "It has no earlier features."
+        _say(console, f"bad shard  {fault.reason} {kept}")
     for warning in outcome.warnings:
         _say(console, f"warning    {warning}")
     _say(console, f"time       {outcome.seconds:.1f} s")
@@ -141,12 +142,12 @@ def print_explanation(explanation: "Explanation", as_json: bool) -> None:
             table.add_row(str(channel), f"{weight:.4f}", f"{one.spread[channel]:.4f}")
         console.print(table)
         if one.agreement is not None:
-            _say(console, f"the members rank the channels alike by {one.agreement:+.3f} (1 wholly, 0 by chance)")
+            _say(console, f"rank correlation of weights between members: {one.agreement:+.3f} (0 by chance)")
         correlation = explanation.correlation[one.branch]
         if correlation is not None:
             _say(console, f"rank correlation of weight and identity-relatedness: {correlation:+.3f}")
         console.print()
-    for what, ranked in (("related to identity", explanation.related), ("changed by the view", explanation.changing)):
+    for what, ranked in (("related to identity", explanation.related), ("dependent on pose", explanation.changing)):
         if ranked:
             channels = ", ".join(f"{channel} ({ratio:.2f})" for channel, ratio in ranked)
             _say(console, f"channels most {what} (variance between / within subjects): {channels}")
@@ -164,7 +165,7 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
     modes = list(dict.fromkeys(mode for release in releases for mode in release.gated))
     for name in ("release", "created (UTC)", "served", "rows", *modes):
         table.add_column(name, justify="right" if name in ("rows", *modes) else "left")
-    table.add_column("figure, %")
+    table.add_column("metric, %")
     table.add_column("decision", no_wrap=True, overflow="ignore")
     for release in releases:
         gone = "erased" if release.erased else "vacuumed" if release.vacuumed else ""
@@ -180,25 +181,25 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
         )
     console.print(table)
     if releases:
-        _say(console, "figures are over subjects that no model has seen; n/e: there is none")
+        _say(console, "metrics are over held-out subjects; n/e: not estimable")
 
 
 def print_forgotten(forgotten: "Forgotten", store: str, as_json: bool) -> None:
-    """Print what forgetting came to, and what is left to do."""
+    """Print what was erased, and what is left to do."""
     if as_json:
         _json(forgotten)
         return
     console = _console()
     if forgotten.rows or forgotten.quarantined:
-        held = f" and {forgotten.quarantined:,} in quarantine" if forgotten.quarantined else ""
-        _say(console, f"forgotten  {forgotten.rows:,} rows with features{held}, in {forgotten.shards:,} shards")
+        quarantined = f" and {forgotten.quarantined:,} in quarantine" if forgotten.quarantined else ""
+        _say(console, f"forgotten  {forgotten.rows:,} rows with features{quarantined}, in {forgotten.shards:,} shards")
     else:
-        _say(console, f"forgotten  no row of this {forgotten.kind} was found; rows to come are kept out")
+        _say(console, f"forgotten  no row of this {forgotten.kind} was found; future rows are excluded")
     if forgotten.release:
-        _say(console, f"release    {forgotten.release} is served now")
+        _say(console, f"release    {forgotten.release} is now served")
     if forgotten.erased_releases:
-        _say(console, f"erased     {', '.join(forgotten.erased_releases)}: no longer to be served")
-        _say(console, f"to do      frontalis vacuum --store {store}   (removes their files from the disk)")
+        _say(console, f"erased     {', '.join(forgotten.erased_releases)}: can no longer be served")
+        _say(console, f"to do      frontalis vacuum --store {store}   (deletes their files)")
 
 
 def print_vacuumed(vacuumed: "Vacuumed", as_json: bool) -> None:
@@ -214,19 +215,19 @@ def print_vacuumed(vacuumed: "Vacuumed", as_json: bool) -> None:
     if vacuumed.removed_releases:
         _say(console, f"releases   {', '.join(vacuumed.removed_releases)}")
     what = "to remove" if vacuumed.dry_run else "removed  "
-    waiting = f"; {vacuumed.waiting:,} more are too young to be sure of" if vacuumed.waiting else ""
+    waiting = f"; {vacuumed.waiting:,} more are too recent to remove safely" if vacuumed.waiting else ""
     _say(console, f"{what}  {len(vacuumed.files):,} files, {vacuumed.bytes / 1e6:,.1f} MB{waiting}")
 
 
 def print_checked(checked: "Checked", as_json: bool) -> None:
-    """Print what is wrong with a store and how to mend it."""
+    """Print what is wrong with a store and how to fix it."""
     if as_json:
         _json(checked)
         return
     console = _console()
     for problem in checked.problems:
         _say(console, f"problem    {problem.thing}: {problem.what}")
-        _say(console, f"  mend     {problem.remedy}")
+        _say(console, f"  fix      {problem.remedy}")
     _say(
         console,
         f"checked    {len(checked.releases):,} releases, {checked.files:,} files, {checked.bytes / 1e6:,.1f} MB, "
@@ -235,7 +236,7 @@ def print_checked(checked: "Checked", as_json: bool) -> None:
     if checked.leftovers:
         size = sum(one.size for one in checked.leftovers) / 1e6
         _say(console, f"leftovers  {len(checked.leftovers):,} files, {size:,.1f} MB: `frontalis vacuum` removes them")
-    _say(console, f"result     {len(checked.problems)} problems" if checked.problems else "result     all is well")
+    _say(console, f"result     {len(checked.problems) or 'no'} problems")
 
 
 def _evaluation(console: Console, evaluation: Evaluation) -> None:
@@ -250,7 +251,7 @@ def _evaluation(console: Console, evaluation: Evaluation) -> None:
 
 
 def _population(console: Console, population: Population, evaluation: Evaluation) -> None:
-    left_out = f", {population.left_out_subjects:,} left out" if population.left_out_subjects else ""
+    left_out = f", {population.left_out_subjects:,} excluded" if population.left_out_subjects else ""
     if population.sampled_from_subjects:
         left_out += f", sampled from {population.sampled_from_subjects:,}"
     title = f"{population_name(population)}: {population.n_subjects:,} subjects{left_out}, "
@@ -260,23 +261,23 @@ def _population(console: Console, population: Population, evaluation: Evaluation
     columns |= {MetricId.at("fnmr_global", fmr): f"FNMR % @ global FMR {fmr}" for fmr in points_shown}
     compared = {EER: "EER − raw, points", MetricId("fnmr_global@1e-3"): "FNMR @ 1e-3 − raw, points"}
     compared = {metric: name for metric, name in compared.items() if metric in columns and len(population.modes) > 1}
-    for name in ["cell", "mode", *columns.values(), *compared.values(), "genuine", "impostor"]:
-        table.add_column(name, justify="left" if name in ("cell", "mode") else "right")
+    for name in ["pose pair", "mode", *columns.values(), *compared.values(), "genuine", "impostor"]:
+        table.add_column(name, justify="left" if name in ("pose pair", "mode") else "right")
     cells = filled(population)
     for cell in sorted(cells, key=lambda name: MAIN_CELLS.index(name) if name in MAIN_CELLS else len(MAIN_CELLS)):
         for mode, result in population.modes.items():
-            figures = result.cells[cell]
+            found = result.cells[cell]
             table.add_row(
                 cell_name(cell) if mode == RAW else "",
                 mode,
-                *(_with_interval(figures.estimate(metric)) for metric in columns),
+                *(_with_interval(found.estimate(metric)) for metric in columns),
                 *(_difference(result.difference_to_raw(cell, metric)) for metric in compared),
-                f"{figures.n_genuine:,}",
-                f"{figures.n_impostor:,}",
+                f"{found.n_genuine:,}",
+                f"{found.n_impostor:,}",
             )
         table.add_section()
     console.print(table)
-    _say(console, "FNMR at one threshold a mode for all cells: that at which so many of all impostor pairs match")
+    _say(console, "FNMR is at one threshold per mode for all pose pairs: the global FMR is over all impostor pairs")
     for mode, result in population.modes.items():
         exact = ", ".join(f"FMR {fmr}: {'n/e' if at is None else repr(at)}" for fmr, at in result.thresholds.items())
         _say(console, f"score >=   {mode}, global {exact}")
@@ -305,7 +306,7 @@ def _population(console: Console, population: Population, evaluation: Evaluation
             _say(
                 console,
                 f"1:N        {mode}, {found.gallery} gallery ({found.n_gallery_subjects:,} subjects), {found.probes} "
-                f"probes ({found.n_mated:,} mated, {found.n_non_mated:,} not): {ranks}; {misses}",
+                f"probes ({found.n_mated:,} mated, {found.n_non_mated:,} non-mated): {ranks}; {misses}",
             )
     console.print()
 
@@ -323,7 +324,7 @@ def _difference(difference: Estimate | None) -> str:
     between = points_interval(difference)
     if not between:
         return points(difference.value)
-    return f"{points(difference.value)} [{between.replace(' to ', ', ')}] {judge(difference)}"
+    return f"{points(difference.value)} [{between.replace(' to ', ', ')}] {verdict(difference)}"
 
 
 def _rate(estimate: Estimate | None) -> str:

@@ -1,4 +1,4 @@
-"""What the report's plots are made of: the canvas, the marks and lines of the modes, legends, intervals, names.
+"""Parts of the report's plots: the canvas, the marks and lines of the modes, legends, intervals, names.
 
 `reports.plots` composes figures from these; colours come from `reports.theme`. Call them within `theme.drawing()`.
 """
@@ -34,12 +34,12 @@ def canvas(
     figure = Figure(figsize=(width / 72, height / 72), facecolor="none")
     figure.text(2 / width, 1 - 13 / height, short(title, 40), fontsize=11, fontweight="bold", color=colour)
     axes = figure.add_axes((left / width, bottom / height, 1 - (left + 10) / width, 1 - (bottom + 28) / height))
-    dress(axes)
+    style_axes(axes)
     axes.grid(color=light("grid"), lw=0.8)
     return figure, axes
 
 
-def dress(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
     """Give axes the quiet look of all plots: two thin spines, small muted labels, nothing behind."""
     axes.set_facecolor("none")
     axes.set_axisbelow(True)
@@ -56,7 +56,7 @@ def mode_colour(mode: str, modes: Iterable[str]) -> str:
 
 
 def line_style(mode: str, modes: Iterable[str]) -> dict[str, Any]:
-    """Return how a mode's line is drawn: its colour and its dashes, either of which tells it."""
+    """Return how a mode's line is drawn: its colour and its dashes, either of which identifies it."""
     return {"color": mode_colour(mode, modes), "lw": 1.7, "ls": _DASHES.get(mode, (0, (2, 1.5)))}
 
 
@@ -83,7 +83,7 @@ def inner_legend(
     axes.legend(handles=handles, loc=place, **LEGEND)
 
 
-def ends(axes: Axes, left: str, right: str) -> None:
+def name_ends(axes: Axes, left: str, right: str) -> None:
     """Name the two ends of the horizontal axis, on the line of its label."""
     for text, place, side in ((left, 0, "left"), (right, 1, "right")):
         axes.annotate(
@@ -98,7 +98,7 @@ def bounds(estimate: Estimate) -> tuple[float, float]:
     return (value if low is None else low), (value if high is None else high)
 
 
-def whole(estimate: Estimate) -> float:
+def in_percent(estimate: Estimate) -> float:
     """Return the value of an estimate in percent."""
     return 100 * (estimate.value or 0.0)
 
@@ -112,9 +112,9 @@ def error_curve(
         axes.plot(
             [place, place], [100 * bound for bound in bounds(one)], color=mode_colour(mode, modes), lw=1, alpha=0.55
         )
-    axes.plot(places, [whole(one) for _, one in known], **line_style(mode, modes))
+    axes.plot(places, [in_percent(one) for _, one in known], **line_style(mode, modes))
     if marks:
-        axes.plot(places, [whole(one) for _, one in known], **mark_style(mode, modes))
+        axes.plot(places, [in_percent(one) for _, one in known], **mark_style(mode, modes))
 
 
 def short(text: str, length: int = 18) -> str:

@@ -1,9 +1,8 @@
-"""The report of a release: one HTML file that tells whether it helped, and shows why.
+"""The report of a release: one HTML file that says whether the models helped, with the evidence.
 
 `render_report` turns a `ReportInput` into a page that needs nothing else: no script, no font, no network, and a content
-security policy that forbids them. Every text that comes from data is escaped, and printed so that it cannot deceive.
-Drawing is left to `reports.plots`, wording to `reports.text`, layout to the template beside; who writes the page and
-where is up to the flow.
+security policy that forbids them. Text from data is escaped, and its control characters are written out.
+Plots are drawn by `reports.plots`, wording is in `reports.text`, layout in `templates/`. The caller writes the page.
 """
 
 import base64
@@ -25,12 +24,12 @@ from reports.tables import (
     accuracy_rows,
     detail_table,
     filled,
+    gate_tiles,
     index_rows,
     pose_table,
     present,
     search_table,
     threshold_table,
-    verdict_tiles,
     versus_rows,
 )
 from reports.text import (
@@ -83,9 +82,7 @@ def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None
         policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
         created=_moment(report.created),
         population=population,
-        tiles=verdict_tiles(population, report.gated)
-        if population and population.name == report.gated.population
-        else [],
+        tiles=gate_tiles(population, report.gated) if population and population.name == report.gated.population else [],
         gated_name=f"{metric_name(report.gated.metric)}, {cell_name(report.gated.cell)}",
         tables=[_main_table(one, report) for one in report.evaluation.populations.values() if one.modes],
         other_poses=_other_poses(population, report) if population else None,
@@ -108,10 +105,10 @@ def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None
 
 
 def markdown_table(evaluation: Evaluation) -> str:
-    """Return the main figures of the first population as a Markdown table, such as Prefect shows as an artifact."""
+    """Return the main metrics of the held-out population as a Markdown table, for a Prefect artifact."""
     population = _population(evaluation, HELD_OUT)
     if population is None:
-        return "No figures: no labelled rows were evaluated.\n"
+        return "Nothing was measured: no labelled rows were evaluated.\n"
     table = pose_table(population, present(population, MAIN_CELLS), _metrics(evaluation))
     heads = ["pose pair", "mode", *(f"{head}, %" for head in table.heads)]
     lines = [_markdown_row(heads), _markdown_row(["---"] * len(heads), escape=False)]
@@ -120,9 +117,9 @@ def markdown_table(evaluation: Evaluation) -> str:
             lines.append(_markdown_row([title, mode.name, *(_markdown_cell(cell) for cell in cells)]))
     notes = [f"{number}. {_escape_markdown(note)}" for number, note in enumerate(table.notes, 1)]
     people = f"{population.n_subjects:,} subjects, {population.n_rows:,} rows"
-    left_out = f"; {population.left_out_subjects:,} subjects left out" if population.left_out_subjects else ""
+    left_out = f"; {population.left_out_subjects:,} subjects excluded" if population.left_out_subjects else ""
     head = f"{_escape_markdown(population.name)}: {people}{left_out}. 95% intervals in brackets, then mode − raw. "
-    head += "FNMR at one threshold a mode, that of the global FMR."
+    head += "FNMR is at one threshold per mode, found at the global FMR."
     return "\n".join([head, "", *lines, *([""] if notes else []), *notes, ""])
 
 
@@ -164,50 +161,50 @@ def draw(report: ReportInput) -> list[FigureView]:
         FigureView(
             "differences",
             "Better or worse than raw",
-            "Each mark is a mode's error minus that of the raw embeddings: left of the line is better. A filled mark "
-            "is a difference, its 95% interval clear of the line; a hollow one may be chance.",
+            "Each mark is a mode's error minus that of the raw embeddings: left of the line is better. A mark is "
+            "filled where its 95% interval excludes zero; the difference of a hollow one may be chance.",
             plots.differences(modes, cells, _metrics(report.evaluation)),
         ),
         FigureView(
             "det",
-            "Errors at every threshold",
-            "How many genuine pairs are missed (up) for how many impostor pairs are let in (right), on normal-deviate "
-            "axes: the lower curve is better. Marks stand at the pose pair's own FMR 0.1% and 1%, with 95% intervals.",
+            "DET curves",
+            "False non-match rate over false match rate at every threshold, on normal-deviate axes: the lower curve is "
+            "better. Marks are at the pose pair's own FMR 0.1% and 1%, with 95% intervals.",
             plots.det_curves(modes, cells),
         ),
         FigureView(
             "scores",
             "Scores",
-            "Filled: two pictures of one person. Outline: pictures of two people. A pair right of the dotted line, "
-            f"{threshold}, is a match: the less the two overlap the better.",
+            "Filled: genuine pairs. Outline: impostor pairs. A pair at or right of the dotted line matches; it is "
+            f"{threshold}. Less overlap is better.",
             plots.score_histograms(modes, cells, point),
         ),
         FigureView(
             "poses",
-            "Missed genuine pairs by pose",
-            f"FNMR with {threshold}: a strong colour marks poses that are served badly. n counts genuine pairs; the "
-            "colours mean the same in every run.",
+            "FNMR by pose pair",
+            f"FNMR at {threshold}. A stronger colour is a higher error. n is the number of genuine pairs. The "
+            "colour scale is the same in every report.",
             plots.pose_heat_maps(modes, point),
         ),
         FigureView(
             "search",
-            "Search",
-            "Left, how often the right person is among the first k found: higher is better. Right, how often a person "
-            "who is in the gallery is missed when so many strangers are let in: lower is better.",
+            "Identification",
+            "Left: the share of mated probes whose subject is among the first k; higher is better. "
+            "Right: FNIR over FPIR; lower is better.",
             plots.identification_curves(modes),
         ),
         FigureView(
             "weights",
             "Channel weights",
-            "Channels by falling weight, with the spread over the sampled rows as a band; numbers name the channels "
-            "that count most. A flat line means that all channels are treated alike.",
+            "Channels by falling weight, with the standard deviation over the sampled rows as a band. The numbers are "
+            "the channels of largest weight. A flat line means that all channels have the same weight.",
             plots.channel_weights(report.weights),
         ),
         FigureView(
             "trend",
-            "Release after release",
-            f"{metric_name(report.gated.metric)}, {cell_name(report.gated.cell)}, the figure that decides, with 95% "
-            "intervals: lower is better. Hollow marks are releases that were not promoted.",
+            "Trend",
+            f"{metric_name(report.gated.metric)}, {cell_name(report.gated.cell)}, the gated metric, with 95% "
+            "intervals: lower is better. Hollow marks are rejected releases.",
             plots.trend_lines(report.trend),
         ),
     ]
@@ -243,7 +240,7 @@ def _markdown_cell(cell: Shown) -> str:
     if cell.note:
         return f"{cell.value} ({cell.note})"
     parts = [cell.value, f"({cell.between})" if cell.between else ""]
-    parts.append(f"{cell.sign} {cell.difference} {cell.judgement}" if cell.difference else "")
+    parts.append(f"{cell.sign} {cell.difference} {cell.verdict}" if cell.difference else "")
     return " ".join(filter(None, parts))
 
 

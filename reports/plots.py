@@ -1,7 +1,7 @@
-"""The report's figures, as small plots that stand side by side on a desk and one below the other on a phone.
+"""The report's plots: small, side by side on a wide screen and one below the other on a phone.
 
-Each function takes records and returns plots; what was not measured gives no plot. The plots of one function share
-their axes, so that they compare by eye. Colours and the way into HTML, SVG and PNG are `reports.theme`'s.
+Each function takes records and returns plots. What was not measured gives no plot. The plots of one function share
+their axis limits, so that they can be compared by eye. Colours, SVG and PNG are left to `reports.theme`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,28 +19,28 @@ from reports.axes import (
     NOTE,
     bounds,
     canvas,
-    dress,
-    ends,
     error_curve,
+    in_percent,
     inner_legend,
     line_style,
     mark_style,
     mode_colour,
     mode_legend,
+    name_ends,
     short,
     slug,
-    whole,
+    style_axes,
 )
 from reports.text import (
     NOT_ESTIMABLE,
     cell_name,
-    judge,
+    in_words,
     metric_name,
     percent,
     percent_of,
     points,
     pose_pair,
-    spoken,
+    verdict,
 )
 from reports.theme import RAMP_STEPS, Plot, drawing, light, mode_role
 from schemas.metrics import RAW, MetricId
@@ -86,13 +86,13 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[MetricId])
                     continue
                 low, high = bounds(estimate)
                 axes.plot([100 * low, 100 * high], [row + shift] * 2, color=mode_colour(mode.mode, modes), lw=2)
-                clear = judge(estimate) in ("better", "worse")
+                clear = verdict(estimate) in ("better", "worse")
                 axes.plot([100 * estimate.value], [row + shift], **mark_style(mode.mode, modes, solid=clear))
-                said.append(f"{mode.mode} {cell_name(cell)} {points(estimate.value)} points, {judge(estimate)}")
+                said.append(f"{mode.mode} {cell_name(cell)} {points(estimate.value)} points, {verdict(estimate)}")
         axes.set_yticks(range(len(cells)), [short(cell_name(cell)) for cell in cells])
         axes.set(xlim=(-reach, reach), ylim=(len(cells) - 0.5, -0.5))
         axes.set_xlabel("percentage points")
-        ends(axes, "\N{LEFTWARDS ARROW} better", "worse \N{RIGHTWARDS ARROW}")
+        name_ends(axes, "\N{LEFTWARDS ARROW} better", "worse \N{RIGHTWARDS ARROW}")
         axes.grid(visible=False, axis="y")
         mode_legend(figure, [mode.mode for mode in shown], modes)
         name = f"difference-{slug(metric.replace('@', '-'))}"
@@ -125,7 +125,7 @@ def det_curves(modes: Modes, cells: Sequence[str]) -> list[Plot]:
             x, y = [fmr for fmr, _ in kept], [fnmr for _, fnmr in kept]
             axes.plot(_deviates(x, x_range), _deviates(y, y_range), **line_style(mode.mode, modes))
             _det_intervals(axes, result, mode.mode, modes, x_range, y_range)
-            said.append(f"{mode.mode} EER {spoken(result.eer)}")
+            said.append(f"{mode.mode} EER {in_words(result.eer)}")
         for axis, (low, high) in ((axes.xaxis, x_range), (axes.yaxis, y_range)):
             ticks = [tick for tick in (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95) if low <= tick <= high]
             axis.set_ticks(_deviates(ticks, (low, high)), [f"{100 * tick:.4g}" for tick in ticks])
@@ -158,7 +158,7 @@ def score_histograms(modes: Modes, cells: Sequence[str], fmr: str) -> list[Plot]
         for row, mode in enumerate(shown):
             height = box.height / len(shown)
             axes = figure.add_axes((box.x0, box.y1 - (row + 1) * height, box.width, 0.92 * height))
-            dress(axes)
+            style_axes(axes)
             axes.spines["left"].set_visible(False)
             axes.set(xlim=(low, high), yticks=[])
             axes.tick_params(labelbottom=row == len(shown) - 1)
@@ -171,7 +171,7 @@ def score_histograms(modes: Modes, cells: Sequence[str], fmr: str) -> list[Plot]
             if row == len(shown) - 1:
                 axes.set_xlabel("cosine score")
             miss = result.fnmr_global.get(fmr)
-            said.append(f"{mode.mode} {spoken(miss)} of genuine pairs below the threshold" if miss else mode.mode)
+            said.append(f"{mode.mode} {in_words(miss)} of genuine pairs below the threshold" if miss else mode.mode)
         plots.append(Plot(f"scores-{slug(cell)}", f"Scores, {cell_name(cell)}: " + "; ".join(said), figure))
     return plots
 
@@ -192,7 +192,7 @@ def pose_heat_maps(modes: Modes, fmr: str) -> list[Plot]:
                 if result is None or miss is None:
                     continue
                 _heat_cell(axes, column, row, miss.value, result.n_genuine)
-                said.append(f"{second}\N{EN DASH}{first} {spoken(miss)}")
+                said.append(f"{second}\N{EN DASH}{first} {in_words(miss)}")
         axes.set(xlim=(-0.5, len(poses) - 0.5), ylim=(len(poses) - 0.5, -0.5))
         axes.set_xticks(range(len(poses)), [short(pose, 10) for pose in poses])
         axes.set_yticks(range(len(poses)), [short(pose, 10) for pose in poses])
@@ -212,8 +212,8 @@ def identification_curves(modes: Modes) -> list[Plot]:
     shown = {name: mode.identification for name, mode in modes.items() if mode.identification}
     plots = []
     for name, title, x_label, y_label in (
-        ("cmc", "Found within rank k (CMC)", "rank k", "mated probes found, %"),
-        ("fnir", "Open-set search", "false positive identification rate", "probes missed (FNIR), %"),
+        ("cmc", "Rank-k identification rate (CMC)", "rank k", "mated probes identified, %"),
+        ("fnir", "Open-set identification", "FPIR", "FNIR, %"),
     ):
         series = {mode: result.rank if name == "cmc" else result.fnir for mode, result in shown.items()}
         keys = sorted({key for curve in series.values() for key in curve}, key=float)
@@ -227,7 +227,7 @@ def identification_curves(modes: Modes) -> list[Plot]:
                 (keys.index(key) + shift, curve[key]) for key in keys if key in curve and curve[key].value is not None
             ]
             error_curve(axes, known, mode, modes)
-            said += [f"{mode} at {key} {spoken(curve[key])}" for key in keys if key in curve]
+            said += [f"{mode} at {key} {in_words(curve[key])}" for key in keys if key in curve]
         for place, key in enumerate(keys):
             if all(key not in curve or curve[key].value is None for curve in series.values()):
                 axes.annotate(NOT_ESTIMABLE, (place, 0), (0, 4), xycoords=("data", "axes fraction"),
@@ -256,7 +256,7 @@ def channel_weights(weights: Sequence[ChannelWeights]) -> list[Plot]:
         axes.plot(ranks, mean, color=role, lw=1.7)
         note = "top: " + ", ".join(str(channel) for channel, _ in one.top[:5])
         if one.agreement is not None:
-            note += f"\nmembers agree: {one.agreement:.2f}"
+            note += f"\nrank correlation of members: {one.agreement:.2f}"
         axes.text(0.97, 0.93, note, ha="right", va="top", transform=axes.transAxes, **NOTE)
         axes.set(xlim=(0, len(mean) + 1), ylim=_weight_range(weights), xlabel="channels, by rank", ylabel="weight")
         best = ", ".join(f"{channel} ({weight:.3f})" for channel, weight in one.top[:5])
@@ -285,7 +285,7 @@ def channel_relatedness(weights: Sequence[ChannelWeights], related: Sequence[flo
 
 @drawing()
 def trend_lines(trend: Sequence[TrendPoint]) -> list[Plot]:
-    """Draw the gated metric over the last releases, one plot a mode; hollow marks were not promoted."""
+    """Draw the gated metric over the last releases, one plot a mode; hollow marks were rejected."""
     recent = trend[-_TREND_LENGTH:]
     names = list(dict.fromkeys(mode for point in recent for mode in point.figures))
     known_figures = [one for point in recent for one in point.figures.values() if one.value is not None]
@@ -302,7 +302,7 @@ def trend_lines(trend: Sequence[TrendPoint]) -> list[Plot]:
         ]
         error_curve(axes, known, mode, names, marks=False)
         for place, one in known:
-            axes.plot([place], [whole(one)], **mark_style(mode, names, solid=recent[place].promoted))
+            axes.plot([place], [in_percent(one)], **mark_style(mode, names, solid=recent[place].promoted))
         if known:
             place, one = known[-1]
             axes.annotate(percent(one.value or 0), (place, bounds(one)[1] * 100), (0, 4), textcoords="offset points",
@@ -311,7 +311,7 @@ def trend_lines(trend: Sequence[TrendPoint]) -> list[Plot]:
         axes.set_xticks(ticks, [f"{recent[tick].created:%d %b}" for tick in ticks])
         axes.set(xlim=(-0.5, max(0.5, len(recent) - 0.5)), ylabel="%")
         axes.set_ylim(max(0, lowest - margin), highest + 2 * margin)
-        said = f"latest {spoken(known[-1][1])}" if known else "no estimable figure"
+        said = f"latest {in_words(known[-1][1])}" if known else "latest not estimable"
         alt = f"Gated metric of {mode} over {len(known)} releases: {said}"
         plots.append(Plot(f"trend-{slug(mode)}", alt, figure))
     return plots
@@ -384,7 +384,7 @@ def _heat_key(figure: Figure) -> None:
     """Draw the scale of the heat map along the foot of the figure."""
     width, height = figure.get_size_inches() * 72
     key = figure.add_axes((62 / width, 18 / height, 1 - 72 / width, 7 / height))
-    dress(key)
+    style_axes(key)
     for step in range(RAMP_STEPS):
         key.add_patch(Rectangle((step, 0), 1, 1, facecolor=light(f"ramp-{step}"), edgecolor=light("grid"), lw=0.5))
     key.set(xlim=(0, RAMP_STEPS), ylim=(0, 1), yticks=[])

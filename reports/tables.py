@@ -1,7 +1,7 @@
-"""The tables of the report, as rows of strings ready to be laid out in HTML or Markdown.
+"""The tables of the report, as rows of strings for HTML or Markdown.
 
-Each figure is shown with its interval, its difference to raw and what that difference is worth, or with the number of
-the footnote that says why it cannot be estimated. Layout and escaping are the reader's.
+Each metric is shown with its interval, its difference from raw and whether that difference is significant, or with the
+number of the footnote that says why it is not estimable. Layout and escaping are left to the caller.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,9 @@ from typing import Any
 
 from reports.text import (
     NOT_ESTIMABLE,
-    Judgement,
+    Verdict,
     cell_name,
     interval,
-    judge,
     metric_name,
     pairs_remarks,
     percent,
@@ -21,12 +20,13 @@ from reports.text import (
     points,
     points_interval,
     threshold,
+    verdict,
 )
 from reports.theme import mode_role
 from schemas.metrics import ALL, EER, MAIN_CELLS, RAW, MetricId
 from schemas.reports import Estimate, Evaluation, GatedMetric, ModeResult, Population
 
-_SIGNS: dict[Judgement, str] = {"better": "↓", "worse": "↑", "no difference": "=", "no interval": "?"}
+_SIGNS: dict[Verdict, str] = {"better": "↓", "worse": "↑", "no difference": "=", "no interval": "?"}
 _MARKS = {RAW: "●", "per_sample": "■", "batch_stat": "▲"}
 
 
@@ -40,18 +40,18 @@ class Shown:
     reason: str | None = None
     difference: str | None = None
     difference_between: str | None = None
-    judgement: Judgement | None = None
+    verdict: Verdict | None = None
     also: str | None = None
 
     @property
     def sign(self) -> str:
-        """Return the sign of the judgement, which tells it without colour."""
-        return _SIGNS[self.judgement] if self.judgement else ""
+        """Return the sign of the verdict, which shows it without colour."""
+        return _SIGNS[self.verdict] if self.verdict else ""
 
 
 @dataclass(frozen=True)
 class ModeName:
-    """A mode in a table: its name, its mark in the figures and the role of its colour."""
+    """A mode in a table: its name, its mark in the plots and the role of its colour."""
 
     name: str
     mark: str
@@ -83,7 +83,7 @@ class Table:
             interval(estimate),
             difference=points(difference.value),
             difference_between=points_interval(difference),
-            judgement=judge(difference),
+            verdict=verdict(difference),
         )
 
 
@@ -122,7 +122,7 @@ def pose_table(population: Population, cells: Sequence[str], metrics: Sequence[M
     return table
 
 
-def verdict_tiles(population: Population, gated: GatedMetric) -> list[tuple[ModeName, Shown, Shown | None]]:
+def gate_tiles(population: Population, gated: GatedMetric) -> list[tuple[ModeName, Shown, Shown | None]]:
     """Return the gated metric of each mode, with its difference to raw, and again with that to the served release."""
     table = Table("", [])
     tiles = []
@@ -171,7 +171,7 @@ def threshold_table(population: Population, fmrs: Sequence[str]) -> Table:
         return score(mode, fmr) if mode.thresholds.get(fmr) is None else table.show(found)
 
     rows = [(name, [score(mode, fmr) for fmr in fmrs]) for name, mode in modes]
-    table.groups.append(("threshold", "a pair matches from this score on", rows))
+    table.groups.append(("threshold", "a pair matches at this score or above", rows))
     for cell in filled(population):
         rows = [(name, [rate(mode, cell, fmr) for fmr in fmrs]) for name, mode in modes if cell in mode.cells]
         table.groups.append((cell_name(cell), "FMR, %", rows))
@@ -212,12 +212,13 @@ def search_table(population: Population) -> tuple[str, Table] | None:
         rows.append((_mode_name(mode.mode, population), shown))
     table.groups.append(("", "", rows))
     sentence = (
-        f"{one.n_mated:,} {one.probes} probes with a mate and {one.n_non_mated:,} without, searched for in a "
+        f"{one.n_mated:,} mated {one.probes} probes and {one.n_non_mated:,} non-mated ones against a "
         f"{one.gallery} gallery of {one.n_gallery:,} rows of {one.n_gallery_subjects:,} subjects. "
-        "In percent, with 95% intervals."
+        "Rates are in percent, with 95% intervals."
     )
     if lossy:
-        sentence += f" Below, by an index that the settings build over this gallery ({', '.join(sorted(lossy))})."
+        kinds = ", ".join(sorted(lossy))
+        sentence += f" Second line: the same through an index that the settings build over this gallery ({kinds})."
     return sentence, table
 
 
@@ -262,7 +263,7 @@ def accuracy_rows(population: Population) -> list[dict[str, Any]]:
 
 
 def versus_rows(population: Population) -> list[dict[str, Any]]:
-    """Return the rows of the table that sets the re-weighted modes against each other, in percentage points."""
+    """Return the rows of the table that compares the re-weighted modes with each other, in percentage points."""
     return [
         {
             "mode": _mode_name(mode.mode, population),
@@ -282,7 +283,7 @@ def _points_with_interval(difference: Estimate | None) -> str | None:
     if difference is None or difference.value is None:
         return None
     between = points_interval(difference)
-    return points(difference.value) + (f" ({between}), {judge(difference)}" if between else "")
+    return points(difference.value) + (f" ({between}), {verdict(difference)}" if between else "")
 
 
 def _mode_name(mode: str, population: Population) -> ModeName:

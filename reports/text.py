@@ -1,6 +1,6 @@
-"""How figures are put into words and short strings, the same in tables, in alternative texts and in Markdown.
+"""Metrics in words and short strings, the same in tables, alternative texts and Markdown.
 
-Shares are printed in percent, differences in percentage points, and every figure here is an error: smaller is better.
+Shares are printed in percent, differences in percentage points. Every metric here is an error: lower is better.
 """
 
 from typing import Literal
@@ -11,7 +11,7 @@ from schemas.errors import visible as visible
 from schemas.metrics import ALL, MetricId
 from schemas.reports import Estimate, PairsResult, Population
 
-Judgement = Literal["better", "worse", "no difference", "no interval"]
+Verdict = Literal["better", "worse", "no difference", "no interval"]
 
 NOT_ESTIMABLE = "n/e"
 
@@ -56,16 +56,16 @@ def points_interval(difference: Estimate) -> str | None:
     return f"{points(difference.low)} to {points(difference.high)}"
 
 
-def spoken(estimate: Estimate) -> str:
-    """Put an estimate into words for alternative texts: value and interval, or that there is none."""
+def in_words(estimate: Estimate) -> str:
+    """Return an estimate in words for alternative texts: value and interval, or that there is none."""
     if estimate.value is None:
         return "not estimable"
     between = interval(estimate)
     return f"{percent(estimate.value)}%" + (f" (95% interval {between})" if between else "")
 
 
-def judge(difference: Estimate) -> Judgement:
-    """ValidationScorer a difference to raw by its 95% interval: only an interval clear of zero is a difference."""
+def verdict(difference: Estimate) -> Verdict:
+    """Classify a difference by its 95% interval: only an interval that excludes zero is a difference."""
     if difference.low is None or difference.high is None:
         return "no interval"
     if difference.high < 0:
@@ -74,11 +74,11 @@ def judge(difference: Estimate) -> Judgement:
 
 
 def population_name(population: Population) -> str:
-    """Name a population for people, with the caveat where a model does not tell whom it has seen."""
+    """Name a population for people, with a caveat where leakage cannot be excluded."""
     if population.name == ALL:
         return "all labelled subjects"
     silent = " and ".join(mode for mode, result in population.modes.items() if not result.training_subjects_known)
-    return "subjects that no model has seen" + (f" (but {silent} does not tell whom it has seen)" if silent else "")
+    return "held-out subjects" + (f" (leakage cannot be excluded for {silent})" if silent else "")
 
 
 def cell_name(cell: str) -> str:
@@ -113,17 +113,17 @@ def percent_of(rate: str) -> str:
 
 
 def pairs_remarks(pairs: PairsResult) -> list[str]:
-    """Say what the pairs of a protocol were that were not compared, and which of those compared are doubtful."""
+    """Say which pairs of a protocol were not compared and why, and which of those compared are doubtful."""
     remarks = {
-        "left out: of rows without a subject, seen by a model, or not sampled": pairs.left_out,
-        "left out: of a row with itself or with its copy": pairs.copies,
-        "missing: they name an id that is not here": pairs.missing,
-        "repeated, and counted each time": pairs.repeated,
-        "contradict the subjects or each other, and count as the file says": pairs.contradicting,
+        "excluded: a row has no subject, is not held out, or was not sampled": pairs.left_out,
+        "excluded: same id or identical embedding": pairs.copies,
+        "skipped: id not in this release": pairs.missing,
+        "repeated, each counted": pairs.repeated,
+        "contradict the stored subjects or each other; the label of the file is used": pairs.contradicting,
     }
     return [f"{count:,} {what}" for what, count in remarks.items() if count]
 
 
 def threshold(score: float) -> str:
-    """Print a threshold, rounded down to seven decimals: scores lie 2.4e-7 apart, so it decides every pair alike."""
+    """Print a threshold rounded down to seven decimals: scores are 2.4e-7 apart, so it decides every pair alike."""
     return minus(f"{np.floor(1e7 * score) / 1e7:.7f}")

@@ -81,7 +81,7 @@ def test_evaluate_prints_one_document(shell, job) -> None:
     assert set(held_out["modes"]) == {"raw", "per_sample", "batch_stat"}
     assert held_out["left_out_subjects"] > 0
     table = shell("evaluate", "--store", job / "store", "--resamples", 50).stdout
-    for words in ("frontal–profile", "per_sample", "batch_stat", "subjects that no model has seen"):
+    for words in ("frontal–profile", "per_sample", "batch_stat", "held-out subjects"):
         assert words in table
 
 

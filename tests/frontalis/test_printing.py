@@ -87,7 +87,7 @@ def test_rates_belong_to_the_thresholds_printed_below_them(printed: list[str]) -
     assert "46.67 [40.00, 50.00]" in raw
     assert "71.79" not in "\n".join(printed)
     assert any(line.startswith("score >= raw, global FMR 1e-3: 0.4375") for line in printed)
-    assert any("one threshold a mode for all cells" in line for line in printed)
+    assert any("one threshold per mode for all pose pairs" in line for line in printed)
 
 
 def test_harm_at_the_one_threshold_is_seen_beside_the_gain_in_eer(printed: list[str]) -> None:
@@ -103,7 +103,7 @@ def test_every_pose_pair_that_holds_pairs_is_printed(printed: list[str]) -> None
 
 def test_misses_of_the_open_search_are_printed(printed: list[str]) -> None:
     (line,) = (line for line in printed if line.startswith("1:N"))
-    assert "(20 mated, 12 not): rank-1 80.00%" in line
+    assert "(20 mated, 12 non-mated): rank-1 80.00%" in line
     assert line.endswith("FNIR @ FPIR 1e-1 31.00 [28.00, 34.00]%; FNIR @ FPIR 1e-2 n/e")
 
 
@@ -114,7 +114,7 @@ def test_the_indexes_of_the_release_are_printed_with_their_recall(printed: list[
 
 def test_pairs_that_were_not_compared_are_explained(printed: list[str]) -> None:
     assert (
-        "pairs raw, FP: 2-fold accuracy 90.00 ± 1.00% over 242 pairs; 4,636 left out: of rows without a subject, "
-        "seen by a model, or not sampled; 1 left out: of a row with itself or with its copy; 3 missing: they name an "
-        "id that is not here; 2 repeated, and counted each time"
+        "pairs raw, FP: 2-fold accuracy 90.00 ± 1.00% over 242 pairs; 4,636 excluded: a row has no subject, is not "
+        "held out, or was not sampled; 1 excluded: same id or identical embedding; 3 skipped: id not in this "
+        "release; 2 repeated, each counted"
     ) in printed

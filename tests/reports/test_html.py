@@ -112,7 +112,7 @@ def bare_input() -> ReportInput:
     )
 
 
-def test_the_verdict_comes_first(page_text: str, report_input: ReportInput) -> None:
+def test_the_decision_comes_first(page_text: str, report_input: ReportInput) -> None:
     main = page_text[page_text.index("<main>") :]
     assert main.index("Promoted</h1>") < main.index(report_input.gate.because) < main.index("<table")
     assert "Queries are served from this release." in main
@@ -122,8 +122,8 @@ def test_the_verdict_comes_first(page_text: str, report_input: ReportInput) -> N
     ("compared_with", "sentence"),
     [
         ("r7", 'served from <bdi class="code">r7</bdi>'),
-        (RAW, "the release promoted last, if there is one"),
-        (None, "the release promoted last, if there is one"),
+        (RAW, "the last promoted release, if there is one"),
+        (None, "the last promoted release, if there is one"),
     ],
 )
 def test_a_kept_release_says_what_is_served_instead(
@@ -131,10 +131,10 @@ def test_a_kept_release_says_what_is_served_instead(
 ) -> None:
     gate = GateDecision(promoted=False, reason="Worse by 1.2 points.", compared_with=compared_with)
     page = render_report(brief_input.model_copy(update={"gate": gate}))
-    verdict = page[page.index("<main>") : page.index("<nav")]
-    assert "Not promoted</h1>" in verdict
-    assert sentence in verdict
-    assert "Queries are served from this release." not in verdict
+    decision = page[page.index("<main>") : page.index("<nav")]
+    assert "Rejected</h1>" in decision
+    assert sentence in decision
+    assert "Queries are served from this release." not in decision
 
 
 def test_the_page_is_the_same_every_time(page_text: str, report_input: ReportInput) -> None:
@@ -160,13 +160,13 @@ def test_ids_are_unique_and_every_link_leads_somewhere(page_text: str) -> None:
     assert len(elements.ids) == len(set(elements.ids))
     links = {value[1:] for name, value in elements.attributes if name == "href" and value}
     assert links <= set(elements.ids)
-    assert {"figures", "provenance", "definitions"} <= links
+    assert {"metrics", "provenance", "definitions"} <= links
 
 
 def test_tables_say_whose_threshold_they_use_and_print_it(page_text: str, report_input: ReportInput) -> None:
     text = re.sub(r"\s+", " ", Elements(page_text).text)
     assert "FNMR at global FMR 0.1%" in text
-    assert "one threshold a mode for all pose pairs" in text
+    assert "one threshold per mode for all pose pairs" in text
     assert "Other pose pairs: frontal–half, half–half, half–profile" in text
     for mode in report_input.evaluation.populations["held_out"].modes.values():
         assert threshold(mode.thresholds["1e-3"]) in text
@@ -202,15 +202,15 @@ def test_differences_are_told_by_sign_and_word(page_text: str) -> None:
 
 def test_what_a_reader_should_know_stands_before_the_figures(page_text: str, report_input: ReportInput) -> None:
     note = page_text.index(report_input.evaluation.notes[0])
-    assert page_text.index('id="figures"') < note < page_text.index("<table")
+    assert page_text.index('id="metrics"') < note < page_text.index("<table")
 
 
 def test_data_quality_names_reasons_and_shards(page_text: str) -> None:
     text = re.sub(r"\s+", " ", Elements(page_text).text)
-    assert "4,911 rows were read from 7 shards; 4,874 of them, 99.25%, have features." in text
+    assert "4,911 rows were read from 7 shards; 4,874 of them (99.25%) have features." in text
     assert "quarantined: zero norm" in text
     assert "fold08.parquet" in text
-    assert "left out, because a model has seen them: 250 subjects, 3,481 rows" in text
+    assert "excluded, because a model was trained or selected on them: 250 subjects, 3,481 rows" in text
 
 
 def test_times_are_printed_in_utc(brief_input: ReportInput) -> None:
@@ -224,13 +224,13 @@ def test_a_store_without_subjects_has_a_report(bare_input: ReportInput) -> None:
     assert "no labelled rows were evaluated" in page
     assert "<img" not in page
     assert draw(bare_input) == []
-    assert markdown_table(bare_input.evaluation) == "No figures: no labelled rows were evaluated.\n"
+    assert markdown_table(bare_input.evaluation) == "Nothing was measured: no labelled rows were evaluated.\n"
 
 
 def test_another_gated_cell_joins_the_table(brief_input: ReportInput) -> None:
     gated = GatedMetric(population="held_out", cell="half-half", metric="fnmr@1e-2")
     page = render_report(brief_input.model_copy(update={"gated": gated}))
-    assert "FNMR at own FMR 1%, half–half: the figure that decides" in page
+    assert "Gated metric: FNMR at own FMR 1%, half–half" in page
     main, detail = page.split("Every pose pair at thresholds of its own</summary>")
     assert "<bdi>half–half</bdi>" in main[main.index("<nav") :]
     assert "<bdi>half–half</bdi>" in detail
@@ -264,7 +264,7 @@ def test_markdown_table_has_a_row_for_each_mode_and_cell(report_input: ReportInp
     rows = [line for line in lines if line.startswith("| ")]
     assert len(rows) == 2 + 4 * 3
     assert len({re.sub(r"\\.", "", row).count("|") for row in rows}) == 1
-    assert lines[0].startswith("held\\_out: 100 subjects, 1,393 rows; 250 subjects left out.")
+    assert lines[0].startswith("held\\_out: 100 subjects, 1,393 rows; 250 subjects excluded.")
     raw = report_input.evaluation.populations["held_out"].modes[RAW].cells["frontal-profile"].eer
     assert f"| frontal–profile | raw | {100 * raw.value:.2f} ({100 * raw.low:.2f} to" in "\n".join(lines)
 
@@ -399,7 +399,7 @@ def test_hostile_texts_stay_texts_in_the_browser(browser: Browser, files: dict[s
         assert visit.page.locator("script, iframe, object, embed, link, form").count() == 0
         assert visit.page.locator("img:not([src^='data:image/svg+xml;base64,'])").count() == 0
         assert "<script>pwned=1</script>" in visit.page.locator(".reason").inner_text()
-        assert visit.page.title().startswith("Not promoted: release \"'></td></svg><script>")
+        assert visit.page.title().startswith("Rejected: release \"'></td></svg><script>")
         assert visit.page.locator("img[alt*='</td>']").count() > 0
 
 
@@ -419,7 +419,7 @@ def test_the_policy_stops_a_script_and_a_request_that_got_in_all_the_same(
 def test_wide_tables_scroll_in_their_own_frame_on_a_phone(browser: Browser, files: dict[str, Path]) -> None:
     with Visit(browser, files["plain"], 360) as visit:
         frames = visit.page.evaluate(
-            """[...document.querySelectorAll('#figures > .scroll, #search > .scroll')].map(
+            """[...document.querySelectorAll('#metrics > .scroll, #search > .scroll')].map(
                  one => [one.scrollWidth > one.clientWidth, one.clientWidth, one.tabIndex,
                          getComputedStyle(one).overflowX])"""
         )
@@ -450,7 +450,7 @@ def test_print_is_light_unfolded_and_cuts_nothing_off(browser: Browser, files: d
 def test_keyboard_reaches_contents_and_tables(browser: Browser, files: dict[str, Path]) -> None:
     with Visit(browser, files["plain"]) as visit:
         visit.page.keyboard.press("Tab")
-        assert visit.page.evaluate("document.activeElement.textContent") == "Skip to the figures"
+        assert visit.page.evaluate("document.activeElement.textContent") == "Skip to the metrics"
         visit.page.get_by_role("link", name="Provenance").click()
         visit.page.get_by_role("heading", name="Provenance").click()  # clicks only what has come into view
         assert visit.page.url.endswith("#provenance")

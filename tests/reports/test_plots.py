@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle, StepPatch
 from scipy.stats import norm
 
 from reports import plots
-from reports.text import spoken
+from reports.text import in_words
 from reports.theme import Plot, light
 from schemas.metrics import EER, RAW, MetricId
 from schemas.reports import CellResult, Curve, Estimate, Histogram, IdentificationResult, ModeResult, ReportInput
@@ -133,7 +133,7 @@ def test_channel_weights_fall_and_name_the_top(report_input: ReportInput) -> Non
         np.testing.assert_array_equal(axes.lines[0].get_ydata(), np.sort(one.mean)[::-1])
         note, *more = axes.texts[0].get_text().splitlines()
         assert note == "top: " + ", ".join(str(channel) for channel, _ in one.top[:5])
-        assert more == ([] if one.agreement is None else ["members agree: 0.07"])
+        assert more == ([] if one.agreement is None else ["rank correlation of members: 0.07"])
         assert f"{one.top[0][0]} ({one.top[0][1]:.3f})" in plot.alt
 
 
@@ -205,11 +205,11 @@ def test_single_points_without_intervals_can_be_drawn(report_input: ReportInput)
         "difference-eer", "det-all", "scores-all", "poses-raw", "cmc", "fnir", "trend-raw", "trend-per_sample",
     ]  # fmt: skip
     assert all(b"</svg>" in plot.svg for plot in drawn)
-    assert "no estimable figure" in drawn[-1].alt
+    assert "latest not estimable" in drawn[-1].alt
 
 
 def test_alternative_texts_tell_the_key_figure(modes: dict[str, ModeResult]) -> None:
     eer = modes["per_sample"].cells["frontal-profile"].eer.value
     assert f"per_sample EER {100 * eer:.2f}% (95% interval" in plots.det_curves(modes, ["frontal-profile"])[0].alt
-    miss = spoken(modes[RAW].cells["all"].fnmr_global[POINT])
+    miss = in_words(modes[RAW].cells["all"].fnmr_global[POINT])
     assert f"raw {miss} of genuine pairs below" in plots.score_histograms(modes, ["all"], POINT)[0].alt

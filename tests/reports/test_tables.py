@@ -6,12 +6,12 @@ from reports.tables import (
     accuracy_rows,
     detail_table,
     filled,
+    gate_tiles,
     index_rows,
     pose_table,
     present,
     search_table,
     threshold_table,
-    verdict_tiles,
     versus_rows,
 )
 from reports.text import percent
@@ -24,18 +24,18 @@ def population(report_input: ReportInput) -> Population:
     return report_input.evaluation.populations["held_out"]
 
 
-def test_an_estimate_is_shown_with_interval_difference_and_judgement() -> None:
+def test_an_estimate_is_shown_with_interval_difference_and_verdict() -> None:
     shown = Table("t", []).show(
         Estimate(value=0.1257, low=0.12, high=0.13), Estimate(value=-0.02, low=-0.03, high=-0.01)
     )
     assert shown == Shown(
-        "12.57", "12.00 to 13.00", difference="−2.00", difference_between="−3.00 to −1.00", judgement="better"
+        "12.57", "12.00 to 13.00", difference="−2.00", difference_between="−3.00 to −1.00", verdict="better"
     )
     assert shown.sign == "↓"
 
 
 @pytest.mark.parametrize(("low", "high", "sign"), [(0.1, 0.2, "↑"), (-0.1, 0.2, "="), (None, None, "?")])
-def test_each_judgement_has_a_sign_of_its_own(low: float | None, high: float | None, sign: str) -> None:
+def test_each_verdict_has_a_sign_of_its_own(low: float | None, high: float | None, sign: str) -> None:
     difference = Estimate(value=0.1, low=low, high=high)
     assert Table("t", []).show(Estimate(value=0.2), difference).sign == sign
 
@@ -51,7 +51,7 @@ def test_reasons_are_numbered_once_each() -> None:
 
 def test_a_missing_value_is_never_given_a_difference() -> None:
     shown = Table("t", []).show(Estimate(value=None, reason="ties"), Estimate(value=0.1, low=0.05, high=0.2))
-    assert (shown.value, shown.judgement) == ("n/e", None)
+    assert (shown.value, shown.verdict) == ("n/e", None)
 
 
 def test_pose_table_holds_every_mode_of_every_cell_with_raw_as_its_baseline(population: Population) -> None:
@@ -62,18 +62,18 @@ def test_pose_table_holds_every_mode_of_every_cell_with_raw_as_its_baseline(popu
     assert sizes == "1,500 genuine, 12,000 impostor pairs"
     assert [name.name for name, _ in rows] == ["raw", "per_sample", "batch_stat"]
     assert len({name.mark for name, _ in rows}) == 3
-    assert rows[0][1][0].judgement is None
+    assert rows[0][1][0].verdict is None
     value = population.modes["per_sample"].cells["frontal-profile"].eer.value
     assert rows[1][1][0].value == f"{100 * value:.2f}"
-    assert rows[1][1][0].judgement == "better"
+    assert rows[1][1][0].verdict == "better"
     at_the_one_threshold = population.modes["per_sample"].cells["frontal-profile"].fnmr_global["1e-3"]
     assert rows[1][1][1].value == f"{100 * at_the_one_threshold.value:.2f}"
-    assert rows[1][1][1].judgement == "better"
+    assert rows[1][1][1].verdict == "better"
 
 
-def test_verdict_tiles_tell_the_difference_to_raw_and_to_the_served_release(population: Population) -> None:
+def test_gate_tiles_show_the_difference_to_raw_and_to_the_served_release(population: Population) -> None:
     gated = GatedMetric(population="held_out", cell="frontal-profile", metric="eer")
-    tiles = verdict_tiles(population, gated)
+    tiles = gate_tiles(population, gated)
     assert [(name.name, served is None) for name, _, served in tiles] == [
         ("raw", True), ("per_sample", False), ("batch_stat", True),
     ]  # fmt: skip
@@ -82,8 +82,8 @@ def test_verdict_tiles_tell_the_difference_to_raw_and_to_the_served_release(popu
     assert (
         shown.difference == f"−{-100 * population.modes['per_sample'].difference['frontal-profile']['eer'].value:.2f}"
     )
-    assert (served.difference, served.judgement) == ("+0.12", "no difference")
-    assert verdict_tiles(population, GatedMetric(population="held_out", cell="nowhere", metric="eer")) == []
+    assert (served.difference, served.verdict) == ("+0.12", "no difference")
+    assert gate_tiles(population, GatedMetric(population="held_out", cell="nowhere", metric="eer")) == []
 
 
 def test_detail_table_holds_every_cell_and_operating_point(population: Population) -> None:
@@ -116,12 +116,12 @@ def test_search_table_sets_an_index_of_the_same_kind_beside_the_exact_search(pop
     found = search_table(population)
     assert found is not None
     sentence, table = found
-    assert sentence.startswith("1,120 profile probes with a mate and 276 without, searched for in a frontal gallery of")
+    assert sentence.startswith("1,120 mated profile probes and 276 non-mated ones against a frontal gallery of")
     assert table.heads[:4] == ["rank 1", "rank 5", "rank 10", "FNIR at FPIR 10%"]
     raw = table.groups[0][2][0][1]
     assert [cell.value for cell in raw] == ["81.00", "88.00", "91.00", "31.00", "49.00", "n/e", "99.80", "99.50"]
     assert [cell.also for cell in raw[:4]] == ["81.00", "88.00", "90.00", None]
-    assert sentence.endswith("by an index that the settings build over this gallery (IVF64,Flat).")
+    assert sentence.endswith("through an index that the settings build over this gallery (IVF64,Flat).")
     assert "served" not in sentence
 
 

@@ -2,15 +2,15 @@ import pytest
 
 from reports.text import (
     cell_name,
+    in_words,
     interval,
-    judge,
     metric_name,
     percent,
     percent_of,
     points,
     points_interval,
     pose_pair,
-    spoken,
+    verdict,
     visible,
 )
 from schemas.metrics import EER, MetricId
@@ -42,7 +42,7 @@ def test_points_carry_their_sign_and_never_round_a_difference_to_nothing(differe
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "judgement"),
+    ("low", "high", "expected"),
     [
         (-0.02, -0.01, "better"),
         (0.01, 0.02, "worse"),
@@ -52,8 +52,8 @@ def test_points_carry_their_sign_and_never_round_a_difference_to_nothing(differe
         (None, None, "no interval"),
     ],
 )
-def test_only_an_interval_clear_of_zero_is_a_difference(low: float | None, high: float | None, judgement: str) -> None:
-    assert judge(Estimate(value=0.0, low=low, high=high)) == judgement
+def test_only_an_interval_clear_of_zero_is_a_difference(low: float | None, high: float | None, expected: str) -> None:
+    assert verdict(Estimate(value=0.0, low=low, high=high)) == expected
 
 
 def test_intervals_are_printed_or_absent() -> None:
@@ -64,9 +64,9 @@ def test_intervals_are_printed_or_absent() -> None:
 
 
 def test_spoken_says_when_there_is_no_value() -> None:
-    assert spoken(Estimate(value=0.1, low=0.09, high=0.11)) == "10.00% (95% interval 9.00 to 11.00)"
-    assert spoken(Estimate(value=0.1)) == "10.00%"
-    assert spoken(Estimate(value=None, reason="not estimable: too few")) == "not estimable"
+    assert in_words(Estimate(value=0.1, low=0.09, high=0.11)) == "10.00% (95% interval 9.00 to 11.00)"
+    assert in_words(Estimate(value=0.1)) == "10.00%"
+    assert in_words(Estimate(value=None, reason="not estimable: too few")) == "not estimable"
 
 
 @pytest.mark.parametrize(
