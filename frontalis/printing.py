@@ -266,14 +266,14 @@ def _population(console: Console, population: Population, evaluation: Evaluation
     cells = filled(population)
     for cell in sorted(cells, key=lambda name: MAIN_CELLS.index(name) if name in MAIN_CELLS else len(MAIN_CELLS)):
         for mode, result in population.modes.items():
-            found = result.cells[cell]
+            in_cell = result.cells[cell]
             table.add_row(
                 cell_name(cell) if mode == RAW else "",
                 mode,
-                *(_with_interval(found.estimate(metric)) for metric in columns),
+                *(_with_interval(in_cell.estimate(metric)) for metric in columns),
                 *(_difference(result.difference_to_raw(cell, metric)) for metric in compared),
-                f"{found.n_genuine:,}",
-                f"{found.n_impostor:,}",
+                f"{in_cell.n_genuine:,}",
+                f"{in_cell.n_impostor:,}",
             )
         table.add_section()
     console.print(table)

@@ -63,7 +63,7 @@ def test_intervals_are_printed_or_absent() -> None:
     assert points_interval(Estimate(value=0.0)) is None
 
 
-def test_spoken_says_when_there_is_no_value() -> None:
+def test_words_say_when_there_is_no_value() -> None:
     assert in_words(Estimate(value=0.1, low=0.09, high=0.11)) == "10.00% (95% interval 9.00 to 11.00)"
     assert in_words(Estimate(value=0.1)) == "10.00%"
     assert in_words(Estimate(value=None, reason="not estimable: too few")) == "not estimable"
