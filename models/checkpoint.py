@@ -40,7 +40,7 @@ class Checkpoint:
     """A loaded model in `eval()` on the CPU, its card, the SHA-256 of its file, and the subjects it has seen.
 
     `seen_subjects` holds the sorted `subject_key`s (int64) of the training and validation subjects, or None where the
-    file does not tell.
+    file does not record them.
     """
 
     model: nn.Module
@@ -51,10 +51,10 @@ class Checkpoint:
     def has_seen(self, subjects: Sequence[str]) -> NDArray[np.bool_]:
         """Return, for each subject, whether the model was trained or chosen on it; these stay out of its evaluation.
 
-        Raises `BadModelError` when the file does not tell.
+        Raises `BadModelError` when the file does not record it.
         """
         if self.seen_subjects is None or self.card.split is None:
-            raise BadModelError("the model does not tell which subjects it was trained on; train it anew with a split")
+            raise BadModelError("the checkpoint does not record its training subjects; train it again with a split")
         keys = np.array([subject_key(subject, self.card.split.salt) for subject in subjects], dtype=np.int64)
         return np.isin(keys, self.seen_subjects)
 

@@ -1,10 +1,10 @@
-"""Identify: 1:N search with frontal rows enrolled and profile rows as probes, exact and through a FAISS index.
+"""Identification: 1:N search with frontal rows enrolled and profile rows as probes, exact and through a FAISS index.
 
 One subject in five is left out of the gallery, so that there are searches whose right answer is "nobody" (non-mated
 probes, ISO/IEC 19795-1). A probe is never a row of the gallery, nor does it find a byte-identical copy of itself there.
-The rates are those of `metrics.identification`; the exact search is the truth, and beside it stands the loss of an
-index that the settings build over this gallery. The index of the release holds other rows and may be of another kind:
-its recall is measured when it is written (`tasks.index`).
+The rates are those of `metrics.identification` under exact search. An index that the settings build over this gallery
+is measured beside it. The index of the release holds other rows and may be of another kind: its recall is measured when
+it is written (`tasks.index`).
 """
 
 from dataclasses import dataclass

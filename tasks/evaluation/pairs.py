@@ -32,8 +32,8 @@ def pairs_accuracy(rows: LabelledRows, features: np.ndarray, pairs: Pairs, store
         rows: the rows of the population.
         features: their features in one mode, float32 `[N, D]`.
         pairs: the pairs file.
-        stored: ids of all rows of the release. A pair outside the population but in here was left out, one
-            that is not even here is missing: a failure to acquire.
+        stored: ids of all rows of the release. A pair outside the population but in here is left out. One
+            that is not in here is missing: a failure to acquire.
     """
     table = pairs.table
     known = np.array(

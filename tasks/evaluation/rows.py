@@ -1,7 +1,8 @@
-"""The labelled rows of a features snapshot: those that know their subject, the same rows in the same order a mode.
+"""The labelled rows of a features snapshot: those with a subject, the same rows in the same order for every mode.
 
-First the roster, which is light: who lies where. Then the rows that were chosen from it, with their vectors; files and
-row groups without such a row are not read, so what is read is in proportion to what is evaluated.
+First comes the subject index, which is small: where the rows of each subject are. Then the rows chosen from it are read
+with their vectors. Files and row groups without such a row are not read, so reading is in proportion to what is
+evaluated.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +23,11 @@ from storage.tables import LiveFile, Snapshot, Table
 
 
 @dataclass(frozen=True)
-class Roster:
-    """Who lies where: all rows that know their subject, in the order of their shards and in there of the file.
+class SubjectIndex:
+    """Where every row with a subject is stored, ordered by shard and by row in its file.
 
-    `subjects` are int64 codes `[N]` into `names`, which are in order; `shard` codes `[N]` into `shards`; `row` the
-    number `[N]` of the row in its file.
+    `subjects` are int64 codes `[N]` into `names`, which are sorted. `shard` are codes `[N]` into `shards`. `row` is the
+    number `[N]` of the row in its file. `unlabelled` counts the rows without a subject.
     """
 
     names: list[str]
@@ -42,7 +43,7 @@ class Roster:
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Rows that know their subject: the same rows in the same order for every mode.
+    """Rows with a subject, the same rows in the same order for every mode.
 
     `subjects` are int64 codes `[N]` into `names`; `classes` codes into `POSE_CLASSES`; `duplicates` equal where the raw
     embeddings are byte-identical; `features` maps a mode to float32 `[N, D]`.
@@ -71,8 +72,8 @@ class LabelledRows:
         )
 
 
-def read_roster(store: Location, features: Snapshot) -> Roster:
-    """Read who lies where. Raises StoreError."""
+def read_subject_index(store: Location, features: Snapshot) -> SubjectIndex:
+    """Read the subject index. Raises StoreError."""
     table = features_table(store)
     files = files_of(features, RAW)
     columns, shard, row = [], [], []
@@ -85,7 +86,7 @@ def read_roster(store: Location, features: Snapshot) -> Roster:
             start += batch.num_rows
     if not columns:
         nothing = np.empty(0, np.int64)
-        return Roster([], nothing, list(files), nothing, nothing, 0)
+        return SubjectIndex([], nothing, list(files), nothing, nothing, 0)
     subjects = pa.chunked_array(columns).unify_dictionaries()
     known = subjects.is_valid().to_numpy()
     found = subjects.chunk(0).dictionary.to_pylist()
@@ -93,7 +94,7 @@ def read_roster(store: Location, features: Snapshot) -> Roster:
     rank = np.empty(len(found), np.int64)
     rank[order] = np.arange(len(found))
     codes = np.concatenate([pc.fill_null(chunk.indices, 0).to_numpy() for chunk in subjects.chunks])[known]
-    return Roster(
+    return SubjectIndex(
         names=[found[at] for at in order],
         subjects=rank[codes] if len(codes) else np.empty(0, np.int64),
         shards=list(files),
@@ -104,12 +105,12 @@ def read_roster(store: Location, features: Snapshot) -> Roster:
 
 
 def stored_ids(store: Location, features: Snapshot) -> frozenset[str]:
-    """Return the ids of all rows, whether they know their subject or not. Raises StoreError."""
+    """Return the ids of all rows, with a subject or not. Raises StoreError."""
     found = read_table(features_table(store), files_of(features, RAW).values(), ["id"])["id"]
     return frozenset(map(str, found.to_pylist()))
 
 
-def sample_subjects(roster: Roster, rows: np.ndarray, limit: int) -> tuple[np.ndarray, int | None]:
+def sample_subjects(labelled: SubjectIndex, rows: np.ndarray, limit: int) -> tuple[np.ndarray, int | None]:
     """Choose from `rows` whole subjects, in the order of a hash of their names, up to `limit` rows.
 
     Returns:
@@ -117,9 +118,9 @@ def sample_subjects(roster: Roster, rows: np.ndarray, limit: int) -> tuple[np.nd
     """
     if len(rows) <= limit:
         return rows, None
-    subjects = roster.subjects[rows]
+    subjects = labelled.subjects[rows]
     present, counts = np.unique(subjects, return_counts=True)
-    order = sorted(range(len(present)), key=lambda at: digest_of(roster.names[present[at]].encode()))
+    order = sorted(range(len(present)), key=lambda at: digest_of(labelled.names[present[at]].encode()))
     taken = np.cumsum(counts[order]) <= limit
     taken[:2] = True
     chosen = present[[at for at, take in zip(order, taken, strict=True) if take]]
@@ -129,14 +130,14 @@ def sample_subjects(roster: Roster, rows: np.ndarray, limit: int) -> tuple[np.nd
 def read_labelled(
     store: Location,
     features: Snapshot,
-    roster: Roster,
+    labelled: SubjectIndex,
     rows: np.ndarray,
     modes: Sequence[str],
     settings: EvaluationSettings,
 ) -> LabelledRows:
-    """Read `rows` of the roster (ascending) with their features in each mode, `raw` among them. Raises StoreError."""
+    """Read `rows` of the index (ascending) with their features in each mode, `raw` among them. Raises StoreError."""
     table = features_table(store)
-    shards, at = np.array(roster.shards, dtype=object)[roster.shard[rows]], roster.row[rows]
+    shards, at = np.array(labelled.shards, dtype=object)[labelled.shard[rows]], labelled.row[rows]
     read = {
         mode: rows_at(
             table, files_of(features, mode), shards, at, ["id", "pose", "yaw", "front"] if mode == RAW else ["front"]
@@ -149,8 +150,8 @@ def read_labelled(
     hashes = np.fromiter((xxhash.xxh3_64_intdigest(row) for row in matrices[RAW]), np.uint64, raw.num_rows)
     return LabelledRows(
         ids=[str(value) for value in raw["id"].to_pylist()],
-        names=roster.names,
-        subjects=roster.subjects[rows],
+        names=labelled.names,
+        subjects=labelled.subjects[rows],
         classes=pose_classes(raw["pose"].to_pylist(), yaw, edges=(settings.frontal_yaw, settings.profile_yaw)),
         duplicates=np.unique(hashes, return_inverse=True)[1],
         features=matrices,
@@ -160,7 +161,7 @@ def read_labelled(
 def rows_at(
     table: Table, files: Mapping[str, LiveFile], shards: np.ndarray, rows: np.ndarray, columns: Sequence[str]
 ) -> pa.Table:
-    """Return row `rows[i]` of shard `shards[i]` for every i; rows of a shard lie together and ascend."""
+    """Return row `rows[i]` of shard `shards[i]` for every i; rows of a shard are adjacent and ascend."""
     parts = [take_rows(table, files[shard], columns, rows[part]) for shard, part in _runs(shards)]
     if not parts:
         return pa.table({name: pa.array([], VECTOR if name == "front" else pa.string()) for name in columns})
@@ -173,8 +174,8 @@ def files_of(features: Snapshot, mode: str) -> dict[str, LiveFile]:
 
 
 def _runs(shards: np.ndarray) -> Iterator[tuple[str, slice]]:
-    """Yield each run of equal names, and where it lies."""
-    borders = np.flatnonzero(shards[1:] != shards[:-1]) + 1
-    for start, stop in zip([0, *borders], [*borders, len(shards)], strict=True):
+    """Yield each run of equal names, and its slice."""
+    edges = np.flatnonzero(shards[1:] != shards[:-1]) + 1
+    for start, stop in zip([0, *edges], [*edges, len(shards)], strict=True):
         if stop > start:
             yield shards[start], slice(start, stop)

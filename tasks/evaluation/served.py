@@ -1,4 +1,4 @@
-"""What the served release says of the rows that are evaluated, so that old and new can be compared row by row.
+"""Read the served release's features of the rows that are evaluated, so that both can be compared row by row.
 
 A feature file's name is its key: where both releases name the same file, the features are the same and nothing is read.
 """
@@ -13,14 +13,14 @@ from schemas.metrics import RAW
 from storage.features import features_table, matrix_of, read_rows
 from storage.location import Location
 from storage.tables import Snapshot
-from tasks.evaluation.rows import LabelledRows, Roster, files_of, rows_at
+from tasks.evaluation.rows import LabelledRows, SubjectIndex, files_of, rows_at
 
 
 def served_features(
     store: Location,
     features: Snapshot,
     served: Snapshot,
-    roster: Roster,
+    labelled: SubjectIndex,
     rows: np.ndarray,
     read: LabelledRows,
     modes: Sequence[str],
@@ -31,8 +31,8 @@ def served_features(
         store: the store.
         features: the snapshot that is evaluated.
         served: that of the served release.
-        roster: of `features`.
-        rows: places in the roster.
+        labelled: of `features`.
+        rows: places in the index.
         read: the same rows with their features.
         modes: those that both snapshots have.
 
@@ -44,10 +44,10 @@ def served_features(
     """
     table = features_table(store)
     old, new = files_of(served, RAW), files_of(features, RAW)
-    names = np.array(roster.shards, dtype=object)[roster.shard[rows]]
+    names = np.array(labelled.shards, dtype=object)[labelled.shard[rows]]
     kept = [shard for shard, file in old.items() if shard in new and new[shard].path == file.path]
     unmoved = np.isin(names, np.array(kept, dtype=object))
-    shards, at = names.copy(), np.where(unmoved, roster.row[rows], -1)
+    shards, at = names.copy(), np.where(unmoved, labelled.row[rows], -1)
     sought = {read.ids[row]: row for row in np.flatnonzero(~unmoved)}
     wanted = pa.array(list(sought), pa.string())
     for shard in (old.keys() - set(kept)) if sought else ():

@@ -122,7 +122,7 @@ def test_has_seen_knows_exactly_the_subjects_it_was_given(trained):
 def test_has_seen_refuses_to_guess(trained):
     loaded = load(to_bytes(card(), trained(DIM, False)))
     assert loaded.seen_subjects is None
-    with pytest.raises(BadModelError, match="does not tell"):
+    with pytest.raises(BadModelError, match="does not record"):
         loaded.has_seen(["adam"])
     with pytest.raises(ValueError, match=r"without card\.split"):
         to_bytes(card(split=None), trained(DIM, False), keys("adam"))

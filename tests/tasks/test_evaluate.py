@@ -143,7 +143,7 @@ def test_model_that_has_seen_everybody_is_reported(tmp_path, tiny_source, make_c
     leaky = pipeline(source=str(tiny_source), store=str(tmp_path / "store"), models={"per_sample": str(model)})
     evaluation = measure(leaky, publish_all(leaky))
     assert list(evaluation.populations) == [ALL]
-    assert any("no model has seen" in note for note in evaluation.notes)
+    assert any("fewer than two labelled subjects are held out" in note for note in evaluation.notes)
 
 
 def test_model_that_does_not_tell_is_noted(tmp_path, tiny_source, make_checkpoint) -> None:
@@ -152,7 +152,7 @@ def test_model_that_does_not_tell_is_noted(tmp_path, tiny_source, make_checkpoin
     save(checkpoint.card, checkpoint.model, model, None)
     silent = pipeline(source=str(tiny_source), store=str(tmp_path / "store"), models={"per_sample": str(model)})
     evaluation = measure(silent, publish_all(silent))
-    assert any("flattered by leaks" in note for note in evaluation.notes)
+    assert any("leakage cannot be excluded" in note for note in evaluation.notes)
 
 
 def test_limit_on_rows_samples_whole_subjects(settings, features) -> None:
@@ -275,7 +275,7 @@ def test_model_that_does_not_tell_whom_it_has_seen_is_marked_and_no_reference(
     found = evaluate(settings.store, "r00001-test", features, silent, FEW, IndexSettings())
     modes = found.populations[HELD_OUT].modes
     assert [mode for mode, result in modes.items() if not result.training_subjects_known] == ["per_sample"]
-    assert any("mode per_sample: the model does not tell" in note for note in found.notes)
+    assert any("mode per_sample: the checkpoint does not record" in note for note in found.notes)
     before = as_served(settings, features)
     leaky = replace(before, release=before.release.model_copy(update={"models": silent}))
     compared = measure(settings, features, served=leaky).populations[HELD_OUT].modes

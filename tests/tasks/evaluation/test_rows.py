@@ -10,7 +10,7 @@ from schemas.metrics import RAW
 from schemas.settings import EvaluationSettings, PipelineSettings
 from storage.location import Location
 from storage.tables import Snapshot
-from tasks.evaluation.rows import Roster, read_labelled, read_roster, sample_subjects, stored_ids
+from tasks.evaluation.rows import SubjectIndex, read_labelled, read_subject_index, sample_subjects, stored_ids
 
 MODES = [RAW, "per_sample", "batch_stat"]
 
@@ -38,8 +38,8 @@ def store(settings) -> Location:
 
 
 @pytest.fixture(scope="module")
-def roster(store, features) -> Roster:
-    return read_roster(store, features)
+def labelled(store, features) -> SubjectIndex:
+    return read_subject_index(store, features)
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +49,20 @@ def stored(settings) -> pl.DataFrame:
     return rows.sort("shard", maintain_order=True)
 
 
-def test_the_roster_holds_every_labelled_row(roster, store, features, stored, settings) -> None:
+def test_the_index_holds_every_labelled_row(labelled, store, features, stored, settings) -> None:
     raw = stored.filter(pl.col("mode") == RAW)
-    assert [roster.names[code] for code in roster.subjects] == raw["subject"].to_list()
-    assert [roster.shards[code] for code in roster.shard] == raw["shard"].to_list()
-    assert roster.names == sorted(raw["subject"].unique())
-    assert roster.unlabelled == 280 - raw.height > 0
+    assert [labelled.names[code] for code in labelled.subjects] == raw["subject"].to_list()
+    assert [labelled.shards[code] for code in labelled.shard] == raw["shard"].to_list()
+    assert labelled.names == sorted(raw["subject"].unique())
+    assert labelled.unlabelled == 280 - raw.height > 0
     every = pl.scan_delta(f"{settings.store}/features").filter(mode=RAW).collect()
     assert stored_ids(store, features) == set(every["id"])
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000])
-def test_rows_come_with_their_own_vectors_in_every_mode(roster, store, features, stored, step) -> None:
-    rows = np.arange(3, len(roster), step)
-    read = read_labelled(store, features, roster, rows, MODES, EvaluationSettings())
+def test_rows_come_with_their_own_vectors_in_every_mode(labelled, store, features, stored, step) -> None:
+    rows = np.arange(3, len(labelled), step)
+    read = read_labelled(store, features, labelled, rows, MODES, EvaluationSettings())
     for mode in MODES:
         expected = stored.filter(pl.col("mode") == mode)[rows]
         assert read.ids == expected["id"].to_list()
@@ -70,26 +70,26 @@ def test_rows_come_with_their_own_vectors_in_every_mode(roster, store, features,
     assert [read.names[code] for code in read.subjects] == expected["subject"].to_list()
 
 
-def test_rows_that_are_not_read_need_no_file(roster, store, features) -> None:
-    first = np.flatnonzero(roster.shard == 0)
-    files = {path: file for path, file in features.files.items() if file.shard == roster.shards[0]}
-    whole = read_labelled(store, features, roster, first, MODES, EvaluationSettings())
-    alone = read_labelled(store, Snapshot(0, files), roster, first, MODES, EvaluationSettings())
+def test_rows_that_are_not_read_need_no_file(labelled, store, features) -> None:
+    first = np.flatnonzero(labelled.shard == 0)
+    files = {path: file for path, file in features.files.items() if file.shard == labelled.shards[0]}
+    whole = read_labelled(store, features, labelled, first, MODES, EvaluationSettings())
+    alone = read_labelled(store, Snapshot(0, files), labelled, first, MODES, EvaluationSettings())
     assert whole.ids == alone.ids
 
 
-def test_samples_are_whole_subjects_and_no_more_than_asked_for(roster) -> None:
-    everybody = np.arange(len(roster))
-    assert sample_subjects(roster, everybody, len(roster)) == (everybody, None)
-    some, of = sample_subjects(roster, everybody, 60)
+def test_samples_are_whole_subjects_and_no_more_than_asked_for(labelled) -> None:
+    everybody = np.arange(len(labelled))
+    assert sample_subjects(labelled, everybody, len(labelled)) == (everybody, None)
+    some, of = sample_subjects(labelled, everybody, 60)
     assert of == 20
     assert 30 < len(some) <= 60
-    chosen = set(roster.subjects[some].tolist())
-    assert np.isin(roster.subjects, list(chosen)).sum() == len(some)
-    fewer, _ = sample_subjects(roster, everybody, 30)
+    chosen = set(labelled.subjects[some].tolist())
+    assert np.isin(labelled.subjects, list(chosen)).sum() == len(some)
+    fewer, _ = sample_subjects(labelled, everybody, 30)
     assert set(fewer.tolist()) < set(some.tolist())
 
 
 def test_nobody_is_known(tmp_path: Path) -> None:
-    nothing = read_roster(Location(str(tmp_path)), Snapshot(-1, {}))
+    nothing = read_subject_index(Location(str(tmp_path)), Snapshot(-1, {}))
     assert (len(nothing), nothing.names, nothing.unlabelled) == (0, [], 0)

@@ -13,7 +13,7 @@ from storage.features import features_table
 from storage.location import Location
 from storage.tables import Snapshot
 from tasks.evaluation import served
-from tasks.evaluation.rows import files_of, read_labelled, read_roster
+from tasks.evaluation.rows import files_of, read_labelled, read_subject_index
 from tasks.evaluation.served import served_features
 
 MODES = ["per_sample", "batch_stat"]
@@ -31,10 +31,10 @@ def publish(tmp_path: Path, source: Path, run_stages, pipeline_of):
 
 def compare(store: Location, before: Snapshot, after: Snapshot, step: int = 3) -> tuple[list[str], list[str]]:
     """Check the features of every third row against polars; return the ids evaluated, and those found."""
-    roster = read_roster(store, after)
-    rows = np.arange(1, len(roster), step)
-    read = read_labelled(store, after, roster, rows, [RAW, *MODES], EvaluationSettings())
-    common, found = served_features(store, after, before, roster, rows, read, MODES)
+    labelled = read_subject_index(store, after)
+    rows = np.arange(1, len(labelled), step)
+    read = read_labelled(store, after, labelled, rows, [RAW, *MODES], EvaluationSettings())
+    common, found = served_features(store, after, before, labelled, rows, read, MODES)
     ids = [read.ids[row] for row in common]
     for mode in MODES:
         old = pl.concat(
