@@ -5,13 +5,13 @@ has no such lock: there the commits themselves refuse the second writer (`storag
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from schemas.errors import StoreBusyError, StoreError
 from storage.layout import LOCK
@@ -22,50 +22,44 @@ POLL_SECONDS = 0.2
 
 @contextlib.contextmanager
 def store_lock(store: Location, what: str, wait: float = 0.0) -> Iterator[None]:
-    """Hold the store for one run.
+    """Lock the store for one run.
 
     Args:
         store: the store.
-        what: what the run does, for the message that another run sees.
-        wait: seconds to wait for a run that holds it.
+        what: what the run does, for the message that another run shows.
+        wait: seconds to wait for a run that has the lock.
 
     Raises:
-        StoreBusyError: another run holds it still after `wait` seconds; names that run.
-        StoreError: the store cannot be written, or lies on a disk without file locks.
+        StoreBusyError: another run still has the lock after `wait` seconds; names that run.
+        StoreError: the store cannot be written, or is on a disk without file locks.
     """
     if not store.is_local:
         yield
         return
     path = Path(store.path) / LOCK
+    lock = FileLock(path, timeout=wait, poll_interval=POLL_SECONDS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        lock.acquire()
+    except Timeout as error:
+        raise StoreBusyError(
+            f"{store.uri}: held by another run ({_holder(path)}); wait for it, or pass --wait SECONDS."
+        ) from error
     except OSError as error:
-        raise StoreError(f"{store.uri}: cannot be written ({error.strerror}); mend permissions or disk.") from error
-    with file:
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    raise StoreBusyError(
-                        f"{store.uri}: held by another run ({_holder(path)}); wait for it, or pass --wait SECONDS."
-                    ) from error
-                time.sleep(POLL_SECONDS)
-            except OSError as error:
-                raise StoreError(f"{store.uri}: its disk has no file locks ({error.strerror}); use another.") from error
+        raise StoreError(
+            f"{store.uri}: cannot be locked ({error.strerror}); it needs write permission on a disk with file locks."
+        ) from error
+    try:
         with contextlib.suppress(OSError):  # a full disk must not stop a run that could free it
-            file.truncate(0)
-            file.write(json.dumps({"what": what, "pid": os.getpid(), "host": socket.gethostname()}))
-            file.flush()
+            path.write_text(json.dumps({"what": what, "pid": os.getpid(), "host": socket.gethostname()}))
         yield
+    finally:
+        lock.release()
 
 
 def _holder(path: Path) -> str:
     try:
-        held = json.loads(path.read_text())
-        return f"{held['what']}, process {held['pid']} on {held['host']}"
+        holder = json.loads(path.read_text())
+        return f"{holder['what']}, process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown"

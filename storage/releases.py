@@ -61,14 +61,6 @@ class Releases:
                 return release
         raise StoreError(f"{self.store.uri}: no release is served yet; run `frontalis reprocess` first.")
 
-    def get(self, name: str) -> Release:
-        """Return a release by name.
-
-        Raises:
-            SettingsError: there is none of that name.
-        """
-        return self._named(name, self.all())
-
     def _named(self, name: str, releases: list[Release]) -> Release:
         for release in releases:
             if release.release == name:

@@ -24,7 +24,6 @@ EXACT_ROWS = 262_144
 """Up to here "auto" compares with every row: at 512 numbers one query takes 0.09 s on two cores (measured)."""
 ROWS_PER_LIST = 39
 """Training rows that FAISS wants for a list, below which it warns of bad clusters."""
-_PLACES, _NO_PLACES = faiss.DirectMap.Hashtable, faiss.DirectMap.NoMap  # type: ignore[attr-defined]
 
 
 def choose_factory(rows: int, dim: int, settings: IndexSettings) -> str:
@@ -101,7 +100,7 @@ def build(batches: Batches, rows: int, dim: int, settings: IndexSettings) -> "Ve
 
 
 class VectorIndex:
-    """A trained index: `search`, `update`, `reconstruct`, `write`; made by `build` or `read_index`."""
+    """A trained index: `search`, `update`, `write`; made by `build` or `read_index`."""
 
     def __init__(self, index: Any) -> None:
         self._index = index
@@ -198,7 +197,6 @@ class VectorIndex:
         """
         if not self.can_update:
             raise StoreError(f"an index of kind {type(self._index).__name__} cannot remove rows; rebuild it")
-        self._forget_places()
         self._index.remove_ids(np.ascontiguousarray(removed, np.int64))
         for keys, vectors in batches:
             _check_keys(keys, vectors)
@@ -207,35 +205,9 @@ class VectorIndex:
             self._index.remove_ids(np.ascontiguousarray(keys))
             self._index.add_with_ids(unit, keys)
 
-    def reconstruct(self, keys: np.ndarray) -> np.ndarray:
-        """Return the unit vectors of `keys`, float32 `[n, D]`, as the index holds them: approximate if it compresses.
-
-        The first call on a kind with lists makes a table of where each key lies, about 50 bytes a row.
-
-        Raises:
-            KeyError: a key is not there.
-            StoreError: the kind keeps no way back to a vector.
-        """
-        lists = _lists_of(self._index)
-        if lists is not None and lists.direct_map.type != _PLACES:
-            lists.set_direct_map_type(_PLACES)
-        try:
-            return np.asarray(self._index.reconstruct_batch(np.ascontiguousarray(keys, np.int64)))
-        except RuntimeError as error:
-            if "not implemented" in str(error):
-                kind = type(self._index).__name__
-                raise StoreError(f"an index of kind {kind} cannot give vectors back; read the features") from error
-            raise KeyError(f"one of {len(keys)} keys is not in the index") from error
-
     def write(self, file: BinaryIO) -> Written:
         """Stream the index into `file` (any object with `write`), hashing on the way."""
-        self._forget_places()
         return write_faiss(self._index, file)
-
-    def _forget_places(self) -> None:
-        lists = _lists_of(self._index)
-        if lists is not None:
-            lists.set_direct_map_type(_NO_PLACES)
 
 
 def read_index(file: BinaryIO, digest: str, max_bytes: int, name: str = "index") -> VectorIndex:

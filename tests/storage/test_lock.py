@@ -111,5 +111,5 @@ def test_a_holder_that_left_no_name_is_unknown(store: Location, content: str) ->
 
 def test_a_store_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match=r"file/store: cannot be written \(.+\); mend permissions or disk"):
+    with pytest.raises(StoreError, match=r"file/store: cannot be locked \(.+\); it needs write permission"):
         take(Location(str(tmp_path / "file/store")))

@@ -53,7 +53,7 @@ def test_a_store_without_releases_serves_none(releases: Releases) -> None:
     with pytest.raises(StoreError, match="no release is served yet; run `frontalis reprocess`"):
         releases.serving()
     with pytest.raises(SettingsError, match=r"'r1' is not in .*; the latest are: none yet"):
-        releases.get("r1")
+        releases.servable("r1")
 
 
 @pytest.mark.parametrize("there", ["nothing", "an empty folder", "other files", "a file", "another table"])
@@ -83,7 +83,7 @@ def test_the_newest_promoted_release_is_served(releases: Releases) -> None:
     assert [one.number for one in releases.all()] == [1, 2, 3]
     assert releases.serving() == release(2, serving=True)
     assert served(releases) == [2]
-    assert releases.get(release(1).release).number == 1
+    assert releases.servable(release(1).release).number == 1
 
 
 def test_nothing_is_served_before_something_was_promoted(releases: Releases) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import tempfile
 
 import faiss
 import numpy as np
@@ -83,17 +84,24 @@ def test_a_longer_file_than_allowed_is_not_read_on(monkeypatch):
     assert file.tell() <= 192
 
 
-def test_a_file_that_changes_between_the_passes_is_refused(monkeypatch):
-    monkeypatch.setattr(index_files, "_PIECE", 64)
+def test_an_index_that_is_not_held_in_memory_is_read_from_the_temporary_folder(monkeypatch):
+    monkeypatch.setattr(index_files, "_IN_MEMORY", 64)
     file, proof = written()
+    file.seek(0)
+    index = read_faiss(file, proof.digest, proof.size, "index")
+    np.testing.assert_array_equal(index.reconstruct_n(0, 40), ROWS)
 
-    class Swapped(io.BytesIO):
-        def seek(self, *where):
-            self.getbuffer()[-1] ^= 1
-            return super().seek(*where)
 
-    with pytest.raises(StoreError, match="changed while it was read"):
-        read_faiss(Swapped(file.getvalue()), proof.digest, proof.size, "index")
+def test_no_room_for_the_copy_is_reported_as_such(monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda size: Full())
+    file, proof = written()
+    file.seek(0)
+    with pytest.raises(StoreError, match=r"index: cannot be copied to .+ \(No space left on device\); make room"):
+        read_faiss(file, proof.digest, proof.size, "index")
 
 
 def test_bytes_that_are_no_index_are_refused_even_with_their_own_digest():

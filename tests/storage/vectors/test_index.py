@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from schemas.errors import SettingsError, StoreError
 from schemas.index import IndexSettings
-from storage.vectors.exact import unit_rows
 from storage.vectors.files import write_faiss
 from storage.vectors.index import EXACT_ROWS, build, choose_factory, read_index, rebuild_reason
 from storage.vectors.recall import audit_recall
@@ -249,7 +248,6 @@ class TestUpdate:
         file, proof = bytes_of(built(keys[:1000], vectors[:1000], factory, nprobe=8))
         file.seek(0)
         index = read_index(file, proof.digest, proof.size)
-        index.reconstruct(keys[:1])  # the table of places must not be in the way of a removal
         index.update(keys[:100], stream(keys[900:], -vectors[900:])())
         assert len(index) == 1100
         assert index.keys().tolist() == sorted(keys[100:].tolist())
@@ -324,26 +322,6 @@ class TestSearch:
             index.search(np.ones((1, 9), np.float32), 3)
         with pytest.raises(ValueError, match="k is 0"):
             index.search(vectors, 0)
-
-
-class TestReconstruct:
-    @pytest.mark.parametrize(("factory", "error"), [("Flat", 0), ("IVF8,Flat", 0), ("IVF8,SQ8", 0.02), ("SQ8", 0.02)])
-    def test_vectors_come_back_as_unit_vectors(self, factory, error):
-        keys, vectors = make_rows(1000, 32)
-        index = built(keys, vectors, factory)
-        wanted = keys[[5, 999, 5]]
-        np.testing.assert_allclose(index.reconstruct(wanted), unit_rows(vectors[[5, 999, 5]], 32), atol=error)
-        assert index.reconstruct(NO_KEYS).shape == (0, 32)
-        with pytest.raises(KeyError, match="not in the index"):
-            index.reconstruct(np.array([keys[0], 3]))
-
-    @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat"])
-    def test_it_leaves_no_trace_in_the_file(self, factory):
-        keys, vectors = make_rows(400, 16)
-        index = built(keys, vectors, factory)
-        before = bytes_of(index)[1].digest
-        index.reconstruct(keys[:2])
-        assert bytes_of(index)[1].digest == before
 
 
 class TestFile:
