@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 from flows.progress import show_progress
 from flows.runner import check_runner, reweight_all
 from reports.html import markdown_table
-from schemas.errors import FrontalisError, SettingsError, StoreError
+from schemas.errors import ExitCode, FrontalisError, SettingsError, StoreError
 from schemas.features import digest_of
 from schemas.metrics import measured_modes
 from schemas.releases import ModelRef, Release, release_name
@@ -68,7 +68,7 @@ class Outcome(BaseModel):
 class CompletedWithBadShardsError(FrontalisError):
     """All work is done but for shards that cannot be used; `outcome` tells what came of the others."""
 
-    exit_code = 4
+    exit_code = ExitCode.BAD_SHARDS
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome

@@ -6,21 +6,16 @@ imported by the command that needs them, so that `--help` and a mistyped option 
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from frontalis.border import FAILED, log_to_stderr, run
-from frontalis.interrupt import GRACE_SECONDS, Interrupt, Watched
-from schemas.errors import SettingsError
+from frontalis.process import ensure_server, log_to_stderr, run
+from schemas.errors import ExitCode, SettingsError
 
-REJECTED = 5
-TRAIN_GRACE_SECONDS = 60.0  # after Ctrl-C the best model so far is measured and written
-
-Command = TypeVar("Command", bound=Callable[..., None])
+Function = TypeVar("Function", bound=Callable[..., None])
 
 app = typer.Typer(
     name="frontalis",
@@ -43,14 +38,14 @@ def main() -> None:
     sys.exit(run(app))
 
 
-_left: dict[str, tuple[str, float]] = {}
+_kept: dict[str, str] = {}
 
 
-def _command(kept: str, grace: float = GRACE_SECONDS) -> Callable[[Command], Command]:
-    """Register a command: what of its work an interrupt leaves, in words, and how many seconds it may take to stop."""
+def _command(kept: str) -> Callable[[Function], Function]:
+    """Register a command and what an interrupt leaves of its work, in words."""
 
-    def register(function: Command) -> Command:
-        _left[function.__name__] = (kept, grace)
+    def register(function: Function) -> Function:
+        _kept[function.__name__] = kept
         return app.command()(function)
 
     return register
@@ -61,9 +56,7 @@ def _start(
     context: typer.Context,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr, only warnings.")] = False,
 ) -> None:
-    watched: Watched = context.obj
-    kept, watched.grace = _left[str(context.invoked_subcommand)]
-    watched.kept = lambda: kept
+    context.obj.kept = _kept[str(context.invoked_subcommand)]
     log_to_stderr()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     logging.getLogger("frontalis").setLevel(logging.WARNING if quiet else logging.INFO)
@@ -95,7 +88,7 @@ def synth(
     print(f"{made.rows:,} rows of {subjects} subjects in {len(made.files)} shards under {out}")  # noqa: T201
 
 
-@_command(kept="no checkpoint was written", grace=TRAIN_GRACE_SECONDS)
+@_command(kept="no checkpoint was written")
 def train(
     context: typer.Context,
     sources: Annotated[list[str], typer.Argument(help="Folders of labelled shards.")],
@@ -110,7 +103,10 @@ def train(
     test: Annotated[float | None, typer.Option(help="Share of subjects that only measure it; 0.1.")] = None,
     column: Columns = None,
     skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out NaN and odd lengths, not refuse them.")
+        bool,
+        typer.Option(
+            "--skip-bad-rows", help="Skip rows with non-finite or wrong-length embeddings instead of failing."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -119,30 +115,30 @@ def train(
     from frontalis.printing import print_trained
     from storage.location import Location
 
-    watched: Watched = context.obj
-    otherwise, before = watched.kept, Location(out).entry()
-    watched.kept = lambda: otherwise() if Location(out).entry() == before else f"{out} is the best model until then"
-    trained = _run_flow(
-        flow,
-        sources=sources,
-        out=out,
-        mode=mode,
-        augment=augment,
-        architecture=architecture,
-        loss=loss,
-        seed=seed,
-        steps=steps,
-        validation=validation,
-        test=test,
-        columns=_columns(column),
-        skip_bad_rows=skip_bad_rows,
-    )
+    before = Location(out).entry()
+    try:
+        trained = _run_flow(
+            flow,
+            sources=sources,
+            out=out,
+            mode=mode,
+            augment=augment,
+            architecture=architecture,
+            loss=loss,
+            seed=seed,
+            steps=steps,
+            validation=validation,
+            test=test,
+            columns=_columns(column),
+            skip_bad_rows=skip_bad_rows,
+        )
+    finally:
+        if Location(out).entry() != before:
+            context.obj.kept = f"{out} is the best model so far"
     print_trained(trained, as_json)
-    if trained.interrupted:
-        raise Interrupt(watched.signal or signal.SIGINT)
 
 
-@_command(kept="what is complete is kept; run the same command again to go on")
+@_command(kept="complete files are kept; run the same command again to continue")
 def reprocess(
     source: Annotated[str | None, typer.Option(help="Folder of shards, or s3://…")] = None,
     store: Annotated[str | None, typer.Option(help="The store.")] = None,
@@ -189,7 +185,7 @@ def reprocess(
     assert isinstance(outcome, Outcome)
     print_outcome(outcome, as_json)
     if outcome.status == "rejected":
-        raise typer.Exit(REJECTED)
+        raise typer.Exit(ExitCode.REJECTED)
 
 
 @_command(kept="nothing was changed")
@@ -259,7 +255,7 @@ def releases(store: Store, as_json: AsJson = False) -> None:
     print_releases(Releases.of(Location(store)).all(), as_json)
 
 
-@_command(kept="`frontalis releases` tells which release is served")
+@_command(kept="`frontalis releases` shows which release is served")
 def rollback(
     store: Store, release: Annotated[str, typer.Argument(help="The release to serve.")], as_json: AsJson = False
 ) -> None:
@@ -270,7 +266,7 @@ def rollback(
     print(served.model_dump_json() if as_json else f"{served.release} is served now")  # noqa: T201
 
 
-@_command(kept="not all is deleted yet; run the same command again")
+@_command(kept="not everything is deleted yet; run the same command again")
 def forget(
     store: Store,
     subject: Annotated[str | None, typer.Option(help="Forget all rows of this subject.")] = None,
@@ -285,7 +281,7 @@ def forget(
     print_forgotten(delete(store, subject=subject, id_=id_, wait=wait), store, as_json)
 
 
-@_command(kept="what is left to remove goes the next time")
+@_command(kept="run the same command again to remove the rest")
 def vacuum(
     store: Store,
     keep: Annotated[int, typer.Option(help="How many releases stay ready to be served.")] = 10,
@@ -313,7 +309,7 @@ def verify(store: Store, as_json: AsJson = False) -> None:
     checked = check(store)
     print_checked(checked, as_json)
     if checked.problems:
-        raise typer.Exit(FAILED)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _models(pairs: list[str] | None) -> dict[str, str]:
@@ -345,8 +341,6 @@ def _named(option: str, pairs: list[str] | None, form: str) -> dict[str, str]:
 
 def _run_flow(flow: Any, **parameters: Any) -> Any:
     """Run a Prefect flow in this process and return its result, or raise what it raised."""
-    from frontalis.server import ensure_server
-
     ensure_server()
     result = flow(**parameters, return_state=True).result(raise_on_failure=False)
     if isinstance(result, BaseException):

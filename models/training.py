@@ -96,13 +96,15 @@ def fit(
     recipe: Recipe | None = None,
     device: str = "cpu",
     report: Callable[[int, float, Candidate], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Fitted:
     """Train `model` and return the averaged weights that score best on unseen subjects; step 0 competes too.
 
     The members of an ensemble are trained side by side on batches of their own and scored together. A network that
-    starts at the identity is returned as it is when nothing beats it. Ctrl-C or SIGTERM ends the training: the
-    network of that moment competes, and the best is kept. On the CPU equal arguments give equal bits: it works on one
-    thread, whatever torch is set to, which at batches of this size also costs least (measured, docs/training.md).
+    starts at the identity is returned as it is when nothing beats it. When `should_stop` returns True, the training
+    ends: the network of that moment competes, and the best is kept. On the CPU equal arguments give equal bits: it
+    works on one thread, whatever torch is set to, which at batches of this size also costs least (measured,
+    docs/training.md).
 
     Args:
         model: the network, on the CPU; its weights are changed.
@@ -115,6 +117,7 @@ def fit(
         device: "cpu" or a CUDA device of torch; rows stay in main memory.
         report: called with (step, mean loss since the last report, best candidate of this step), every
             `report_every` steps and whenever candidates compete.
+        should_stop: called before every step.
     """
     recipe = recipe or Recipe()
     torch.manual_seed(seed)
@@ -130,26 +133,22 @@ def fit(
         for number, (member, mean) in enumerate(zip(members_of(model), members_of(average), strict=True))
     ]
     losses: list[float] = []
-    done = 0
-    try:
-        for step in range(1, steps + 1):
-            with _threads(1):
-                losses += [learner.step(step) for learner in learners]
-            done = step
-            competes = step % recipe.validate_every == 0 or step == steps
-            if competes or (report and step % recipe.report_every == 0):
-                here = _score(average, rows.x, step, recipe, score)
-                if competes:
-                    _compete(fitted, here)
-                if report:
-                    report(step, sum(losses) / len(losses), _best(here)[0])
-                losses.clear()
-    except BaseException as stop:
-        if isinstance(stop, Exception):
-            raise
-        fitted.interrupted = True  # Ctrl-C, SIGTERM or a run that Prefect cancels
-        if done > fitted.candidates[-1].step:
-            _compete(fitted, _score(average, rows.x, done, recipe, score))
+    for step in range(1, steps + 1):
+        if should_stop():
+            fitted.interrupted = True
+            if step - 1 > fitted.candidates[-1].step:
+                _compete(fitted, _score(average, rows.x, step - 1, recipe, score))
+            break
+        with _threads(1):
+            losses += [learner.step(step) for learner in learners]
+        competes = step % recipe.validate_every == 0 or step == steps
+        if competes or (report and step % recipe.report_every == 0):
+            here = _score(average, rows.x, step, recipe, score)
+            if competes:
+                _compete(fitted, here)
+            if report:
+                report(step, sum(losses) / len(losses), _best(here)[0])
+            losses.clear()
     _gather(fitted.model, rows.x)
     fitted.model.eval()
     return fitted

@@ -7,16 +7,28 @@ A message may name what comes from the data, such as a file: it is always one li
 """
 
 import unicodedata
+from enum import IntEnum
 
 # Not printable in a message, a figure or a page, or printable only to deceive: control characters, lone halves of
 # surrogate pairs, and the marks that turn the direction of writing.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 
 
+class ExitCode(IntEnum):
+    """Exit codes of the command line. A command that was interrupted ends with 128 + the number of the signal."""
+
+    DONE = 0
+    FAILED = 1  # the system refused, stdout was lost, `verify` found problems; also a defect
+    REFUSED = 2
+    BUSY = 3
+    BAD_SHARDS = 4
+    REJECTED = 5
+
+
 class FrontalisError(Exception):
     """Base of all refusals. The message is one or two sentences for the person who started the work."""
 
-    exit_code = 2
+    exit_code = ExitCode.REFUSED
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -41,7 +53,7 @@ class StoreError(FrontalisError):
 class StoreBusyError(StoreError):
     """Another run holds the store, or committed first."""
 
-    exit_code = 3
+    exit_code = ExitCode.BUSY
 
 
 class TrainingError(FrontalisError):

@@ -7,7 +7,7 @@ come from `tasks.training.rows`; the loop is `models.training`; what the figures
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,10 +69,11 @@ class Trained:
     parts: dict[str, int]
 
 
-def train_model(settings: TrainingSettings) -> Trained:
+def train_model(settings: TrainingSettings, *, should_stop: Callable[[], bool] = lambda: False) -> Trained:
     """Train one checkpoint and write it with its card.
 
-    Equal settings and rows give equal files, bit for bit, on one machine's CPU.
+    Equal settings and rows give equal files, bit for bit, on one machine's CPU. Once `should_stop` returns True, the
+    training ends; the best model so far is measured and written.
 
     Raises:
         TrainingError: too few subjects, no subject with two rows, no subject column, mixed dimensions, NaN.
@@ -107,9 +108,8 @@ def train_model(settings: TrainingSettings) -> Trained:
     )  # fmt: skip
     torch.manual_seed(settings.seed)
     model = build(settings.architecture, arguments)
-    fitted = _fit(
-        settings, model, learn, ValidationScorer(parts["validation"].at_most(JUDGED_ROWS), mean_norm), mean_norm
-    )
+    scorer = ValidationScorer(parts["validation"].at_most(JUDGED_ROWS), mean_norm)
+    fitted = _fit(settings, model, learn, scorer, mean_norm, should_stop)
     improved = fitted.best.score < 0
     if fitted.interrupted:
         log.warning("train: interrupted; step %d is kept, and the part to measure is measured", fitted.best.step)
@@ -227,7 +227,12 @@ def features(model: nn.Module, x: Tensor) -> np.ndarray:
 
 
 def _fit(
-    settings: TrainingSettings, model: nn.Module, learn: TrainingRows, judge: ValidationScorer, mean_norm: float
+    settings: TrainingSettings,
+    model: nn.Module,
+    learn: TrainingRows,
+    judge: ValidationScorer,
+    mean_norm: float,
+    should_stop: Callable[[], bool],
 ) -> Fitted:
     def report(step: int, loss: float, best: Candidate) -> None:
         base = _told(judge.raw, judge.raw)[0]
@@ -250,6 +255,7 @@ def _fit(
         loss=settings.loss,
         device=torch_device(settings.device),
         report=report,
+        should_stop=should_stop,
     )
 
 

@@ -245,11 +245,11 @@ def test_what_is_not_there_is_said_in_one_line(s3, uri) -> None:
 
 
 UPLOAD = """
-import sys
-from frontalis.interrupt import stops_within
+import signal, sys
+from frontalis.process import Command
 from storage.location import Location
-place = Location("s3://faces/interrupted")
-with stops_within(60), place.writing() as file:
+signal.signal(signal.SIGINT, Command().on_signal)
+with Location("s3://faces/interrupted").writing() as file:
     file.write(b"x" * int(sys.argv[1]))
     print("gathered", flush=True)
 """

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from flows.evaluate import evaluate
 from flows.reprocess import reprocess
 from frontalis.cli import app
-from frontalis.interrupt import Watched
 from frontalis.printing import print_releases
+from frontalis.process import Command
 from models.checkpoint import load, save
 from models.split import subject_key
 from schemas.errors import SettingsError
@@ -218,7 +218,7 @@ def test_evaluate_measures_a_release_again(run_tiny, tmp_path, prefect_server) -
     with temporary_settings({PREFECT_API_URL: prefect_server.url, PREFECT_LOGGING_TO_API_ENABLED: False}):
         again = evaluate(str(tmp_path / "store"), resamples=0)
         words = ["--quiet", "evaluate", "--store", str(tmp_path / "store"), "--json"]
-        typed = CliRunner().invoke(app, words, obj=Watched(grace=60))
+        typed = CliRunner().invoke(app, words, obj=Command())
         with pytest.raises(SettingsError, match="is not in"):
             evaluate(str(tmp_path / "store"), release="r00009-none")
     assert json.loads(typed.stdout)["resamples"] == outcome.evaluation.resamples == 0

@@ -168,49 +168,40 @@ def test_share_that_scores_best_is_the_one_returned():
     assert projection(fitted.model) == pytest.approx(seen[2], rel=1e-6)
 
 
-def test_interrupt_keeps_the_best_so_far():
-    told = []
-
-    def report(step, loss, best):
-        told.append((step, best.step, loss > 0))
-        if step == 40:
-            raise KeyboardInterrupt
-
-    fitted = fit(tiny(), people(), misses(people(seed=1)), steps=10_000, seed=0, recipe=QUICK, report=report)
+def test_stopping_keeps_the_best_so_far():
+    reports = []
+    fitted = fit(
+        tiny(), people(), misses(people(seed=1)), steps=10_000, seed=0, recipe=QUICK,
+        report=lambda step, loss, best: reports.append((step, best.step, loss > 0)),
+        should_stop=lambda: len(reports) == 2,
+    )  # fmt: skip
     assert fitted.interrupted
-    assert told == [(20, 20, True), (40, 40, True)]
+    assert reports == [(20, 20, True), (40, 40, True)]
     assert fitted.best.step in (20, 40)
     assert fitted.best.score == min(one.score for one in fitted.candidates)
 
 
-def test_interrupt_before_anything_competed_lets_the_network_of_that_moment_compete():
-    def report(step, loss, best):
-        told.append((step, best.score))
-        if step == 80:
-            raise KeyboardInterrupt
-
-    told: list[tuple[int, float]] = []
-    fitted = fit(tiny(), people(), misses(people(seed=1)), steps=360, seed=0, report=report)
-    assert [step for step, _ in told] == [40, 80]  # the recipe is the default one
+def test_stopping_before_anything_competed_lets_the_network_of_that_moment_compete():
+    reports: list[tuple[int, float]] = []
+    fitted = fit(
+        tiny(), people(), misses(people(seed=1)), steps=360, seed=0,
+        report=lambda step, _loss, best: reports.append((step, best.score)),
+        should_stop=lambda: len(reports) == 2,
+    )  # fmt: skip
+    assert [step for step, _ in reports] == [40, 80]  # the recipe is the default one
     assert (fitted.interrupted, fitted.best.step) == (True, 80)
-    assert fitted.best.score == pytest.approx(told[-1][1])
+    assert fitted.best.score == pytest.approx(reports[-1][1])
     assert [one.step for one in fitted.candidates] == [0, 80]
 
 
-def test_interrupt_in_the_first_step_gives_the_network_back_as_it_was():
-    def interrupted(_model: torch.nn.Module) -> float:
-        if next(calls):
-            raise AssertionError("nothing has been trained that could be scored")
+def test_stopping_before_the_first_step_gives_the_network_back_as_it_was():
+    calls = itertools.count()
+
+    def score(_model: torch.nn.Module) -> float:
+        assert next(calls) == 0, "nothing has been trained that could be scored"
         return 0.0
 
-    class Stop(torch.nn.Module):
-        def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            raise KeyboardInterrupt
-
-    calls = itertools.count()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("models.training.make_loss", lambda _name: Stop())
-        fitted = fit(tiny(), people(), interrupted, steps=360, seed=0)
+    fitted = fit(tiny(), people(), score, steps=360, seed=0, should_stop=lambda: True)
     assert (fitted.interrupted, fitted.best.step) == (True, 0)
     assert torch.equal(fitted.model(people().x), people().x)
 

@@ -1,5 +1,6 @@
 """Training from shards to checkpoint: who is in which part, what is refused, what a model is worth to unseen people."""
 
+import itertools
 import logging
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 from models.checkpoint import load
 from models.inference import Reweighter
 from models.split import split_of
-from models.training import fit
 from schemas.errors import TrainingError
 from schemas.settings import ColumnNames, TrainingSettings
 from tasks.synthetic.shards import synthesize
@@ -159,20 +159,14 @@ def test_model_that_is_no_better_than_raw_says_so_loudly(tmp_path, caplog):
     assert "NO STEP WAS BETTER THAN RAW" in caplog.text
 
 
-def test_interrupted_training_writes_what_it_has_and_says_so(tmp_path, synthetic, caplog, monkeypatch):
-    monkeypatch.setattr("tasks.training.train.fit", interrupted_after_the_first_report)
-    trained = train_model(settings([synthetic], tmp_path / "m.safetensors", steps=360, resamples=0))
+def test_interrupted_training_writes_what_it_has_and_says_so(tmp_path, synthetic, caplog):
+    steps = itertools.count()
+    trained = train_model(
+        settings([synthetic], tmp_path / "m.safetensors", steps=360, resamples=0), should_stop=lambda: next(steps) == 40
+    )
     assert (trained.interrupted, trained.best.step, trained.improved) == (True, 40, True)
     assert load(Path(trained.out).read_bytes()).card.metrics["best_step"] == 40
     assert "interrupted; step 40 is kept" in caplog.text
-
-
-def interrupted_after_the_first_report(*arguments, report, **options):
-    def stop(step, loss, best):
-        report(step, loss, best)
-        raise KeyboardInterrupt
-
-    return fit(*arguments, report=stop, **options)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def shell(words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "words", ["releases --store $'caf\\xe9'", "query --store x --id $'\\xff'", "synth $'\\xc3\\x28'", "$'\\xff'"]
 )
-def test_words_that_are_no_utf8_are_refused(tmp_path, words) -> None:
+def test_arguments_that_are_no_utf8_are_refused(tmp_path, words) -> None:
     done = shell(f"$F {words}", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
@@ -36,7 +36,7 @@ def test_words_that_are_no_utf8_are_refused(tmp_path, words) -> None:
     assert line.endswith("is no UTF-8; type or name it in UTF-8.")
 
 
-def test_output_that_cannot_be_written_is_told(tmp_path) -> None:
+def test_output_that_cannot_be_written_is_an_error(tmp_path) -> None:
     done = shell("$F -q synth shards --subjects 2 --per-subject 2 --dim 8 --shards 1 > /dev/full", tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
@@ -58,7 +58,7 @@ def test_a_closed_stdout_is_no_error(tmp_path) -> None:
 
 BROKEN = """
 import errno, sys, typer
-from frontalis.border import run
+from frontalis.process import run
 from schemas.errors import StoreBusyError
 app = typer.Typer()
 @app.command()
@@ -74,7 +74,7 @@ sys.exit(run(app))
 
 @pytest.mark.parametrize("buffered", [True, False])
 @pytest.mark.parametrize(
-    ("body", "where", "code", "told"),
+    ("body", "where", "code", "said"),
     [
         ("raise StoreBusyError('busy')", "/dev/full", 3, "frontalis: busy"),
         (
@@ -84,12 +84,17 @@ sys.exit(run(app))
             "frontalis: No space left on device.",
         ),
         ("raise OSError(errno.ENOSPC, 'No space left on device')", "out", 1, "frontalis: No space left on device."),
-        ("raise BrokenPipeError(errno.EPIPE, 'Broken pipe')", "out", 1, "frontalis: Broken pipe: whoever was talked"),
+        (
+            "raise BrokenPipeError(errno.EPIPE, 'Broken pipe')",
+            "out",
+            1,
+            "frontalis: Broken pipe: the other end",
+        ),
         ("pass", "/dev/full", 1, "frontalis: stdout cannot be written (No space left on device)"),
         ("pass", "out", 0, ""),
     ],
 )
-def test_the_exit_code_is_that_of_the_work(tmp_path, body, where, code, told, buffered) -> None:
+def test_the_exit_code_is_that_of_the_work(tmp_path, body, where, code, said, buffered) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     if not buffered:
         environment["PYTHONUNBUFFERED"] = "1"
@@ -99,8 +104,8 @@ def test_the_exit_code_is_that_of_the_work(tmp_path, body, where, code, told, bu
             words, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, check=False, env=environment
         )
     assert done.returncode == code
-    assert done.stderr.startswith(told)
-    assert len(done.stderr.splitlines()) == bool(told)
+    assert done.stderr.startswith(said)
+    assert len(done.stderr.splitlines()) == bool(said)
     if where == "out":
         assert (tmp_path / "out").read_text() == "an outcome\n"
 
@@ -124,7 +129,7 @@ def test_a_mistyped_option_is_refused_with_its_name(tmp_path) -> None:
 
 def test_a_defect_keeps_its_traceback(tmp_path) -> None:
     code = (
-        "import sys, typer\nfrom frontalis.border import run\napp = typer.Typer()\n"
+        "import sys, typer\nfrom frontalis.process import run\napp = typer.Typer()\n"
         "@app.command()\ndef broken() -> None:\n    raise KeyError('defect')\n"
         "sys.argv = ['broken']\nsys.exit(run(app))"
     )

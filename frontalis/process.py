@@ -1,0 +1,214 @@
+"""The process of a command: signals, stdout, errors in one line, exit codes, and the Prefect server that a flow needs.
+
+A refusal (`FrontalisError`), an interrupt and what the operating system refuses end in one line on stderr and an exit
+code (`schemas.errors.ExitCode`). Anything else is a defect, and its traceback is shown.
+"""
+
+import atexit
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO, cast
+
+import typer
+
+from schemas.errors import ExitCode, FrontalisError, SettingsError, one_line
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SERVER_ANSWER_SECONDS = 20.0
+
+
+class Interrupt(BaseException):
+    """Ctrl-C or SIGTERM. `KeyboardInterrupt` would not do: typer turns it into a silent exit."""
+
+
+@dataclass
+class Command:
+    """The command that runs; typer's context holds it as `obj`.
+
+    `kept` says what an interrupt leaves behind, and may be set while the command runs. `signal` is the signal that
+    came, if one did.
+    """
+
+    kept: str = "nothing was changed"
+    signal: int | None = None
+    done: bool = False
+
+    def on_signal(self, number: int, _: FrameType | None = None) -> None:
+        """Raise `Interrupt` on the first signal. The second one, or one that comes while Python exits, ends at once."""
+        if self.signal is not None or self.done:
+            _end_children()
+            os._exit(128 + number)
+        self.signal = number
+        raise Interrupt
+
+
+def run(app: typer.Typer) -> int:
+    """Run the command that was typed and return its exit code; the process is to end afterwards.
+
+    Where stdout is lost, because the disk is full or the reader has gone, the command still finishes its work. Its
+    success then becomes exit code 1.
+    """
+    stdout = None
+    if sys.stdout is not None:  # None: whoever started the process closed it
+        stdout = _Stdout(sys.stdout)
+        sys.stdout = cast(TextIO, stdout)
+    command = Command()
+    for number in SIGNALS:
+        signal.signal(number, command.on_signal)
+    atexit.register(_end_children)  # before Prefect is imported: it runs after what Prefect does at exit
+    try:
+        code = _run(app, command)
+        command.done = True
+    except Interrupt:
+        code = _refuse(f"interrupted; {command.kept}", 128 + (command.signal or signal.SIGINT))
+    if stdout is None:
+        return code
+    stdout.flush()
+    if stdout.lost is None or code:
+        return code
+    if isinstance(stdout.lost, BrokenPipeError):  # the reader has read enough
+        return ExitCode.FAILED
+    return _refuse(f"stdout cannot be written ({stdout.lost.strerror}); the work itself is done.", ExitCode.FAILED)
+
+
+def _run(app: typer.Typer, command: Command) -> int:
+    try:
+        _check_arguments(sys.argv[1:])
+        return int(app(standalone_mode=False, obj=command) or 0)
+    except FrontalisError as error:
+        return _refuse(str(error), error.exit_code)
+    except SystemExit as ended:  # click exits so where a connection breaks
+        if isinstance(ended.__context__, OSError):
+            return _refuse(
+                f"{ended.__context__.strerror}: the other end of a connection has gone; run again.", ExitCode.FAILED
+            )
+        raise
+    except Exception as error:
+        if command.signal is not None:  # a consequence of stopping, such as a server that is gone
+            raise Interrupt from error
+        if show := getattr(error, "show", None):  # typer or click: an option that cannot be used
+            show()
+            return int(getattr(error, "exit_code", ExitCode.REFUSED))
+        if isinstance(error, OSError) and error.strerror:
+            file = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+            return _refuse(f"{file}{error.strerror}.", ExitCode.FAILED)
+        raise
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuse text that could not be written into settings, records or messages."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise SettingsError(f"{argument}: is no UTF-8; type or name it in UTF-8.")
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"frontalis: {one_line(message)}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+class _Stdout:
+    """The stdout of the process; once it is `lost`, what is printed is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self.lost = self.lost or error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # or Python fails again at exit
+
+
+def log_to_stderr() -> None:
+    """Log to stderr, one line a record. Prefect's own records stay out: they repeat errors with a traceback."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    handler.addFilter(lambda record: not record.name.startswith("prefect"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+
+
+class _OneLine(logging.Formatter):
+    """Names from the data, such as those of files, can neither forge a line nor steer the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        return one_line(super().formatMessage(record))
+
+
+def ensure_server() -> None:
+    """Return once the Prefect server of `PREFECT_API_URL` has answered or, where that is unset, a temporary one runs.
+
+    Prefect itself would end with a traceback, in some cases after minutes.
+
+    Raises:
+        SettingsError: no Prefect server answers within `SERVER_ANSWER_SECONDS`, or the temporary one does not start.
+    """
+    from prefect import settings
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    url = settings.PREFECT_API_URL.value()
+    if not url:
+        _start_temporary_server()
+        return
+    once = {settings.PREFECT_CLIENT_MAX_RETRIES: 0, settings.PREFECT_API_REQUEST_TIMEOUT: SERVER_ANSWER_SECONDS}
+    try:
+        with settings.temporary_settings(once), get_client(sync_client=True) as client:
+            client.api_version()
+    except Exception as error:  # no connection, no such host, no URL, no JSON: errors of several libraries
+        why = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        if isinstance(error, PrefectHTTPStatusError):
+            why = f"{error.response.status_code} {error.response.reason_phrase}"
+        shown = re.sub(r"//[^/@]*@", "//", url)  # a password may stand before the host
+        raise SettingsError(
+            f"PREFECT_API_URL = {shown}: no Prefect server answers there ({why}); start one with `prefect server "
+            "start`, or unset PREFECT_API_URL."
+        ) from error
+
+
+def _start_temporary_server() -> None:
+    """Start the server that Prefect would start with the flow, but with SIGINT blocked, which it inherits.
+
+    Ctrl-C in a terminal goes to every process of the command. A server that obeyed would be gone before the flow could
+    report its end. Prefect ends the server when this process exits.
+    """
+    from prefect.client.orchestration import get_client
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        get_client(sync_client=True)
+    except RuntimeError as error:
+        raise SettingsError(
+            f"Prefect's temporary server did not start ({error}); start one with `prefect server start`, and set "
+            "PREFECT_API_URL to its address."
+        ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_children() -> None:
+    """End the processes that this one started, such as a Prefect server that nothing else would end any more."""
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in file.read_text().split():
+                os.kill(int(child), signal.SIGTERM)
