@@ -173,9 +173,9 @@ def reprocess(
         changes["runner"]["workers"] = workers
     settings = pipeline(**changes)
 
-    from flows.reprocess import CompletedWithBadShardsError, Outcome
     from flows.reprocess import reprocess as flow
     from frontalis.printing import print_outcome
+    from tasks.outcome import CompletedWithBadShardsError, Outcome
 
     try:
         outcome = _run_flow(flow, settings=settings)
@@ -271,14 +271,23 @@ def forget(
     store: Store,
     subject: Annotated[str | None, typer.Option(help="Forget all rows of this subject.")] = None,
     id_: Annotated[str | None, typer.Option("--id", help="Forget the row of this id.")] = None,
+    file: Annotated[
+        str | None, typer.Option("--from", help='JSON lines such as {"subject": "NAME"} or {"id": "ID"}.')
+    ] = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for another run.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Delete a person or a row everywhere, and keep them out while the source still has them."""
     from frontalis.printing import print_forgotten
-    from tasks.maintenance.forget import forget as delete
+    from tasks.maintenance.forget import Target, forget_all, read_targets
 
-    print_forgotten(delete(store, subject=subject, id_=id_, wait=wait), store, as_json)
+    if [subject, id_, file].count(None) != 2:
+        raise SettingsError("forget: pass one of --subject, --id and --from.")
+    if file is not None:
+        targets = read_targets(file)
+    else:
+        targets = [Target("id", str(id_)) if subject is None else Target("subject", subject)]
+    print_forgotten(forget_all(store, targets, wait=wait), store, as_json)
 
 
 @_command(kept="run the same command again to remove the rest")

@@ -32,11 +32,11 @@ from schemas.reports import Estimate, Evaluation, Population
 from tasks.training.model_card import change_interval
 
 if TYPE_CHECKING:
-    from flows.reprocess import Outcome
     from tasks.explain import Explanation
     from tasks.maintenance.forget import Forgotten
     from tasks.maintenance.vacuum import Vacuumed
     from tasks.maintenance.verify import Checked
+    from tasks.outcome import Outcome
     from tasks.query import QueryAnswer
     from tasks.training.train import Trained
 

@@ -1,7 +1,7 @@
 """The release record: one published result, complete enough to be served, judged, rolled back to and verified."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 from pydantic import Field
@@ -70,6 +70,31 @@ class Release(Record):
     vacuumed: bool = Field(default=False, description="its files were removed: it can no longer be served")
     tombstones: str = Field(default="none", description="digest of the list of the forgotten that it was checked with")
     settings: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def unusable(self) -> bool:
+        """Whether it can no longer be served: a person in it was forgotten, or its files were removed."""
+        return self.erased or self.vacuumed
+
+    def as_served(self) -> Self:
+        """Return the release as the one that is served."""
+        return self.replaced(serving=True)
+
+    def as_retired(self) -> Self:
+        """Return the release as one that is not served."""
+        return self.replaced(serving=False)
+
+    def as_erased(self) -> Self:
+        """Return the release as one that holds somebody who was forgotten since."""
+        return self.replaced(erased=True, serving=False)
+
+    def as_vacuumed(self) -> Self:
+        """Return the release as one whose files were removed."""
+        return self.replaced(vacuumed=True)
+
+    def as_checked_with(self, tombstones: str) -> Self:
+        """Return the release as one that holds nobody of a list of the forgotten, given by its digest."""
+        return self.replaced(tombstones=tombstones)
 
 
 RELEASES_SCHEMA = pa.schema(

@@ -6,6 +6,7 @@
 """
 
 from datetime import datetime
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -19,6 +20,10 @@ class Record(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def replaced(self, **changes: object) -> Self:
+        """Return a copy with some fields changed. Unlike `model_copy(update=…)`, names and values are checked."""
+        return self.model_validate({**dict(self), **changes})
 
 
 class Estimate(Record):

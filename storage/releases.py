@@ -80,8 +80,9 @@ class Releases:
         """
         releases = [old for old in planned_on if old.release != release.release]
         if release.gate.promoted:
-            releases = [old.model_copy(update={"serving": False}) for old in releases]
-        self.rewrite([*releases, release.model_copy(update={"serving": release.gate.promoted})], planned_on)
+            releases = [old.as_retired() for old in releases]
+        release = release.as_served() if release.gate.promoted else release.as_retired()
+        self.rewrite([*releases, release], planned_on)
 
     def serve(self, name: str) -> Release:
         """Serve an older (or newer) release from now on, and return it.
@@ -94,7 +95,7 @@ class Releases:
         """
         base, releases = self._newest()
         self._servable(name, releases)
-        releases = [old.model_copy(update={"serving": old.release == name}) for old in releases]
+        releases = [old.as_served() if old.release == name else old.as_retired() for old in releases]
         self._write(base, releases)
         return self._named(name, releases)
 

@@ -6,7 +6,7 @@ and how it searches is `storage.vectors.index`; which release is served, `tasks.
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from schemas.errors import StoreError
 from schemas.index import IndexSettings
-from schemas.releases import IndexRef, Release
+from schemas.releases import IndexRef, ModelRef, Release
 from storage.features import check_files, features_table, matrix_of, read_rows
 from storage.ids import id_keys
 from storage.layout import IDS_FILE, INDEX_FILE, index_folder
@@ -28,6 +28,7 @@ from storage.vectors.store import IDS_LIMIT, ids_digest, open_ids, open_index
 
 log = logging.getLogger("frontalis.index")
 
+PREVIOUS_RELEASES = 10  # how far back an index to update is looked for
 AUDIT_QUERIES = 256
 JOINED_ROWS = 16_384  # measured in docs/decisions.md, Incremental
 REFERENCE = b"frontalis.index"
@@ -78,6 +79,42 @@ def index_mode(
     dim = _dim(table, files.values())
     index = build(lambda: _batches(table, files.values()), rows, dim, settings)
     return _write(store, folder, index, table, files, ids, choose_factory(rows, dim, settings), 0)
+
+
+def previous_indexes(
+    store: Location, releases: Sequence[Release], models: Mapping[str, ModelRef], tombstones: str
+) -> dict[str, Previous]:
+    """Return, by mode, the latest release whose index can be updated into the next one.
+
+    An index that was trained with vectors of somebody who was forgotten is none of these.
+    """
+    found: dict[str, Previous] = {}
+    for old in reversed(releases[-PREVIOUS_RELEASES:]):
+        if old.erased or old.tombstones != tombstones or set(old.indexes) <= set(found):
+            continue
+        features = release_features(store, old)
+        if features is None:
+            continue
+        for mode in old.indexes:
+            if mode not in models or old.models[mode].digest == models[mode].digest:
+                found.setdefault(mode, Previous(old, features))
+    return found
+
+
+def release_features(store: Location, release: Release | None) -> Snapshot | None:
+    """Return the feature files of a release; None where there is no release or its table version is gone."""
+    try:
+        return None if release is None else features_table(store).snapshot(release.features_version)
+    except StoreError:
+        return None
+
+
+def is_indexed(store: Location, release: Release) -> bool:
+    """Return whether the index files of a release are there; where one was lost, a new release builds it again."""
+    return all(
+        (store / index.path).size() == index.size and (store / index.ids_path).size() is not None
+        for index in release.indexes.values()
+    )
 
 
 def _finished(store: Location, folder: str) -> IndexRef | None:
@@ -203,12 +240,12 @@ def _recall(index: VectorIndex, table: Table, files: Mapping[str, LiveFile]) -> 
 def _write_ids(store: Location, folder: str, ids: pa.Table, reference: IndexRef) -> IndexRef:
     """Write `ids.parquet` last: it says that the index beside it is whole, and what its digest is."""
     paths = {"path": f"{folder}/{INDEX_FILE}", "ids_path": f"{folder}/{IDS_FILE}"}
-    reference = reference.model_copy(update=paths)
+    reference = reference.replaced(**paths)
     metadata = {REFERENCE: reference.model_dump_json(exclude={"ids_digest"})}
     content = to_parquet(ids.replace_schema_metadata(metadata))
     (store / reference.ids_path).write_bytes(content)
     digest = ids_digest(content)
-    return reference.model_copy(update={"ids_digest": digest})
+    return reference.replaced(ids_digest=digest)
 
 
 def _ids_of(table: Table, files: Iterable[LiveFile]) -> pa.Table:

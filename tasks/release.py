@@ -1,10 +1,12 @@
-"""Collect what the report of a release tells, and write its files into the store.
+"""Release: the record of a published result, and the files of its report.
 
-The page itself is rendered by `reports.html`. Channel weights are measured on a sample of the raw rows of the release.
+The page itself is rendered by `reports.html`, the history kept by `storage.releases`. Channel weights are measured on a
+sample of the raw rows of the release.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
@@ -17,46 +19,136 @@ from models.explain import agreement, member_weights, summarise, top_channels
 from models.inference import normalise
 from reports.html import draw, render_report
 from reports.theme import plot_files
+from schemas.features import digest_of
 from schemas.metrics import RAW, measured_modes
-from schemas.releases import Release
-from schemas.reports import ChannelWeights, Evaluation, ReportInput, TrendPoint
-from schemas.settings import PipelineSettings
+from schemas.releases import IndexRef, ModelRef, Release, release_name
+from schemas.reports import (
+    ChannelWeights,
+    DataQuality,
+    Evaluation,
+    GateDecision,
+    ReportInput,
+    ShardFault,
+    TrendPoint,
+)
+from schemas.settings import PipelineSettings, checked
 from storage.features import features_table, matrix_of, read_rows
 from storage.layout import REPORT_METRICS, REPORT_PAGE, REPORT_PLOTS, report_folder
 from storage.location import Location
+from storage.tables import Snapshot
 from tasks.gate import gated
 
 SAMPLE_ROWS = 2048
+TREND_RELEASES = 59  # before the release itself
 
 
-def write_report(
-    settings: PipelineSettings, release: Release, evaluation: Evaluation, earlier: Sequence[Release]
+def release_content(
+    settings: PipelineSettings, feature_files: Iterable[str], bad_shards: Iterable[ShardFault], pairs: str | None
 ) -> str:
-    """Write `index.html`, `metrics.json` and the plots of a release, and return the page's path in the store.
+    """Return the digest of all that a release depends on: equal content needs no new release.
+
+    Args:
+        settings: of these, the ones that shape index, evaluation and gate.
+        feature_files: paths of the feature files.
+        bad_shards: shards that could not be used.
+        pairs: digest of the pairs file, if there is one.
+    """
+    chosen = settings.model_dump(
+        mode="json", include={"index", "evaluation", "gate"}, exclude={"evaluation": {"device"}}
+    )
+    return digest_of(
+        *(path.encode() for path in sorted(feature_files)),
+        repr(sorted(chosen.items())).encode(),
+        repr(sorted(fault.shard for fault in bad_shards)).encode(),
+        (pairs or "").encode(),
+    )
+
+
+def next_release_name(earlier: Sequence[Release], content: str) -> str:
+    """Return the name of the release that follows `earlier`: equal for equal content."""
+    return release_name(_next_number(earlier), content)
+
+
+def build_release(
+    settings: PipelineSettings,
+    earlier: Sequence[Release],
+    *,
+    content: str,
+    features: Snapshot,
+    quarantine: Snapshot,
+    models: Mapping[str, ModelRef],
+    indexes: Mapping[str, IndexRef],
+    data: DataQuality,
+    evaluation: Evaluation,
+    gate: GateDecision,
+    tombstones: str,
+) -> Release:
+    """Return the record of a new release. Nothing is written: see `write_report` and `storage.releases`.
+
+    Args:
+        settings: those it was made with.
+        earlier: the history it follows.
+        content: see `release_content`.
+        features: the features table.
+        quarantine: the quarantine table.
+        models: by mode.
+        indexes: by mode, raw included.
+        data: where the rows read have gone.
+        evaluation: what was measured.
+        gate: whether it is promoted.
+        tombstones: digest of the list of the forgotten that features and indexes were made with.
+    """
+    measured = gated(evaluation, settings.gate)
+    name = next_release_name(earlier, content)
+    return Release(
+        release=name,
+        number=_next_number(earlier),
+        created=datetime.now(UTC),
+        content=content,
+        source=settings.source,
+        features_version=features.version,
+        quarantine_version=quarantine.version if quarantine.exists else None,
+        models=dict(models),
+        indexes=dict(indexes),
+        data=data,
+        gate=gate,
+        gated=measured.figures,
+        gated_name=measured.name,
+        report=f"{report_folder(name)}/{REPORT_PAGE}",
+        tombstones=tombstones,
+        settings=settings.model_dump(mode="json"),
+    )
+
+
+def _next_number(earlier: Sequence[Release]) -> int:
+    return earlier[-1].number + 1 if earlier else 1
+
+
+def write_report(store: Location, release: Release, evaluation: Evaluation, earlier: Sequence[Release]) -> None:
+    """Write `index.html`, `metrics.json` and the plots of a release.
 
     Raises:
         StoreError: the store cannot be written.
     """
-    store = Location(settings.store)
+    gate = checked(PipelineSettings, release.settings).gate
     report = ReportInput(
         release=release.release,
         created=release.created,
         evaluation=evaluation,
         gate=release.gate,
-        gated=gated(evaluation, settings.gate).metric,
+        gated=gated(evaluation, gate).metric,
         quality=release.data,
         weights=release_weights(store, release),
-        trend=[_point(old) for old in [*earlier[-59:], release] if old.gated_name == release.gated_name],
+        trend=[_point(old) for old in [*earlier[-TREND_RELEASES:], release] if old.gated_name == release.gated_name],
         provenance=provenance(release),
     )
     folder = report_folder(release.release)
     drawn = draw(report)
     for name, content in plot_files(plot for figure in drawn for plot in figure.plots).items():
         (store / f"{folder}/{REPORT_PLOTS}/{name}").write_bytes(content)
-    figures = {"release": json.loads(release.model_dump_json()), "evaluation": json.loads(evaluation.model_dump_json())}
-    (store / f"{folder}/{REPORT_METRICS}").write_bytes(json.dumps(figures, indent=1).encode())
+    metrics = {"release": json.loads(release.model_dump_json()), "evaluation": json.loads(evaluation.model_dump_json())}
+    (store / f"{folder}/{REPORT_METRICS}").write_bytes(json.dumps(metrics, indent=1).encode())
     (store / f"{folder}/{REPORT_PAGE}").write_bytes(render_report(report, drawn).encode())
-    return f"{folder}/{REPORT_PAGE}"
 
 
 def release_weights(store: Location, release: Release) -> list[ChannelWeights]:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
-from flows.reprocess import Outcome, reprocess
+from flows.reprocess import reprocess
 from schemas.settings import PipelineSettings, pipeline
+from tasks.outcome import Outcome
 
 SECRET = "born 1970-01-01 in Gotham"
 

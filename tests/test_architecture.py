@@ -50,10 +50,7 @@ def importers(folder: str, names: set[str]) -> list[str]:
     ]
 
 
-LOOSE = pytest.mark.xfail(reason="flows.reprocess still makes the release of forget", strict=False)
-
-
-@pytest.mark.parametrize("folder", [pytest.param(one, marks=LOOSE if one == "tasks" else ()) for one in ALLOWED])
+@pytest.mark.parametrize("folder", ALLOWED)
 def test_imports_go_down_only(folder: str) -> None:
     assert importers(folder, ALLOWED.keys() - ALLOWED[folder] - {folder}) == []
 
@@ -63,7 +60,6 @@ def test_lower_folders_know_nothing_of_files_or_prefect(folder: str) -> None:
     assert importers(folder, FOREIGN[folder]) == []
 
 
-@LOOSE
 def test_only_the_stages_of_tasks_know_prefect() -> None:
     assert {line.split()[0] for line in importers("tasks", {"prefect"})} == {"tasks/stages.py"}
 

@@ -45,7 +45,7 @@ def mark_erased(store: Location, releases: Iterable[Release], tombstones: Tombst
     for old in releases:
         if not (old.erased or old.vacuumed) and old.tombstones != tombstones.digest:
             if not holds_forgotten(store, old, tombstones):
-                old = old.model_copy(update={"tombstones": tombstones.digest})
+                old = old.as_checked_with(tombstones.digest)
             elif old.serving:
                 log.warning(
                     "%s is served and holds rows of somebody who was forgotten, since `frontalis forget` was "
@@ -53,7 +53,7 @@ def mark_erased(store: Location, releases: Iterable[Release], tombstones: Tombst
                     old.release,
                 )
             else:
-                old = old.model_copy(update={"erased": True})
+                old = old.as_erased()
         marked.append(old)
     return marked
 

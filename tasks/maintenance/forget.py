@@ -1,22 +1,20 @@
-"""Forget: take a person or a row out of the store, and keep them out while the source still has them.
+"""Forget: erase a person or a row from the store, and keep them out while the source still has them.
 
-One new release without the rows is served at once; older releases that held them can no longer be served, and
+One new release without the rows is served at once. Older releases that held them can no longer be served, and
 `tasks.maintenance.vacuum` removes their files. The source is not needed. What is left of a person afterwards is a
-salted hash, and whatever a model learned from them: a model forgets by being trained again. This is no Prefect flow on
-purpose: the server would keep the parameters of its run, and with them whom it was to forget.
+salted hash, and whatever a model learned from them: a model forgets by being trained again.
 """
 
 import json
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from flows.reprocess import release_content
 from schemas.errors import SettingsError, StoreBusyError
-from schemas.releases import IndexRef, Release, release_name
+from schemas.releases import IndexRef, Release
 from schemas.reports import DataQuality, GateDecision
 from schemas.settings import ColumnNames, EvaluationSettings, PipelineSettings, checked
 from storage.features import features_table, quarantine_table, read_table
@@ -27,19 +25,25 @@ from storage.releases import Releases
 from storage.tombstones import Tombstones
 from tasks.evaluate import evaluate
 from tasks.evaluation.pairs import read_pairs
-from tasks.gate import gated
 from tasks.index import Previous, index_mode
 from tasks.maintenance.erase import Erased, erase
 from tasks.maintenance.erased_releases import holds_forgotten
-from tasks.release import write_report
+from tasks.release import build_release, next_release_name, release_content, write_report
 
 log = logging.getLogger("frontalis.forget")
 
 
-class Forgotten(BaseModel):
-    """What forgetting came to. `release` is the one served from now on; None where nothing had to change."""
+class Target(NamedTuple):
+    """Whom to forget: all rows of a subject, or the one row of an id (an integer id as its digits)."""
 
     kind: Literal["id", "subject"]
+    value: str
+
+
+class Forgotten(BaseModel):
+    """The result of forgetting. `release` is the one served from now on; None where nothing had to change."""
+
+    kind: Literal["id", "subject", "list"]
     rows: int
     quarantined: int
     shards: int
@@ -48,123 +52,143 @@ class Forgotten(BaseModel):
 
 
 def forget(store: str, *, subject: str | None = None, id_: str | None = None, wait: float = 0.0) -> Forgotten:
-    """Remove all rows of a subject, or the rows of one id, and serve a release without them.
-
-    Every earlier tombstone is applied again as well, so that running it once more completes what was interrupted.
-    Forgetting somebody of whom there is no row keeps future rows out.
-
-    Args:
-        store: local path or s3://…
-        subject: whom to forget; or
-        id_: the one row to forget (an integer id as its digits).
-        wait: seconds to wait for a run that holds the store.
+    """Remove all rows of a subject, or the row of one id, and serve a release without them; see `forget_all`.
 
     Raises:
         SettingsError: neither or both are given, or there is no store.
+    """
+    if subject is not None and id_ is None:
+        return forget_all(store, [Target("subject", subject)], wait=wait)
+    if id_ is not None and subject is None:
+        return forget_all(store, [Target("id", id_)], wait=wait)
+    raise SettingsError("forget: pass either --subject or --id.")
+
+
+def read_targets(file: str) -> list[Target]:
+    """Read whom to forget from JSON lines, each `{"subject": "NAME"}` or `{"id": "ID"}`. Blank lines are skipped.
+
+    Raises:
+        SettingsError: there is no such file, or a line has another form. The message names the line, never a person.
+    """
+    try:
+        lines = Location(file).read_bytes().decode().splitlines()
+    except FileNotFoundError as error:
+        raise SettingsError(f"{file}: there is no such file.") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{file}: is no UTF-8.") from error
+    targets = [_target(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not targets:
+        raise SettingsError(f'{file}: lists nobody; write lines such as {{"subject": "NAME"}}.')
+    return targets
+
+
+def _target(file: str, number: int, line: str) -> Target:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and len(found) == 1:
+        for kind in ("subject", "id"):
+            value = found.get(kind)
+            if value and (isinstance(value, str) or (kind == "id" and type(value) is int)):
+                return Target("subject" if kind == "subject" else "id", str(value))
+    raise SettingsError(f'{file}, line {number}: write {{"subject": "NAME"}} or {{"id": "ID"}}.')
+
+
+def forget_all(store: str, targets: Sequence[Target], *, wait: float = 0.0) -> Forgotten:
+    """Remove the rows of all targets and serve one release without them.
+
+    Every earlier tombstone is applied again as well, so running it once more completes what was interrupted.
+    Forgetting somebody who has no row keeps future rows out.
+
+    Args:
+        store: local path or s3://…
+        targets: whom to forget, at least one.
+        wait: seconds to wait for a run that holds the store.
+
+    Raises:
+        SettingsError: there is no store.
         StoreBusyError: another run holds the store or committed meanwhile.
         StoreError: a file of the served release is damaged.
     """
-    kind: Literal["id", "subject"] = "subject" if subject is not None else "id"
-    value = subject if subject is not None else id_
-    if value is None or (subject is not None and id_ is not None):
-        raise SettingsError("forget: pass either --subject or --id.")
     history = Releases.of(Location(store))
     place = history.store
     with store_lock(place, "forget", wait):
         before, tombstones = Tombstones(place), Tombstones(place)
-        mark = tombstones.mark(kind, value)
-        tombstones.add([mark])
-        releases = history.all()
-        result = _forget(place, kind, history, releases, tombstones, before)
-        if mark not in Tombstones(place).marks:  # object storage has no lock: two at once may overwrite each other
+        marks = [tombstones.mark(target.kind, target.value) for target in targets]
+        tombstones.add(marks)
+        outcome = _erase_and_serve(history, targets[0].kind if len(targets) == 1 else "list", tombstones, before)
+        if not set(marks) <= set(Tombstones(place).marks):  # object storage has no lock: two may overwrite each other
             raise StoreBusyError(f"{place.uri}: another run forgot somebody at the same time; run this again.")
-        return result
+        return outcome
 
 
-def _forget(
-    store: Location,
-    kind: Literal["id", "subject"],
-    history: Releases,
-    releases: Sequence[Release],
-    tombstones: Tombstones,
-    before: Tombstones,
+def _erase_and_serve(
+    history: Releases, kind: Literal["id", "subject", "list"], tombstones: Tombstones, before: Tombstones
 ) -> Forgotten:
+    store, releases = history.store, history.all()
     served = next((release for release in releases if release.serving), None)
-    latest = releases[-1] if releases else None
-    columns = _settings(store, served or latest).columns if latest else ColumnNames()
+    columns = _settings(store, served or releases[-1]).columns if releases else ColumnNames()
     erased = erase(store, served, tombstones, before, columns)
-    open_ones = [old for old in releases if not (old.erased or old.vacuumed)]
-    held = [old.release for old in open_ones if holds_forgotten(store, old, tombstones)]
+    usable = [old for old in releases if not old.unusable]
+    holding = [old.release for old in usable if holds_forgotten(store, old, tombstones)]
     outcome = Forgotten(
         kind=kind,
         rows=erased.rows,
         quarantined=erased.quarantined,
         shards=erased.shards,
         release=None,
-        erased_releases=held,
+        erased_releases=holding,
     )
-    history_after = [
-        old.model_copy(
-            update={"erased": True, "serving": False} if old.release in held else {"tombstones": tombstones.digest}
-        )
-        for old in releases
-    ]
     _write_log(store, outcome)
-    if served is None or served.release not in held:
-        if held:
-            history.rewrite(history_after, releases)
+    if not holding:
         return outcome
-    if not any(file.rows for file in erased.features.files.values()):
-        log.warning("no row is left: nothing is served until the next `frontalis reprocess`")
-        history.rewrite(history_after, releases)
-        return outcome
-    release = _release_without(store, served, releases, erased, tombstones)
-    history_after = [old.model_copy(update={"serving": False}) for old in history_after]
-    history.rewrite([*history_after, release], releases)
-    return outcome.model_copy(update={"release": release.release})
+    after = [old.as_erased() if old.release in holding else old.as_checked_with(tombstones.digest) for old in releases]
+    if served is not None and served.release in holding:
+        if any(file.rows for file in erased.features.files.values()):
+            release = _release_without(store, served, releases, erased, tombstones)
+            outcome.release = release.release
+            after.append(release)
+        else:
+            log.warning("no row is left: nothing is served until the next `frontalis reprocess`")
+    history.rewrite(after, releases)
+    return outcome
 
 
 def _release_without(
     store: Location, served: Release, releases: Sequence[Release], erased: Erased, tombstones: Tombstones
 ) -> Release:
-    """Make the release that takes the place of the served one: indexed and measured as in `flows.reprocess`."""
+    """Return the release that replaces the served one: indexed and measured as in `flows.reprocess`."""
     settings = _settings(store, served)
-    bad_shards = [fault.shard for fault in served.data.bad_shards]
     pairs, notes = _pairs(settings.evaluation)
-    content = release_content(settings, erased.features.files, bad_shards, pairs)
-    number = releases[-1].number + 1
-    name = release_name(number, content)
+    content = release_content(settings, erased.features.files, served.data.bad_shards, pairs)
+    name = next_release_name(releases, content)
     indexes = {
         mode: index_mode(store, name, mode, erased.features, settings.index, _untrained(store, served, old))
         for mode, old in served.indexes.items()
     }
-    chosen = settings.evaluation if pairs else settings.evaluation.model_copy(update={"pairs": None})
-    evaluation = evaluate(store.uri, name, erased.features, served.models, chosen, settings.index)
-    evaluation = evaluation.model_copy(update={"notes": [*evaluation.notes, *notes]})
-    measured = gated(evaluation, settings.gate)
-    release = served.model_copy(
-        update={
-            "release": name,
-            "number": number,
-            "created": datetime.now(UTC),
-            "content": content,
-            "features_version": erased.features.version,
-            "quarantine_version": erased.quarantine.version if erased.quarantine.version >= 0 else None,
-            "indexes": indexes,
-            "data": _data(store, served.data, erased),
-            "gate": GateDecision(
-                promoted=True,
-                reason=f"promoted without judgement: {served.release} less {erased.rows} forgotten rows",
-                compared_with=served.release,
-            ),
-            "gated": measured.figures,
-            "gated_name": measured.name,
-            "report": None,
-            "serving": True,
-            "tombstones": tombstones.digest,
-        }
+    measured = checked(EvaluationSettings, {**dict(settings.evaluation), **({} if pairs else {"pairs": None})})
+    evaluation = evaluate(store.uri, name, erased.features, served.models, measured, settings.index)
+    evaluation = evaluation.replaced(notes=[*evaluation.notes, *notes])
+    release = build_release(
+        settings,
+        releases,
+        content=content,
+        features=erased.features,
+        quarantine=erased.quarantine,
+        models=served.models,
+        indexes=indexes,
+        data=_data(store, served.data, erased),
+        evaluation=evaluation,
+        gate=GateDecision(
+            promoted=True,
+            reason=f"promoted without a comparison: {served.release} without {erased.rows} forgotten rows",
+            compared_with=served.release,
+        ),
+        tombstones=tombstones.digest,
     )
-    return release.model_copy(update={"report": write_report(settings, release, evaluation, releases)})
+    write_report(store, release, evaluation, releases)
+    return release.as_served()
 
 
 def _pairs(chosen: EvaluationSettings) -> tuple[str | None, list[str]]:
@@ -189,17 +213,14 @@ def _untrained(store: Location, served: Release, old: IndexRef) -> Previous | No
 def _data(store: Location, before: DataQuality, erased: Erased) -> DataQuality:
     reasons = read_table(quarantine_table(store), erased.quarantine.files.values(), ["reason"])["reason"]
     counts = {one["values"]: one["counts"] for one in reasons.combine_chunks().value_counts().to_pylist()}
-    return before.model_copy(
-        update={
-            "rows_features": before.rows_features - erased.rows,
-            "quarantined": dict(sorted(counts.items())),
-            "forgotten": before.forgotten + erased.rows + erased.quarantined,
-        }
+    return before.replaced(
+        rows_features=before.rows_features - erased.rows,
+        quarantined=dict(sorted(counts.items())),
+        forgotten=before.forgotten + erased.rows + erased.quarantined,
     )
 
 
-def _settings(store: Location, release: Release | None) -> PipelineSettings:
-    assert release is not None
+def _settings(store: Location, release: Release) -> PipelineSettings:
     return checked(PipelineSettings, {**release.settings, "store": store.uri})
 
 

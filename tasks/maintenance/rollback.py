@@ -1,7 +1,5 @@
 """Roll back: serve an older release at once."""
 
-from prefect import flow
-
 from models.checkpoint import load
 from schemas.errors import SettingsError, StoreError
 from schemas.releases import Release
@@ -31,12 +29,6 @@ def roll_back(store: str, release: str) -> Release:
     if wanted.tombstones != tombstones.digest and holds_forgotten(place, wanted, tombstones):
         raise SettingsError(f"release {release} holds a person who was forgotten since; choose a later one.")
     return history.serve(release)
-
-
-@flow(name="rollback")
-def rollback(store: str, release: str) -> Release:
-    """Serve an older release as a Prefect flow; see `roll_back`."""
-    return roll_back(store, release)
 
 
 def check_complete(store: Location, release: Release) -> None:

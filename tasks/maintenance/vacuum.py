@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefect import flow
 from pydantic import BaseModel
 
 from schemas.errors import SettingsError
@@ -38,12 +37,6 @@ class Vacuumed(BaseModel):
     files: list[str]
     bytes: int
     waiting: int
-
-
-@flow(name="vacuum")
-def vacuum(store: str, keep: int = KEEP, dry_run: bool = False, grace_hours: float | None = None) -> Vacuumed:
-    """Remove what nothing needs as a Prefect flow; see `clean`."""
-    return clean(store, keep=keep, dry_run=dry_run, grace_hours=grace_hours)
 
 
 def clean(
@@ -77,7 +70,7 @@ def clean(
         names = {release.release for release in kept}
         gone = [old for old in releases if old.release not in names and not old.vacuumed]
         find_leftovers(place, kept)  # refuses before anything is marked
-        after = [old if old.release in names else old.model_copy(update={"vacuumed": True}) for old in releases]
+        after = [old if old.release in names else old.as_vacuumed() for old in releases]
         if after != listed and not dry_run:
             history.rewrite(after, listed)
         found = find_leftovers(place, kept)

@@ -12,7 +12,6 @@ from pathlib import PurePosixPath
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from prefect import flow
 from pydantic import BaseModel
 
 from schemas.errors import BadModelError, FrontalisError, StoreError
@@ -62,12 +61,6 @@ class Checked(BaseModel):
     rows: int
     problems: list[Problem]
     leftovers: list[LeftoverFile]
-
-
-@flow(name="verify")
-def verify(store: str) -> Checked:
-    """Check a store as a Prefect flow; see `check`."""
-    return check(store)
 
 
 def check(store: str) -> Checked:

@@ -17,7 +17,6 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from flows.reprocess import CompletedWithBadShardsError
 from schemas.errors import FrontalisError, SettingsError, StoreError
 from storage.features import features_table
 from storage.location import Location
@@ -26,6 +25,7 @@ from tasks.maintenance.forget import forget
 from tasks.maintenance.rollback import roll_back
 from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
+from tasks.outcome import CompletedWithBadShardsError
 from tasks.query import answer
 
 

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import tasks.reweight
-from flows.reprocess import release_content
 from schemas.releases import IndexRef, Release
 from storage.features import features_table, quarantine_table
 from storage.location import Location
@@ -25,6 +24,7 @@ from storage.parquet import from_parquet
 from storage.releases import Releases
 from tasks.index import Previous, index_mode
 from tasks.plan import make_plan, prepare_models
+from tasks.release import release_content
 from tasks.synthetic.shards import synthesize
 
 SHARDS = 20
@@ -254,7 +254,7 @@ def test_stages_do_what_is_needed_and_no_more(
     assert [new - old for new, old in zip(versions_of(there.store), there.versions, strict=True)] == [
         expected.commits, expected.quarantine_commits,
     ]  # fmt: skip
-    faults = [fault.shard for fault in published.data.bad_shards]
+    faults = published.data.bad_shards
     assert (release_content(settings, published.features.files, faults, None) != there.before.content) == bool(
         expected.indexes
     )

@@ -1,0 +1,19 @@
+"""Forget: delete the people and rows that a file lists, as a Prefect flow. From a shell it needs no Prefect.
+
+Prefect's server keeps the parameters of a run. So the names are in a file, which is yours to delete afterwards.
+"""
+
+from prefect import flow
+
+from flows.progress import show_progress
+from tasks.maintenance.forget import Forgotten, forget_all, read_targets
+
+
+@flow(name="forget")
+def forget(store: str, file: str, wait: float = 0.0) -> Forgotten:
+    """Delete all that `file` lists, JSON lines such as `{"subject": "NAME"}` or `{"id": "ID"}`.
+
+    See `tasks.maintenance.forget`.
+    """
+    show_progress()
+    return forget_all(store, read_targets(file), wait=wait)
