@@ -57,7 +57,7 @@ def reprocess(config: str | None = None, settings: PipelineSettings | None = Non
         error = CompletedWithBadShardsError(outcome)
         return Failed(message=str(error), data=error, name="CompletedWithBadShards")
     if outcome.status == "rejected":
-        return Completed(message=outcome.reason, data=outcome, name="Rejected")
+        return Completed(message=f"rejected: {outcome.reason}", data=outcome, name="Rejected")
     return outcome
 
 
@@ -135,7 +135,7 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
     )
     write_report(store, release, evaluation, earlier)
     history.record(release, earlier)
-    log.info("%s: %s", release.release, release.gate.reason)
+    log.info("%s: %s", release.release, release.gate.sentence)
     _show_in_prefect(store, release, evaluation)
     # The release that was served until now may hold a person whose erasure was interrupted.
     mark_erased_releases(history, tombstones)
@@ -152,7 +152,7 @@ def _unchanged(settings: PipelineSettings, latest: Release, faults: Sequence[Sha
 
 def _show_in_prefect(store: Location, release: Release, evaluation: Evaluation) -> None:
     create_markdown_artifact(
-        markdown=f"# {release.release}\n\n{release.gate.reason}\n\n{markdown_table(evaluation)}",
+        markdown=f"# {release.release}\n\n{release.gate.sentence}\n\n{markdown_table(evaluation)}",
         key="frontalis-modes",
         description=f"verification per mode of {release.release}",
     )

@@ -79,7 +79,7 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
         _evaluation(console, outcome.evaluation)
     data = outcome.data
     quarantined = ", ".join(f"{count:,} {reason}" for reason, count in data.quarantined.items()) or "none"
-    _say(console, f"release    {outcome.release}: {outcome.reason}")
+    _say(console, f"release    {outcome.release}: {outcome.status}: {outcome.reason}")
     _say(
         console,
         f"shards     {outcome.shards_computed} computed, {outcome.shards_reused} reused, {data.shards} in the release",
@@ -177,7 +177,7 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
             f"{release.data.rows_features:,}",
             *(_rate(release.gated.get(mode)) for mode in modes),
             release.gated_name if release.gated else "not measured",
-            _text(release.gate.reason),
+            _text(release.gate.sentence),
         )
     console.print(table)
     if releases:

@@ -6,7 +6,7 @@
 """
 
 from datetime import datetime
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -230,8 +230,11 @@ class DataQuality(Record):
     bad_shards: list[ShardFault] = Field(default_factory=list)
 
 
+GuardOutcome = Literal["not worse", "worse", "not compared"]
+
+
 class GuardedResult(Record):
-    """A guarded figure of one mode as the gate saw it: its value, and its difference to a reference."""
+    """A guarded metric of one mode at the gate: its value, and its difference to a reference."""
 
     mode: str
     cell: str
@@ -240,24 +243,27 @@ class GuardedResult(Record):
     value: float | None = Field(description="None where it could not be measured; `difference` holds the reason")
     reference: str | None = Field(description="a release or raw; None where there was nothing to compare with")
     difference: Estimate
+    outcome: GuardOutcome = Field(
+        default="not compared", description="worse: the 95% interval of the difference is wholly above the tolerance"
+    )
 
 
 class GateDecision(Record):
-    """Whether the release is served, and why, in one sentence with the number and the interval."""
+    """Whether the release is promoted, and why in one sentence."""
 
     promoted: bool
     reason: str
-    compared_with: str | None = Field(default=None, description="what decided was compared with; None if not one thing")
-    judged: list[GuardedResult] = Field(default_factory=list, description="every guarded figure of every mode")
+    compared_with: str | None = Field(default=None, description="the one reference of the decision, None if several")
+    judged: list[GuardedResult] = Field(default_factory=list, description="every guarded metric of every mode")
 
     @property
-    def because(self) -> str:
-        """The reason alone, where the verdict is told already."""
-        return self.reason.removeprefix("promoted: ").removeprefix("rejected: ")
+    def sentence(self) -> str:
+        """The decision with its reason."""
+        return f"{'promoted' if self.promoted else 'rejected'}: {self.reason}"
 
 
 class GatedMetric(Record):
-    """The first figure by which the gate judges: a metric (`eer`, `fnmr@1e-3` …) of a cell over a population."""
+    """The first guarded metric of the gate: a metric (`eer`, `fnmr@1e-3` …) of a cell over a population."""
 
     population: str
     cell: str

@@ -90,7 +90,7 @@ class EvaluationSettings(Settings):
 
 
 class Guard(Settings):
-    """A figure in which no mode may be worse than the reference by more than `tolerance`, with confidence."""
+    """A guarded metric: no mode may be significantly worse than the reference by more than `tolerance`."""
 
     cell: str = Field(description="'all' or a pair such as 'frontal-profile'; 'all' is used where it is empty")
     metric: MetricId = Field(
@@ -115,7 +115,7 @@ class Guard(Settings):
 
 
 class GateSettings(Guard):
-    """When a release is promoted. The figure named here is judged first; `guards` are further ones."""
+    """When a release is promoted. The first guarded metric is named here; `guards` are further ones."""
 
     cell: str = FRONTAL_PROFILE
     tolerance: float = Field(default=0.0, ge=0, le=1, description="absolute worsening that is tolerated")
@@ -124,12 +124,12 @@ class GateSettings(Guard):
         description="None: EER of frontal-frontal and of all, with a tolerance of 0.002 or more",
     )
     unmeasured: Literal["keep", "promote"] = Field(
-        default="keep", description="what becomes of a release that cannot be compared with the one served"
+        default="keep", description="a release that cannot be compared with the served one: keep that one, or promote"
     )
 
     @property
-    def figures(self) -> tuple[Guard, ...]:
-        """All that is guarded, the figure of the gate itself first. What it tolerates, the default guards tolerate."""
+    def guarded(self) -> tuple[Guard, ...]:
+        """All guarded metrics, that of the gate itself first. What it tolerates, the default guards tolerate too."""
         harmless = max(self.tolerance, HARMLESS)
         default = tuple(Guard(cell=cell, tolerance=harmless) for cell in (FRONTAL_FRONTAL, ALL))
         first = Guard(cell=self.cell, metric=self.metric, tolerance=self.tolerance)
@@ -167,8 +167,8 @@ class PipelineSettings(Settings):
 
     @model_validator(mode="after")
     def _gate_point_is_measured(self) -> Self:
-        for figure in self.gate.figures:
-            metric = figure.metric
+        for guard in self.gate.guarded:
+            metric = guard.metric
             if metric.fmr is not None and metric.fmr_text not in self.evaluation.fmrs:
                 raise ValueError(f"gate.metric '{metric}': '{metric.fmr_text}' is not among evaluation.fmrs")
         return self

@@ -91,7 +91,7 @@ def evaluate(
             try:
                 versus_served = measure.versus_served(sample, modes, served)
             except StoreError as error:
-                served_unread = str(error).partition("; run ")[0].rstrip(".")
+                served_unread = str(error).rstrip(".")
                 notes.append(f"not compared with the served release {served.release.release}: {served_unread}")
                 log.warning("evaluation: %s", notes[-1])
         populations[HELD_OUT] = measure.population(HELD_OUT, sample, modes, versus_served)

@@ -112,7 +112,7 @@ def build_release(
         indexes=dict(indexes),
         data=data,
         gate=gate,
-        gated=measured.figures,
+        gated=measured.values,
         gated_name=measured.name,
         report=f"{report_folder(name)}/{REPORT_PAGE}",
         tombstones=tombstones,

@@ -182,7 +182,7 @@ def _release_without(
         evaluation=evaluation,
         gate=GateDecision(
             promoted=True,
-            reason=f"promoted without a comparison: {served.release} without {erased.rows} forgotten rows",
+            reason=f"without a comparison: {served.release} without {erased.rows} forgotten rows",
             compared_with=served.release,
         ),
         tombstones=tombstones.digest,

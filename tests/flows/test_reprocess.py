@@ -136,7 +136,7 @@ def test_model_that_does_not_tell_whom_it_has_seen_does_not_replace_a_measured_o
     save(checkpoint.card, checkpoint.model, tmp_path / "silent.safetensors")
     outcome = run_tiny(models={**tiny_models.by_mode, "per_sample": str(tmp_path / "silent.safetensors")})
     assert outcome.status == "rejected"
-    assert "per_sample: its model does not tell whom it was trained on" in outcome.reason
+    assert "per_sample: leakage cannot be excluded" in outcome.reason
     assert "n/e" in printed(tmp_path / "store")
 
 

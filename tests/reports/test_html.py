@@ -114,7 +114,7 @@ def bare_input() -> ReportInput:
 
 def test_the_decision_comes_first(page_text: str, report_input: ReportInput) -> None:
     main = page_text[page_text.index("<main>") :]
-    assert main.index("Promoted</h1>") < main.index(report_input.gate.because) < main.index("<table")
+    assert main.index("Promoted</h1>") < main.index(report_input.gate.reason) < main.index("<table")
     assert "Queries are served from this release." in main
 
 

@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> Non
 
 def test_cells_are_named_in_either_order() -> None:
     gate = pipeline(**LEAST, gate={"cell": "profile-frontal", "guards": [{"cell": "unknown-half"}]}).gate
-    assert [figure.cell for figure in gate.figures] == ["frontal-profile", "half-unknown"]
+    assert [guard.cell for guard in gate.guarded] == ["frontal-profile", "half-unknown"]
 
 
 def test_settings_go_through_json_unchanged() -> None:

@@ -88,7 +88,7 @@ def difference(value: float, low: float, high: float) -> Estimate:
 RAW_MODE = mode(RAW, 0.11)
 
 
-def test_first_release_is_judged_against_raw() -> None:
+def test_first_release_is_compared_with_raw() -> None:
     better = decide(
         evaluation(RAW_MODE, mode("per_sample", 0.09, difference(-0.02, -0.03, -0.01))), GateSettings(), None
     )
@@ -102,7 +102,7 @@ def test_first_release_is_judged_against_raw() -> None:
     assert "+2.00 points against raw (95% interval +1.00 to +3.00)" in worse.reason
 
 
-def test_worse_than_served_is_kept_back_though_better_than_raw() -> None:
+def test_worse_than_served_is_rejected_though_better_than_raw() -> None:
     model = mode("per_sample", 0.10, difference(-0.01, -0.02, -0.005), before=difference(0.01, 0.004, 0.02))
     decision = decide(evaluation(RAW_MODE, model), GateSettings(), served(0.1, "per_sample"))
     assert not decision.promoted
@@ -118,12 +118,12 @@ def test_worse_than_raw_does_not_matter_when_no_worse_than_served() -> None:
     ("low", "tolerance", "promoted"),
     [(0.0, 0.0, True), (1e-9, 0.0, False), (0.005, 0.005, True), (0.0051, 0.005, False), (-0.01, 0.0, True)],
 )
-def test_only_an_interval_above_the_tolerance_keeps_back(low: float, tolerance: float, promoted: bool) -> None:
+def test_only_an_interval_above_the_tolerance_rejects(low: float, tolerance: float, promoted: bool) -> None:
     model = mode("per_sample", 0.12, difference(0.01, low, 0.02))
     assert decide(evaluation(RAW_MODE, model), GateSettings(tolerance=tolerance), None).promoted is promoted
 
 
-def test_one_bad_mode_keeps_all_back() -> None:
+def test_one_bad_mode_rejects_the_release() -> None:
     good = mode("per_sample", 0.09, difference(-0.02, -0.03, -0.01))
     bad = mode("batch_stat", 0.15, difference(0.04, 0.03, 0.05))
     decision = decide(evaluation(RAW_MODE, good, bad), GateSettings(), None)
@@ -144,17 +144,17 @@ def test_first_release_and_one_after_an_unmeasured_one_pass_without_a_measuremen
     for before in (None, served(None, "per_sample")):
         decision = decide(evaluation(), GateSettings(), before)
         assert decision.promoted
-        assert decision.reason.startswith("promoted without a measurement: there are fewer than two labelled subjects")
+        assert decision.reason.startswith("without a measurement: there are fewer than two labelled held-out subjects")
         assert decision.compared_with is None
-    assert gated(evaluation(), GateSettings()).figures == {}
+    assert gated(evaluation(), GateSettings()).values == {}
 
 
 def test_what_was_measured_is_not_replaced_by_what_was_not() -> None:
     decision = decide(evaluation(), GateSettings(), served(0.1, "per_sample"))
     assert not decision.promoted
     assert decision.reason == (
-        "rejected: it cannot be compared with r00001-aa, which is served and was measured: there are fewer than two "
-        "labelled subjects that no model has seen; mend the labels or the model, or set [gate] unmeasured = 'promote'"
+        "it cannot be compared with r00001-aa, which is served and was measured: there are fewer than two labelled "
+        "held-out subjects; fix the labels or the model, or set [gate] unmeasured = 'promote'"
     )
     forced = decide(evaluation(), PROMOTE, served(0.1, "per_sample"))
     assert forced.promoted
@@ -165,9 +165,9 @@ def test_better_than_raw_is_no_comparison_with_what_is_served() -> None:
     found = evaluation(RAW_MODE, mode("per_sample", 0.09, BETTER))
     decision = decide(found, GateSettings(), served(0.05, "per_sample"))
     assert not decision.promoted
-    assert "per_sample: frontal–profile EER has too few subjects in common" in decision.reason
+    assert "frontal–profile EER: the two releases have too few held-out subjects in common" in decision.reason
     assert decision.compared_with is None
-    assert {one.reference for one in decision.judged} == {None}
+    assert {(one.reference, one.outcome) for one in decision.judged} == {(None, "not compared")}
     for settings, before in ((PROMOTE, served(0.05, "per_sample")), (GateSettings(), served(None, "per_sample"))):
         fallen_back = decide(found, settings, before)
         assert (fallen_back.promoted, fallen_back.compared_with) == (True, RAW)
@@ -186,21 +186,21 @@ def test_mode_that_is_not_served_yet_is_compared_with_raw_and_each_reference_is_
     assert "−2.00 points against raw" in decision.reason
 
 
-def test_model_that_does_not_tell_whom_it_has_seen_is_not_measured() -> None:
+def test_mode_whose_training_subjects_are_unknown_is_not_measured() -> None:
     silent = evaluation(RAW_MODE, mode("per_sample", 0.01, BETTER, before=BETTER, training_subjects_known=False))
-    assert set(gated(silent, GateSettings()).figures) == {RAW}
+    assert set(gated(silent, GateSettings()).values) == {RAW}
     first = decide(silent, GateSettings(), None)
     assert first.promoted
     assert first.reason == (
-        "promoted without a measurement: per_sample: its model does not tell whom it was trained on"
+        "without a measurement: per_sample: leakage cannot be excluded, since its training subjects are unknown"
     )
     later = decide(silent, GateSettings(), served(0.1, "per_sample"))
     assert not later.promoted
-    assert "per_sample: its model does not tell whom it was trained on; mend" in later.reason
+    assert "per_sample: leakage cannot be excluded, since its training subjects are unknown; fix" in later.reason
     assert decide(silent, GateSettings(), served(None, "per_sample")).promoted
 
 
-def test_not_estimable_is_said_of_a_first_release_and_kept_back_later() -> None:
+def test_not_estimable_is_a_reason_of_a_first_release_and_rejected_later() -> None:
     found = evaluation(mode(RAW, None), mode("per_sample", None, NONE))
     decision = decide(found, GateSettings(), None)
     assert decision.promoted
@@ -208,7 +208,7 @@ def test_not_estimable_is_said_of_a_first_release_and_kept_back_later() -> None:
     assert not decide(found, GateSettings(), served(0.1, "per_sample")).promoted
 
 
-def test_figure_that_never_could_be_estimated_does_not_block() -> None:
+def test_metric_that_never_could_be_estimated_does_not_block() -> None:
     settings = GateSettings(guards=(Guard(cell=FP, metric="fnmr@1e-3"),))
     model = mode("per_sample", 0.09, BETTER, before=BETTER)
     for where in (model.difference, model.versus_served):
@@ -223,13 +223,13 @@ def test_figure_that_never_could_be_estimated_does_not_block() -> None:
     assert not decide(evaluation(RAW_MODE, model), settings, served(0.1, "per_sample", judged=tuple(measured))).promoted
 
 
-def test_harm_to_frontal_pairs_keeps_back_what_helps_profiles() -> None:
+def test_harm_to_frontal_pairs_rejects_what_helps_profiles() -> None:
     harmful = mode("per_sample", 0.05, BETTER, frontal=difference(0.39, 0.3, 0.5))
     decision = decide(evaluation(RAW_MODE, harmful), GateSettings(), None)
     assert not decision.promoted
     assert decision.reason == (
-        "rejected: per_sample: frontal–frontal EER 5.00%, +39.00 points against raw (95% interval +30.00 to +50.00), "
-        "worse than the tolerance of 0.2 points"
+        "per_sample: frontal–frontal EER 5.00%, +39.00 points against raw (95% interval +30.00 to +50.00), "
+        "significantly worse than the tolerance of 0.2 points"
     )
     assert decide(evaluation(RAW_MODE, harmful), ONE, None).promoted
 
@@ -238,7 +238,11 @@ def test_guards_tolerate_noise_and_are_named() -> None:
     noisy = mode("per_sample", 0.05, BETTER, frontal=difference(0.004, 0.0019, 0.01))
     decision = decide(evaluation(RAW_MODE, noisy), GateSettings(), None)
     assert decision.promoted
-    assert decision.reason.endswith("; nothing is worse beyond its tolerance in frontal–frontal EER or all pairs EER")
+    assert decision.reason.endswith(
+        "; not significantly worse (95% paired bootstrap) in frontal–frontal EER or all pairs EER"
+    )
+    assert decision.sentence == f"promoted: {decision.reason}"
+    assert [one.outcome for one in decision.judged] == ["not worse"] * 3
     assert not decide(evaluation(RAW_MODE, noisy), GateSettings(guards=(Guard(cell=FF, tolerance=0.0),)), None).promoted
 
 
@@ -254,7 +258,7 @@ def test_empty_cell_falls_back_to_all_pairs_and_that_is_said() -> None:
     assert decision.promoted
     assert len(decision.judged) == 1
     assert decision.reason.endswith(
-        "there are no frontal–profile or frontal–frontal pairs, so all pairs were judged instead"
+        "there are no frontal–profile or frontal–frontal pairs, so all pairs are compared instead"
     )
 
 
