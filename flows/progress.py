@@ -8,7 +8,7 @@ import logging
 
 
 def show_progress() -> None:
-    """Let `frontalis` loggers tell progress (INFO), unless somebody, such as `frontalis --quiet`, chose a level."""
+    """Let `frontalis` loggers log progress (INFO), unless a level was chosen already, as by `frontalis --quiet`."""
     logger = logging.getLogger("frontalis")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)

@@ -18,7 +18,7 @@ def query(
 ) -> QueryAnswer:
     """Answer many queries at once as a Prefect flow and write the answer to `out`, a JSON file; see `answer`.
 
-    Whom a query found is biometric data: it goes to that file and not into Prefect's database.
+    The people that a query found are biometric data: they go to that file and not into Prefect's database.
     """
     found = answer(store, mode, ids=ids or [], vectors=vectors, k=k, release=release)
     Location(out).write_bytes(found.model_dump_json(indent=1).encode())

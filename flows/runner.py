@@ -1,7 +1,7 @@
 """Where shard groups are worked on: threads of this process, or the workers of a Dask cluster.
 
-The groups come from `tasks.plan`; what is done with one is `tasks.reweight`. Both runners write the same files under
-the same names, so it does not matter to the store which one did the work, or whether they took turns.
+The groups come from `tasks.plan`; the work on one is `tasks.reweight`. Both runners write the same files under
+the same names, so the store does not depend on which one did the work, or on a change of runner.
 """
 
 import logging
@@ -24,7 +24,7 @@ from schemas.releases import ModelRef
 from schemas.settings import PipelineSettings, RunnerSettings
 from tasks.plan import Plan, ShardWork
 from tasks.reweight import ReweightSpec, ShardResult, one_thread_each, stopping
-from tasks.stages import Sealed, reweight_task
+from tasks.stages import Unvisited, reweight_task
 
 log = logging.getLogger("frontalis.reprocess")
 
@@ -61,7 +61,7 @@ def check_runner(runner: RunnerSettings) -> None:
 
 
 def reweight_all(settings: PipelineSettings, plan: Plan, models: Mapping[str, ModelRef]) -> list[ShardResult]:
-    """Reweight every group of the plan on the runner of the settings, telling how far it has come.
+    """Reweight every group of the plan on the runner of the settings, and log the progress.
 
     Raises:
         FrontalisError: as `tasks.reweight.reweight_group`; what is complete is kept.
@@ -97,7 +97,7 @@ def _reweight() -> list[ShardResult]:
         futures = {}
         for number, group in enumerate(job.groups):
             named = reweight_task.with_options(task_run_name=f"reweight-{number + 1:04d}-of-{len(job.groups):04d}")
-            futures[named.submit(Sealed(group), Sealed(job.spec))] = sum(work.rows for work in group)
+            futures[named.submit(Unvisited(group), Unvisited(job.spec))] = sum(work.rows for work in group)
         for future in as_completed(list(futures)):
             results += future.result()
             done += futures[future]
@@ -122,7 +122,7 @@ def _task_runner(runner: RunnerSettings, workers: int) -> TaskRunner[Any]:
         return ThreadPoolTaskRunner(max_workers=workers)
     from prefect_dask.task_runners import DaskTaskRunner
 
-    logging.getLogger("distributed").setLevel(logging.WARNING)  # it would tell each connection of each worker
+    logging.getLogger("distributed").setLevel(logging.WARNING)  # it logs each connection of each worker
     if runner.address:
         dask: TaskRunner[Any] = DaskTaskRunner(address=runner.address)
     else:

@@ -1,4 +1,4 @@
-"""The release record: one published result, complete enough to be served, judged, rolled back to and verified."""
+"""The release record: one published result, complete enough to be served, compared, rolled back to and verified."""
 
 from datetime import datetime
 from typing import Any, Self
@@ -38,7 +38,7 @@ class IndexRef(Record):
 
     @property
     def audit(self) -> IndexRecall:
-        """What a report tells of the index."""
+        """What a report shows of the index."""
         return IndexRecall(
             kind=self.factory,
             rows=self.rows,

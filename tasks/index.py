@@ -1,6 +1,6 @@
 """Index: a FAISS index a mode over the published features, updated where little changed and rebuilt where much did.
 
-Beside `index.faiss` lies `ids.parquet`, which maps FAISS's 64-bit keys back to id, subject and shard. What the index is
+`ids.parquet` beside `index.faiss` maps FAISS's 64-bit keys back to id, subject and shard. What the index is
 and how it searches is `storage.vectors.index`; which release is served, `tasks.gate`.
 """
 
@@ -36,7 +36,7 @@ REFERENCE = b"frontalis.index"
 
 @dataclass(frozen=True)
 class Previous:
-    """An earlier release and the files of its features table, from which an index can be carried on."""
+    """An earlier release and the files of its features table, from which an index can be updated."""
 
     release: Release
     features: Snapshot
@@ -47,7 +47,7 @@ def index_mode(
 ) -> IndexRef:
     """Make the index of one mode of a release, with the least work that gives it.
 
-    In this order: the index lies there already (a run was interrupted after it); nothing changed since the previous
+    In this order: the index is there already (a run was interrupted after it); nothing changed since the previous
     release, so its files are shared; a part changed, so the rows of changed shards are removed and added; else it is
     built.
 
@@ -121,7 +121,7 @@ def _finished(store: Location, folder: str) -> IndexRef | None:
     place = store / f"{folder}/{IDS_FILE}"
     try:
         content = place.read_bytes(IDS_LIMIT)
-        # The digest is taken of the bytes as they are, so it cannot tell damage; reading all of them can.
+        # The digest is taken of the bytes as they are, so it finds no damage; reading all of them does.
         metadata = from_parquet(content).select(["key", "id", "subject", "shard"]).schema.metadata or {}
         reference = IndexRef(
             ids_digest=ids_digest(content),
@@ -163,11 +163,11 @@ def _update(
         index = open_index(store, old)
         ids = open_ids(store, old)
     except StoreError as error:
-        log.warning("the previous index cannot be carried on (%s); building it anew", error)
+        log.warning("the previous index cannot be updated (%s); building a new one", error)
         return None
     reason = rebuild_reason(index, old.factory, rows, old.changed + moved, settings)
     if reason is not None:
-        log.info("index is built anew: %s", reason)
+        log.info("building a new index: %s", reason)
         return None
     check_files(table, came)
     leaving = pc.is_in(ids["shard"], pa.array(sorted(gone), pa.string()))
@@ -175,7 +175,7 @@ def _update(
     kept = ids.filter(pc.invert(leaving))
     new = pa.concat_tables([kept, _ids_of(table, came)]) if came else kept
     if new.num_rows != rows or not np.array_equal(index.keys(), np.sort(new["key"].to_numpy())):
-        log.warning("the previous index does not hold the rows of its release; building it anew")
+        log.warning("the previous index does not hold the rows of its release; building a new one")
         return None
     return _write(store, folder, index, table, files, new, old.factory, old.changed + moved)
 
@@ -219,7 +219,7 @@ def _write(
 def _recall(index: VectorIndex, table: Table, files: Mapping[str, LiveFile]) -> Recall:
     """Audit the index on queries that are not its rows: between two neighbouring rows of a file, nearer to one.
 
-    Rows of one subject lie together in most shards, so most queries lie where real ones do. 256 queries in all.
+    Rows of one subject are neighbours in most shards, so most queries are where real ones are. 256 queries in all.
     """
     if index.is_exact:
         return Recall(1.0, 1.0, 0)

@@ -1,8 +1,8 @@
 """Plan: what a run has to do, as a set difference.
 
 Wanted file names (from the manifest of the source and the model digests) minus names that are live is work; live minus
-wanted are removals; a wanted file that lies complete in its place already is reused. Nothing else remembers how far a
-run has come. Computing is left to `tasks.reweight`, committing to `tasks.publish`.
+wanted are removals; a wanted file that is complete in its place already is reused. Nothing else records the
+progress of a run. Computing is left to `tasks.reweight`, committing to `tasks.publish`.
 """
 
 import os
@@ -191,7 +191,7 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
 
 @dataclass(frozen=True)
 class Contract:
-    """What the shards of a run are held to; `id_type` is that of the store, None for a new one."""
+    """What every shard of a run must satisfy; `id_type` is that of the store, None for a new one."""
 
     columns: ColumnNames
     tombstones: Tombstones
@@ -213,21 +213,21 @@ def update_manifest(
     found = {shard.key: shard for shard in shards}
     errors: dict[str, BadShardError] = {}
 
-    def look(shard: Shard) -> ShardRecord | BadShardError:
+    def count(shard: Shard) -> ShardRecord | BadShardError:
         try:
             return manifest.count(shard, columns, basis, forget)
         except BadShardError as error:
             return error
 
-    def look_at(some: Sequence[Shard]) -> dict[str, ShardRecord]:
+    def count_all(some: Sequence[Shard]) -> dict[str, ShardRecord]:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            seen = dict(zip((shard.key for shard in some), pool.map(look, some), strict=True))
+            seen = dict(zip((shard.key for shard in some), pool.map(count, some), strict=True))
         errors.update({key: error for key, error in seen.items() if isinstance(error, BadShardError)})
         return {key: entry for key, entry in seen.items() if isinstance(entry, ShardRecord)}
 
     before = {key: entry for key, entry in manifest.entries.items() if key in found}
     unchanged = {key: entry for key, entry in before.items() if entry.describes(found[key], basis)}
-    fresh = look_at([shard for shard in shards if shard.key not in unchanged])
+    fresh = count_all([shard for shard in shards if shard.key not in unchanged])
     misfits = find_misfits({**unchanged, **fresh}, columns, contract.dim, contract.id_type)
     errors |= misfits
     last_good = {key: entry for key, entry in before.items() if key in errors and key not in unchanged}
@@ -236,7 +236,7 @@ def update_manifest(
     if entries == manifest.entries:
         return entries, errors
     keys = {key: manifest.row_keys(entry) for key, entry in entries.items()}
-    lost = look_at([found[key] for key, row_keys in keys.items() if row_keys is None and key not in errors])
+    lost = count_all([found[key] for key, row_keys in keys.items() if row_keys is None and key not in errors])
     entries |= lost
     keys |= {key: manifest.row_keys(entry) for key, entry in lost.items()}
     whole = {key: row_keys for key, row_keys in keys.items() if row_keys is not None}

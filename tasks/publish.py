@@ -1,7 +1,7 @@
 """Publish: make what was computed visible, in one Delta commit a table.
 
-What the tables shall hold follows from the plan and from what reweighting could finish; the difference to what is live
-is the commit. Judging the result and serving it come later: readers of the last promoted release see nothing of this.
+The content of the tables follows from the plan and from what reweighting could finish; the difference to what is live
+is the commit. The gate comes later: readers of the served release see nothing of this.
 """
 
 from collections import Counter
@@ -102,16 +102,16 @@ def data_quality(
     rows: dict[str, dict[str, int]] = {}
     for file in features.files.values():
         rows.setdefault(file.shard, {})[file.mode] = file.rows
-    held = Counter({file.shard: file.rows for file in quarantine.files.values()})
+    quarantined = Counter({file.shard: file.rows for file in quarantine.files.values()})
     faulty = {fault.shard for fault in faults}
     read = forgotten = 0
     for shard, by_mode in rows.items():
         if set(by_mode) != set(plan.modes) or len(set(by_mode.values())) != 1:
             raise StoreError(f"shard {shard}: modes hold different rows ({by_mode}); run `frontalis verify --store …`.")
-        lost = plan.entries[shard].unaccounted(by_mode[RAW], held[shard])
+        lost = plan.entries[shard].unaccounted(by_mode[RAW], quarantined[shard])
         if shard not in faulty and lost:
             raise StoreError(f"shard {shard}: {lost}; run `frontalis verify --store …`.")
-        read += by_mode[RAW] + held[shard] + plan.entries[shard].forgotten_rows
+        read += by_mode[RAW] + quarantined[shard] + plan.entries[shard].forgotten_rows
         forgotten += plan.entries[shard].forgotten_rows
     reasons = read_table(table, quarantine.files.values(), ["reason"])["reason"].to_pylist()
     return DataQuality(

@@ -149,7 +149,7 @@ def _from_npy(path: str) -> tuple[list[str | int], np.ndarray]:
     if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or array.size == 0:
         raise ValueError(f"array of {array.dtype} {array.shape}, wanted floats [D] or [n, D]")
     _check_size(array.size)
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, and told as such
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused as such
         matrix = np.atleast_2d(array).astype(np.float32)
     return list(range(len(matrix))), matrix
 

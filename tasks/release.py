@@ -196,7 +196,7 @@ def provenance(release: Release) -> dict[str, Any]:
 
 
 def run_versions() -> dict[str, str]:
-    """Return the versions of Frontalis and of what else decides about a release's files and figures."""
+    """Return the versions of Frontalis and of what else decides a release's files and metrics."""
     names = ("frontalis", "pyarrow", "deltalake", "prefect")
     return {name: metadata.version(name) for name in names} | {"faiss": faiss.__version__}
 

@@ -1,7 +1,7 @@
 """Reweight: read the embeddings of a shard, apply every model, write the feature files.
 
-A shard is streamed in blocks of consecutive rows, so memory stays bounded whatever its size, and a block is the same
-rows whoever computes it: workers, retries, devices and row groups never change a feature. Bad rows go to the shard's
+A shard is streamed in blocks of consecutive rows, so memory stays bounded whatever its size. A block has the same
+rows wherever it is computed: workers, retries and row groups never change a feature. Bad rows go to the shard's
 quarantine file. Nothing is visible until `tasks.publish` commits it.
 """
 
@@ -43,7 +43,7 @@ log = logging.getLogger("frontalis.reweight")
 # between block sizes, and equal names must hold equal bytes.
 BLOCK_ROWS = 4096
 
-# Set by a run whose workers are threads of its own process: once it is told to stop, they end with their present block.
+# Set by a run whose workers are threads of its own process. Once it is set, they end after their present block.
 stopping: ContextVar[threading.Event | None] = ContextVar("stopping", default=None)
 RADIANS_BELOW = 3.2
 RADIANS_ROWS = 50
@@ -80,7 +80,7 @@ class ReweightSpec:
 
 @dataclass
 class ShardResult:
-    """What became of one shard: the files written (not yet live), or why none could be."""
+    """The result of one shard: the files written (not yet live), or why there are none."""
 
     shard: str
     input_digest: str
@@ -97,7 +97,7 @@ def reweight_group(group: Sequence[ShardWork], spec: ReweightSpec) -> list[Shard
         BadShardError: a row is bad and the settings say to fail.
         BadModelError: a model gives values that are not finite.
         StoreError: the store cannot be written.
-        InterruptedRunError: the run was told to stop.
+        InterruptedRunError: the run was stopped.
     """
     results = []
     for work in group:
@@ -142,7 +142,7 @@ def reweight_shard(work: ShardWork, spec: ReweightSpec) -> ShardResult:
                     writers[mode].write(meta, outputs)
             if not still_same(work.shard):
                 raise BadShardError(f"shard {work.shard.key}: {work.shard.uri} was rewritten meanwhile; run again.")
-            if pass_number == 0:  # before the features appear: whoever finds those may rely on it
+            if pass_number == 0:  # before the features appear: where those are, this is
                 reader.write_quarantine()
         for mode in modes:
             result.files.append(writers[mode].live())
@@ -150,7 +150,7 @@ def reweight_shard(work: ShardWork, spec: ReweightSpec) -> ShardResult:
 
 
 class InterruptedRunError(FrontalisError):
-    """The run was told to stop while this shard was being computed."""
+    """The run was stopped while this shard was being computed."""
 
 
 class _Reader:
@@ -177,7 +177,7 @@ class _Reader:
         for first, block in stream_blocks(self.work.shard, list(dict.fromkeys(names)), rows):
             if stop is not None and stop.is_set():
                 raise InterruptedRunError(
-                    f"shard {self.work.shard.key}: the run was told to stop; run it again to go on."
+                    f"shard {self.work.shard.key}: the run was stopped; run it again to continue."
                 )
             meta = self._meta(first, block, schema, record)
             matrix, reasons = embedding_matrix(block.column(columns.embedding), self.dim)
@@ -232,14 +232,14 @@ class _Reader:
             good &= ~gone
         bad = np.flatnonzero(~good & ~gone)
         if record and bad.size:
-            self._hold_back(first, bad, meta.take(pa.array(bad)), [str(reason) for reason in reasons[bad]])
+            self._quarantine(first, bad, meta.take(pa.array(bad)), [str(reason) for reason in reasons[bad]])
         return good
 
-    def _hold_back(self, first: int, at: np.ndarray, rows: pa.RecordBatch, reasons: list[str]) -> None:
+    def _quarantine(self, first: int, at: np.ndarray, rows: pa.RecordBatch, reasons: list[str]) -> None:
         if self.spec.fail_on_bad_rows:
             raise BadShardError(
                 f"shard {self.work.shard.key}, row {first + at[0]} (id {clipped(rows.column('id')[0].as_py())}): "
-                f'{reasons[0]}; mend it, or set on_bad_rows = "quarantine".'
+                f'{reasons[0]}; fix it, or set on_bad_rows = "quarantine".'
             )
         self.result.quarantined.update(reasons)
         values = {

@@ -1,7 +1,7 @@
 """The stages as Prefect tasks: names, retries and tags. What a stage does is the plain function it wraps.
 
-Arguments and results are settings, paths, digests and counts, never arrays. Only trouble that may pass (a store that
-does not answer) is tried again; bad input is not.
+Arguments and results are settings, paths, digests and counts, never arrays. Only transient failures are retried,
+such as a store that does not answer; bad input is not.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from tasks.reweight import ReweightSpec, ShardResult, reweight_group
 T = TypeVar("T")
 
 
-async def may_pass(task: Task[..., Any], run: object, state: State[Any]) -> bool:
-    """Return whether trying again can help: not for refusals, but for a store that failed to answer."""
+async def is_transient(task: Task[..., Any], run: object, state: State[Any]) -> bool:
+    """Return whether a retry can help: not for refusals, but for a store that failed to answer."""
     try:
         await state.aresult()
     except StoreBusyError:
@@ -38,11 +38,11 @@ async def may_pass(task: Task[..., Any], run: object, state: State[Any]) -> bool
     return False
 
 
-class Sealed(Generic[T]):
-    """An argument that is passed on as it is, to a thread or to another machine.
+class Unvisited(Generic[T]):
+    """An argument that Prefect and Dask pass on unvisited, to a thread or to another machine.
 
-    Prefect and Dask walk through lists and dataclasses in search of futures, which takes longer than the work where
-    they are large; and Dask turns Prefect's own `opaque` into a plain tuple on the way.
+    They visit lists and dataclasses in search of futures, which takes longer than the work where these are large. Dask
+    turns Prefect's own `opaque` into a plain tuple on the way.
     """
 
     __slots__ = ("value",)
@@ -51,8 +51,8 @@ class Sealed(Generic[T]):
         self.value = value
 
 
-def reweight_sealed(group: Sealed[Sequence[ShardWork]], spec: Sealed[ReweightSpec]) -> list[ShardResult]:
-    """Open the arguments and reweight the group; see `tasks.reweight.reweight_group`."""
+def reweight_unvisited(group: Unvisited[Sequence[ShardWork]], spec: Unvisited[ReweightSpec]) -> list[ShardResult]:
+    """Reweight a group; see `tasks.reweight.reweight_group`."""
     return reweight_group(group.value, spec.value)
 
 
@@ -62,7 +62,7 @@ def _stage(name: str, retries: int = 0) -> Any:
         tags=["frontalis"],
         retries=retries,
         retry_delay_seconds=2,
-        retry_condition_fn=may_pass,
+        retry_condition_fn=is_transient,
         cache_policy=NO_CACHE,
         persist_result=False,
     )
@@ -70,7 +70,7 @@ def _stage(name: str, retries: int = 0) -> Any:
 
 models_task = _stage("models")(prepare_models)
 plan_task = _stage("plan")(make_plan)
-reweight_task = _stage("reweight", retries=2)(reweight_sealed)
+reweight_task = _stage("reweight", retries=2)(reweight_unvisited)
 publish_task = _stage("publish")(publish)
 index_task = _stage("index", retries=1)(index_mode)
 evaluate_task = _stage("evaluate")(evaluate)

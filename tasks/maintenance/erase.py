@@ -1,7 +1,7 @@
 """Erase: take forgotten rows out of features and quarantine, without the source.
 
-A file that holds a forgotten row is written anew from the store itself, under the name that the next plan would give
-it, so that the next run finds nothing to do. The manifest follows. Old versions keep the rows until
+A file that holds a forgotten row is written again from the store itself, under the name that the next plan would give
+it, so that the next run finds nothing to do. The manifest is brought up to date. Old versions keep the rows until
 `tasks.maintenance.vacuum`; indexes, metrics and the release are left to `tasks.maintenance.forget`.
 """
 
@@ -87,9 +87,9 @@ def find_forgotten(
         gone, marks = tombstones.match(ids, rows["subject"].combine_chunks())
         if gone.any():
             found[file.shard] = Hits(ids.filter(pa.array(gone)), marks=set(marks))
-    held = quarantine_table(store)
+    table = quarantine_table(store)
     for file in quarantine.files.values():
-        rows = read_table(held, [file], ["row", "id", "subject"])
+        rows = read_table(table, [file], ["row", "id", "subject"])
         gone, marks = tombstones.match(rows["id"].combine_chunks(), rows["subject"].combine_chunks())
         if gone.any():
             hits = found.setdefault(file.shard, Hits(pa.array([], pa.string())))
@@ -101,7 +101,7 @@ def find_forgotten(
 def erase(
     store: Location, served: Release | None, tombstones: Tombstones, before: Tombstones, columns: ColumnNames
 ) -> Erased:
-    """Commit tables that hold what the served release holds, less the forgotten rows.
+    """Commit tables with the rows of the served release, without the forgotten ones.
 
     Where nothing is served, what is live takes its place. Work that was committed but never served leaves the tables;
     the next run finds its files by name.
@@ -118,16 +118,16 @@ def erase(
         StoreError: a file is damaged.
     """
     features, quarantine = features_table(store), quarantine_table(store)
-    live, live_held = features.snapshot(), quarantine.snapshot()
+    live, live_quarantine = features.snapshot(), quarantine.snapshot()
     shown = features.snapshot(served.features_version) if served else live
-    held = _quarantine_of(quarantine, served) if served else live_held
-    hits = find_forgotten(store, shown, held, tombstones)
-    manifest = _FollowedCensus(Manifest(store).load(), columns, before, tombstones)
-    if not hits and (served is None or not find_forgotten(store, live, live_held, tombstones)):
+    shown_quarantine = _quarantine_of(quarantine, served) if served else live_quarantine
+    hits = find_forgotten(store, shown, shown_quarantine, tombstones)
+    manifest = _UpdatedManifest(Manifest(store).load(), columns, before, tombstones)
+    if not hits and (served is None or not find_forgotten(store, live, live_quarantine, tombstones)):
         manifest.save({file.shard: file for file in live.of_mode(RAW)})
-        return Erased(live, live_held, rows=0, quarantined=0, shards=0)
+        return Erased(live, live_quarantine, rows=0, quarantined=0, shards=0)
     models = served.models if served else {}
-    files, held_files = dict(shown.files), dict(held.files)
+    files, quarantine_files = dict(shown.files), dict(shown_quarantine.files)
     for shard, one in sorted(hits.items()):
         of_shard = {file.mode: file for file in shown.of_shard(shard)}
         check_files(features, of_shard.values())
@@ -136,24 +136,26 @@ def erase(
             new = _rewrite(store, of_shard, mode, digest, models, tombstones)
             del files[file.path]
             files[new.path] = new
-        for file in held.of_shard(shard):
-            kept = _rewrite_quarantine(quarantine, held_files.pop(file.path), digest, one.quarantined)
+        for file in shown_quarantine.of_shard(shard):
+            kept = _rewrite_quarantine(quarantine, quarantine_files.pop(file.path), digest, one.quarantined)
             if kept is not None:
-                held_files[kept.path] = kept
-    after_held = _replace(quarantine, live_held, held_files)  # before the features, as in `tasks.publish`
+                quarantine_files[kept.path] = kept
+    after_quarantine = _replace(
+        quarantine, live_quarantine, quarantine_files
+    )  # before the features, as in `tasks.publish`
     after = _replace(features, live, files)
     manifest.save({file.shard: file for file in after.of_mode(RAW)})
     return Erased(
         after,
-        after_held,
+        after_quarantine,
         rows=sum(len(one.ids) for one in hits.values()),
         quarantined=sum(len(one.quarantined) for one in hits.values()),
         shards=len(hits),
     )
 
 
-class _FollowedCensus:
-    """The manifest, brought to where a run would bring it, as far as the store knows what the source held."""
+class _UpdatedManifest:
+    """The manifest as the next run would leave it, as far as the store knows the source."""
 
     def __init__(self, manifest: Manifest, columns: ColumnNames, before: Tombstones, now: Tombstones) -> None:
         self.manifest = manifest
@@ -189,7 +191,7 @@ class _FollowedCensus:
         return entry.input_digest
 
     def save(self, live: Mapping[str, LiveFile]) -> None:
-        """Keep entries that describe a live file, under the basis of today; the others are looked at again."""
+        """Keep entries that describe a live file, under the new basis; the next run reads the other shards."""
         kept = {
             shard: entry
             for shard, entry in self.entries.items()
@@ -263,10 +265,10 @@ class _Blocks:
 
     def take(self, rows: int) -> np.ndarray:
         """Return the next `rows` embeddings."""
-        held = [self.rest] if len(self.rest) else []
-        while sum(map(len, held)) < rows:
-            held.append(next(self.parts))
-        whole = np.concatenate(held)
+        parts = [self.rest] if len(self.rest) else []
+        while sum(map(len, parts)) < rows:
+            parts.append(next(self.parts))
+        whole = np.concatenate(parts)
         self.rest = whole[rows:]
         return whole[:rows]
 

@@ -1,7 +1,7 @@
-"""Releases that hold somebody who was forgotten since: found, and marked so that they are neither served nor kept.
+"""Find releases that hold somebody who was forgotten since, and mark them: they are neither served nor kept.
 
 `frontalis forget` marks them itself. Where it was interrupted between its tombstone and its commit, the next run,
-vacuum or rollback sees by `Release.tombstones` that the list has grown, and looks. Taking rows out is left to
+vacuum or rollback sees by `Release.tombstones` that the list has grown, and checks. Deleting rows is left to
 `tasks.maintenance.erase`.
 """
 
@@ -38,7 +38,7 @@ def mark_erased_releases(history: Releases, tombstones: Tombstones) -> list[Rele
 def mark_erased(store: Location, releases: Iterable[Release], tombstones: Tombstones) -> list[Release]:
     """Return the history with every release that holds a forgotten row marked as erased, but the one that is served.
 
-    That one goes on answering until a release without the rows takes its place. What was made or checked with this very
+    That one answers queries until a release without the rows replaces it. A release that was made or checked with this
     list is not opened.
     """
     marked = []
@@ -68,7 +68,7 @@ def holds_forgotten(store: Location, release: Release, tombstones: Tombstones) -
                 return True
         if release.quarantine_version is None:
             return False
-        held = quarantine_table(store).snapshot(release.quarantine_version)
-        return bool(find_forgotten(store, NO_TABLE, held, tombstones))
+        quarantine = quarantine_table(store).snapshot(release.quarantine_version)
+        return bool(find_forgotten(store, NO_TABLE, quarantine, tombstones))
     except StoreError:
         return True

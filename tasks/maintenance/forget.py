@@ -200,10 +200,10 @@ def _pairs(chosen: EvaluationSettings) -> tuple[str | None, list[str]]:
 
 
 def _untrained(store: Location, served: Release, old: IndexRef) -> Previous | None:
-    """Return the served release to carry an index on from, where the index was not trained.
+    """Return the served release to update an index from, where the index was not trained.
 
-    Centroids and codebooks are made of the vectors they were trained on, in small lists of a single one; so an index
-    that was trained with a forgotten person is built anew.
+    Centroids and codebooks are computed from training vectors, in a small list from a single one. So an index
+    that was trained with a forgotten person is built again.
     """
     if old.factory != "Flat":
         return None

@@ -1,8 +1,8 @@
 """Vacuum: remove the files that no kept release needs.
 
 Kept are the release that is served, the last `keep` promoted ones, and whatever else is among the newest `keep`; never
-one that holds a forgotten person. The others stay in the history with their figures, marked as vacuumed, before the
-first file goes: a run that is interrupted leaves only leftovers for the next one.
+one that holds a forgotten person. The others stay in the history with their metrics and are marked as vacuumed before
+the first file is deleted: a run that is interrupted leaves only leftovers for the next one.
 """
 
 import logging
@@ -47,13 +47,13 @@ def clean(
     Args:
         store: local path or s3://…
         keep: how many promoted releases stay, at least 1.
-        dry_run: only tell.
-        grace_hours: leave files younger than this; by default 0 locally, where the lock tells that nothing runs, and 24
+        dry_run: return what would be removed, and remove nothing.
+        grace_hours: leave files younger than this; by default 0 locally, where the lock shows that nothing runs, and 24
             on object storage.
         wait: seconds to wait for a run that holds the store.
 
     Raises:
-        SettingsError: `keep` is below 1, or there is no store: files of a folder that is none are nobody's leftovers.
+        SettingsError: `keep` is below 1, or there is no store: in any other folder no file is a leftover.
         StoreBusyError: a run holds the store.
         StoreError: a kept release cannot be read; nothing is removed then.
     """

@@ -1,7 +1,7 @@
 """Verify: read the whole store and compare every byte that matters with what its releases say.
 
-Nothing is changed. Each problem names the thing, what is wrong, and how to mend it; leftovers of interrupted runs are
-listed, and are no problem.
+Nothing is changed. Each problem names the thing, what is wrong, and how to fix it. Leftovers of interrupted runs are
+listed; they are no problem.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ class LeftoverFile(BaseModel):
 
 
 class Checked(BaseModel):
-    """What was looked at, and what was found."""
+    """What was checked, and what was found."""
 
     store: str
     releases: list[str]
@@ -140,14 +140,14 @@ class _Check:
         name = release.release
         try:
             features = self.features.snapshot(release.features_version)
-            held = (
+            quarantine = (
                 NO_TABLE if release.quarantine_version is None else self.quarantine.snapshot(release.quarantine_version)
             )
         except StoreError as error:
             self._wrong(name, str(error), f"serve another release, then `frontalis vacuum --store {self.store.uri}`")
             return
         self._files(self.features, features.files.values())
-        self._files(self.quarantine, held.files.values())
+        self._files(self.quarantine, quarantine.files.values())
         for mode, index in release.indexes.items():
             files = features.of_mode(mode)
             rows = sum(file.rows for file in files)
@@ -158,7 +158,7 @@ class _Check:
                     "run `frontalis reprocess`",
                 )
             self._index(f"{name}, mode {mode}", index, files, release.serving)
-        quarantined = sum(file.rows for file in held.files.values())
+        quarantined = sum(file.rows for file in quarantine.files.values())
         if quarantined != sum(release.data.quarantined.values()):
             self._wrong(
                 name,
@@ -231,7 +231,7 @@ class _Check:
         if len(searched) != ids.num_rows or ids.num_rows != index.rows:
             self._wrong(name, f"{len(searched)} vectors, {ids.num_rows} ids, {index.rows} rows in the record", rebuild)
         if any(file.path not in self.keys for file in files):
-            return  # told already
+            return  # reported already
         stored = [self.keys[file.path] for file in files]
         if not np.array_equal(np.sort(np.concatenate(stored)), ids["key"].to_numpy()):
             self._wrong(name, "the ids of the index are not those of the features", rebuild)
@@ -262,7 +262,7 @@ class _Check:
         try:
             found = find_leftovers(self.store, kept)
         except StoreError:
-            return []  # a release cannot be read; that is told
+            return []  # a release cannot be read; that is reported
         return [LeftoverFile(name=one.name, size=one.size, temporary=one.temporary) for one in found]
 
     def _wrong(self, thing: str, what: str, remedy: str) -> None:

@@ -340,7 +340,7 @@ REFUSALS: dict[str, tuple[Callable[[Path, Mapping[str, str]], dict[str, object]]
     "bad row and fail": (
         lambda at, m: {"source": str(at / "mixed"), "reweight": {"on_bad_rows": "fail"}},
         BadShardError,
-        "shard a, row 3 (id 'odd-3'): not_finite; mend it, or set on_bad_rows = \"quarantine\"",
+        "shard a, row 3 (id 'odd-3'): not_finite; fix it, or set on_bad_rows = \"quarantine\"",
     ),
     "missing model": (lambda at, m: {"models": {"per_sample": str(at / "no")}}, SettingsError, "there is no such file"),
     "model of another mode": (

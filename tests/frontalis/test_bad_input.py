@@ -89,7 +89,7 @@ def test_bad_row_and_fail_publishes_nothing(reprocess, tiny_source: Path, tmp_pa
 
     assert done.stdout == ""
     assert "shard part-002, row 5" in done.stderr
-    assert "zero_norm; mend it, or set on_bad_rows" in done.stderr
+    assert "zero_norm; fix it, or set on_bad_rows" in done.stderr
     assert not Releases(Location(str(tmp_path / "store"))).all()
 
 

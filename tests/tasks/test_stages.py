@@ -27,12 +27,12 @@ from tasks import stages
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("kind", [Failed, Crashed])
-def test_only_trouble_that_may_pass_is_tried_again(kind: type[State], error: BaseException, again: bool) -> None:
-    assert asyncio.run(stages.may_pass(stages.plan_task, None, kind(data=error))) is again
+def test_only_trouble_that_is_transient_is_tried_again(kind: type[State], error: BaseException, again: bool) -> None:
+    assert asyncio.run(stages.is_transient(stages.plan_task, None, kind(data=error))) is again
 
 
 def test_what_ended_well_is_not_tried_again() -> None:
-    assert asyncio.run(stages.may_pass(stages.plan_task, None, Completed(data=3))) is False
+    assert asyncio.run(stages.is_transient(stages.plan_task, None, Completed(data=3))) is False
 
 
 @pytest.fixture
