@@ -326,4 +326,4 @@ def test_on_the_command_line(published, person) -> None:
     next((store / "indexes").glob("*/raw/index.faiss")).write_bytes(b"x")
     problems = json.loads(shell("verify", "--json", code=1))["problems"]
     assert [problem["thing"].endswith("mode raw") for problem in problems] == [True]
-    assert "pass either --subject or --id" in shell("forget", code=2)
+    assert "pass one of --subject, --id and --from" in shell("forget", code=2)
