@@ -1,1 +1,1 @@
-"""Measuring recognition: verification, identification and their uncertainty, as pure functions over arrays."""
+"""Verification, identification and their uncertainty, as pure functions over arrays."""

@@ -1,15 +1,14 @@
 """Confidence intervals by the bootstrap over subjects, for one mode and for the difference of two.
 
-Pairs are not independent: all pairs of a subject share its face. So subjects are drawn, with replacement, and every
-pair counts as often as its subjects were drawn (the subsets bootstrap: Bolle, Ratha, Pankanti, "Error analysis of
-pattern recognition systems: the subsets bootstrap", CVIU 93, 2004). Two modes on the same rows are compared with the
-*same* draws, which takes the difficulty of the subjects out of the difference. Counts by subject come from `allpairs`;
-what to conclude is left to the caller.
+Pairs are not independent: all pairs of a subject share its face. So subjects are drawn with replacement, and every pair
+counts as often as its subjects were drawn (Bolle, Ratha, Pankanti, "Error analysis of pattern recognition systems: the
+subsets bootstrap", CVIU 93, 2004). Two modes on the same rows are compared with the *same* draws, which takes the
+difficulty of the subjects out of the difference. Counts by subject come from `allpairs`.
 
 The weights. A genuine pair of subject s counts m_s times, m_s being how often s was drawn. An impostor pair (s, t)
-counts m_s·m_t times; the mean (m_s + m_t)/2, though tempting, halves the spread of FMR, as each subject would then
-carry only half of its pairs' error (docs/metrics.md has the simulation). The product needs a table of all pairs of
-subjects. It is replaced by
+counts m_s·m_t times. The mean (m_s + m_t)/2 would halve the spread of FMR, as each subject would then carry only half
+of its pairs' error (docs/metrics.md has the simulation). The product needs a table of all pairs of subjects. It is
+replaced by
 
     FMR*(t) = FMR(t) · (Σ m_s H_s(t) / Σ H_s(t))² / (Σ m_s H_s(-∞) / Σ H_s(-∞))²,
 
@@ -18,8 +17,8 @@ projection Σ (m_s - 1) H_s(t); van der Vaart, "Asymptotic Statistics", chapter 
 subjects' effects multiply, and unlike the projection it is never negative. Where hardly a subject has more than one
 false match, all of these are too wide, not too narrow (Owen, "The pigeonhole bootstrap", Ann. Appl. Stat. 1, 2007).
 
-Thresholds are estimated anew in each draw, on the coarse score grid of width 2^-10, FMR being interpolated in its
-logarithm. More subjects than clusters: clusters are drawn, with the same argument.
+Thresholds are estimated again in each draw, on the coarse score grid of width 2^-10, FMR being interpolated in its
+logarithm. Where there are more subjects than clusters, clusters are drawn instead.
 """
 
 from dataclasses import dataclass
@@ -41,9 +40,21 @@ def bootstrap(
 ) -> dict[str, dict[MetricId, Estimate]]:
     """Return every metric of every cell with its percentile interval, by cell name and metric.
 
-    Deterministic for a seed. There is no interval where more than 5% of the draws lack the metric.
+    Args:
+        result: all pairs of one mode.
+        resamples: how many draws of subjects.
+        seed: equal seeds give equal intervals.
+        level: confidence level. The interval is from the (1 - level) / 2 to the (1 + level) / 2 quantile of the draws.
+
+    There is no interval where more than 5% of the draws lack the metric.
 
     Raises ValueError for fewer than two subjects, or arguments out of range.
+
+    >>> from metrics.allpairs import all_pairs
+    >>> rows, subjects = np.random.default_rng(0).normal(size=(60, 8)), np.arange(60) // 3
+    >>> found = bootstrap(all_pairs(rows, subjects), resamples=100)["all"][EER]
+    >>> found.low <= found.value <= found.high
+    True
     """
     drawn = draw(result, draw_subjects(result, resamples, seed, level))
     return {
@@ -63,6 +74,12 @@ def paired_bootstrap(
     classes, same duplicates.
 
     Raises ValueError when they are not, and as `bootstrap` does.
+
+    >>> from metrics.allpairs import all_pairs
+    >>> rows, subjects = np.random.default_rng(0).normal(size=(60, 8)), np.arange(60) // 3
+    >>> same = all_pairs(rows, subjects)
+    >>> paired_bootstrap(same, same, resamples=100)["all"][EER].high
+    0.0
     """
     _check_same_rows(base, other)
     multiplicities = draw_subjects(base, resamples, seed, level)
@@ -115,7 +132,7 @@ def draw(result: AllPairs, multiplicities: Samples) -> dict[str, dict[MetricId, 
 
 
 def _span(counts: ClusterCounts) -> slice:
-    """Return the coarse bins that hold any score; beyond them the curves are level."""
+    """Return the coarse bins that hold any score; outside of them the curves are flat."""
     used = np.flatnonzero(counts.genuine.any(axis=0) | counts.impostor_ends.any(axis=0))
     return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
 
@@ -178,7 +195,7 @@ class _Curves:
 
 
 def _product(multiplicities: Samples, counts: NDArray[np.int64]) -> Samples:
-    """Multiply matrices in torch, whose speed does not hang on the BLAS that NumPy was built with."""
+    """Multiply matrices in torch, whose speed does not depend on the BLAS that NumPy was built with."""
     return np.asarray((torch.from_numpy(multiplicities) @ torch.from_numpy(counts.astype(np.float64))).numpy())
 
 

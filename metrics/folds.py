@@ -1,7 +1,7 @@
-"""Accuracy over a list of pairs that is cut into folds, the way LFW and CFP are reported.
+"""Accuracy over a list of pairs in folds, as LFW and CFP report it.
 
-Each fold is classified with the threshold that was best on the *other* folds, so no pair is judged by a threshold it
-helped to choose. Scores come from the caller (`cosine.pair_scores`).
+Each fold is classified with the threshold that was best on the *other* folds, so no pair helps to choose the threshold
+it is classified with. Scores come from the caller (`cosine.pair_scores`).
 """
 
 from dataclasses import dataclass
@@ -26,24 +26,32 @@ class FoldAccuracy:
 def fold_accuracy(
     scores: NDArray[np.floating[Any]], same: NDArray[np.bool_], folds: NDArray[np.integer[Any]]
 ) -> FoldAccuracy:
-    """Accuracy of `score >= t` over folds (Huang et al., "Labeled Faces in the Wild", 2007, section on reporting).
+    """Return the accuracy of `score >= t` over folds (Huang et al., "Labeled Faces in the Wild", 2007, on reporting).
 
-    The threshold of a fold is the *smallest observed score* of the other folds with the highest accuracy there;
-    rejecting everything (threshold infinity) is tried too. Folds weigh the same, whatever their size.
+        t(f)        = the smallest observed score of the folds other than f with the highest accuracy there
+        accuracy(f) = share of pairs of fold f with (score >= t(f)) = same
+        mean, sd    = of accuracy(f) over folds; every fold counts the same
+
+    Rejecting everything (t = infinity) is tried too.
 
     Args:
         scores: `[pairs]`, higher = more alike.
         same: bool `[pairs]`, whether a pair is genuine.
         folds: integer `[pairs]`.
 
-    Raises ValueError for lengths that differ, scores that are not finite, and where `why_not` says why not.
+    Raises ValueError for lengths that differ, scores that are not finite, and where `why_not` gives a reason.
+
+    >>> scores, same = np.array([0.9, 0.2, 0.6, 0.5]), np.array([True, False, True, False])
+    >>> found = fold_accuracy(scores, same, np.array([1, 1, 2, 2]))
+    >>> found.thresholds, found.accuracies, found.mean
+    ((0.6, 0.9), (1.0, 0.5), 0.75)
     """
     if not scores.shape == same.shape == folds.shape or scores.ndim != 1:
         raise ValueError(
             f"scores, same and folds have shapes {scores.shape}, {same.shape}, {folds.shape}; pass one length"
         )
     if not np.isfinite(scores).all():
-        raise ValueError("pair scores hold NaN or infinity; leave such pairs out, and count them")
+        raise ValueError("pair scores hold NaN or infinity; leave such pairs out and count them")
     same = same.astype(bool)
     if reason := why_not(same, folds):
         raise ValueError(reason)
@@ -66,7 +74,10 @@ def fold_accuracy(
 def why_not(same: NDArray[np.bool_], folds: NDArray[np.integer[Any]]) -> str | None:
     """Return why there is no accuracy over folds: one fold, or one with no genuine or no impostor pair outside of it.
 
-    A threshold that was chosen on one kind of pair accepts, or rejects, all; what it gives elsewhere is no accuracy.
+    A threshold chosen on one kind of pair accepts or rejects everything, so it gives no accuracy elsewhere.
+
+    >>> why_not(np.array([True, False]), np.array([0, 0]))
+    '1 fold(s); the threshold of a fold comes from others, so two or more are needed'
     """
     names = np.unique(folds)
     if len(names) < 2:
@@ -79,7 +90,11 @@ def why_not(same: NDArray[np.bool_], folds: NDArray[np.integer[Any]]) -> str | N
 
 
 def best_threshold(scores: NDArray[np.floating[Any]], same: NDArray[np.bool_]) -> float:
-    """Return the smallest observed score whose `score >= t` is right most often; infinity if rejecting all is."""
+    """Return the smallest observed score t for which `score >= t` is right most often; infinity if rejecting all is.
+
+    >>> best_threshold(np.array([0.1, 0.4, 0.6]), np.array([False, True, True]))
+    0.4
+    """
     candidates, first = np.unique(np.sort(scores), return_index=True)
     order = np.argsort(scores, kind="stable")
     genuine_below = np.concatenate([[0], np.cumsum(same[order])])

@@ -1,8 +1,8 @@
-"""Identification (1:N) figures from search results, after ISO/IEC 19795-1:2021, and the exact search as their truth.
+"""Identification (1:N) metrics from search results, after ISO/IEC 19795-1:2021, and exact search as their reference.
 
-The gallery holds one or more samples of each enrolled subject (frontal ones, as a rule); a subject's score is its best
-sample's. A probe is *mated* when its subject is enrolled. Which rows are gallery and which are probes, and the search
-through an index, are left to the caller.
+The gallery holds one or more samples of each enrolled subject. A subject's score is that of its best sample. A probe is
+*mated* when its subject is enrolled. Which rows are gallery and which are probes, and the search through an index, are
+left to the caller.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class SearchPoint:
 
 @dataclass(frozen=True)
 class Identification:
-    """The figures of one search experiment."""
+    """The metrics of one search experiment."""
 
     n_mated: int
     n_non_mated: int
@@ -84,19 +84,29 @@ def identify(
         candidate_scores: their scores, not rising within a row, `[probes, k]`; ignored where the code is -1.
         probe_subjects: integer `[probes]`, not negative.
         mated: bool `[probes]`: the probe's subject is in the gallery.
-        ranks: a subject's rank is 1 + the number of other subjects whose score is >= its own: ties count against it.
-        fpir_points: FPIR(t) is the share of *non-mated* probes with any candidate of score >= t, FNIR(t) the share of
-            mated probes whose own subject is not in the list or scores < t. The threshold follows the rule of
-            `verification.operating_point`: the smallest observed score with FPIR at most the target.
+        ranks: the k of the rank-k rates. Ties count against a subject.
+        fpir_points: target FPIRs. The threshold follows the rule of `verification.operating_point`: the smallest
+            observed score with FPIR **at most** the target.
 
-    A list that is cut off before it shows enough subjects makes a rank not estimable: search deeper.
+    With u the number of *other* subjects whose score is >= that of the probe's own subject:
+
+        rank-k rate = share of mated probes with u < k
+        FPIR(t)     = share of non-mated probes with a candidate of score >= t
+        FNIR(t)     = share of mated probes whose own subject is absent or has a score < t
+
+    A list that ends before it shows k subjects makes rank k not estimable: search deeper.
 
     Raises ValueError for shapes that do not fit, scores that rise or are not finite, and a non-mated probe whose
     subject is found in the gallery.
+
+    >>> candidates, scores = np.array([[7, 8], [9, 8], [7, 9]]), np.array([[0.9, 0.2], [0.7, 0.6], [0.5, 0.1]])
+    >>> found = identify(candidates, scores, np.array([7, 8, 1]), np.array([True, True, False]), ranks=[1, 2])
+    >>> [one.rate for one in found.ranks]
+    [0.5, 1.0]
     """
     probes = _outcomes(candidate_subjects, candidate_scores, probe_subjects, mated)
-    strangers, counts = np.unique(probes.best_score[~mated], return_counts=True)
-    scores = ScoreCounts.from_counts(np.sort(probes.own_score[mated]), strangers, counts)
+    non_mated, counts = np.unique(probes.best_score[~mated], return_counts=True)
+    scores = ScoreCounts.from_counts(np.sort(probes.own_score[mated]), non_mated, counts)
     return Identification(
         n_mated=int(mated.sum()),
         n_non_mated=int((~mated).sum()),
@@ -135,7 +145,7 @@ def identify_intervals(
     if n_subjects < 2 or resamples < 1 or not 0 < level < 1:
         raise ValueError(f"{n_subjects} subjects, {resamples} resamples, level {level}: two, one, inside (0, 1) needed")
     draws = np.random.default_rng(seed).multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), size=resamples)
-    of_mated, of_strangers = draws[:, subject[mated]], draws[:, subject[~mated]]
+    of_mated, of_non_mated = draws[:, subject[mated]], draws[:, subject[~mated]]
     total = of_mated.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         by_rank = {
@@ -148,7 +158,7 @@ def identify_intervals(
             one.target_fpir: with_interval(
                 one.estimate,
                 _fnir_of_draws(
-                    probes.own_score[mated], of_mated, probes.best_score[~mated], of_strangers, one.target_fpir
+                    probes.own_score[mated], of_mated, probes.best_score[~mated], of_non_mated, one.target_fpir
                 ),
                 level,
             )
@@ -162,10 +172,13 @@ def exact_search(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return scores float32 `[probes, k]` and gallery row numbers int64 `[probes, k]` of the k best rows, best first.
 
-    Brute force in blocks, the truth for `recall_at_k`. Scores are those of `cosine` (rows are normalised here); of
+    Brute force in blocks, the reference for `recall_at_k`. Scores are those of `cosine` (rows are normalised here); of
     equal scores the lower row comes first. Beyond the end of a small gallery: score -inf, row -1.
 
     Raises ValueError for k < 1, dimensions that differ, and rows that are zero or not finite.
+
+    >>> exact_search(np.eye(3), np.array([[0.0, 2.0, 1.0]]), k=2)[1]
+    array([[1, 2]])
     """
     if k < 1 or gallery.shape[1:] != probes.shape[1:]:
         raise ValueError(f"k = {k}, gallery {tuple(gallery.shape)}, probes {tuple(probes.shape)}; k must be positive")
@@ -188,7 +201,12 @@ def exact_search(
 def recall_at_k(served: NDArray[np.integer[Any]], exact: NDArray[np.integer[Any]], k: int) -> float:
     """Return the share of the exact k best that the served k best contain, over all probes; ids `[probes, >= k]`.
 
-    -1 ("none") in `exact` is not asked for. Raises ValueError when nothing is asked, or a list is shorter than k.
+        recall@k = Σ |served k best ∩ exact k best| / Σ |exact k best|
+
+    -1 ("none") in `exact` is not counted. Raises ValueError when nothing is counted, or a list is shorter than k.
+
+    >>> recall_at_k(np.array([[4, 9]]), np.array([[4, 5]]), k=2)
+    0.5
     """
     if len(served) != len(exact) or min(served.shape[1], exact.shape[1]) < k or k < 1:
         raise ValueError(f"served {served.shape} and exact {exact.shape} do not both hold {k} ids for every probe")
@@ -202,8 +220,11 @@ def recall_at_k(served: NDArray[np.integer[Any]], exact: NDArray[np.integer[Any]
 
 @dataclass(frozen=True, eq=False)
 class _Outcomes:
-    """What became of every probe, `[probes]`: its subject's rank and score, the best score of all, whether its list was
-    cut off before its subject came, and how many subjects the list shows."""
+    """The result of every probe, `[probes]` each.
+
+    `rank` and `own_score` are those of its subject, `best_score` is the best of all. `cut_off` marks a list that ends
+    before its subject. `shown` is how many subjects the list shows.
+    """
 
     rank: NDArray[np.int64]
     own_score: NDArray[np.floating[Any]]
@@ -242,22 +263,22 @@ def _outcomes(
 def _fnir_of_draws(
     own: NDArray[np.floating[Any]],
     of_mated: NDArray[np.int64],
-    strangers: NDArray[np.floating[Any]],
-    of_strangers: NDArray[np.int64],
+    non_mated: NDArray[np.floating[Any]],
+    of_non_mated: NDArray[np.int64],
     target: float,
 ) -> NDArray[np.float64]:
-    """Return FNIR at FPIR at most `target` in every draw, NaN where not even one stranger may be let in."""
-    if not len(own) or not len(strangers):
+    """Return FNIR at FPIR at most `target` in every draw, NaN where not even one false positive is allowed."""
+    if not len(own) or not len(non_mated):
         return np.full(len(of_mated), np.nan)
-    levels, group = np.unique(-strangers, return_inverse=True)  # falling scores
-    weight = np.zeros((len(of_strangers), len(levels)))
-    np.add.at(weight.T, group, of_strangers.T)
-    let_in = weight.cumsum(axis=1)
-    allowed = target * let_in[:, -1]
-    refused = (let_in > allowed[:, None] + 1e-9).argmax(axis=1)  # the highest score at which too many would match
+    levels, group = np.unique(-non_mated, return_inverse=True)  # falling scores
+    weight = np.zeros((len(of_non_mated), len(levels)))
+    np.add.at(weight.T, group, of_non_mated.T)
+    positives = weight.cumsum(axis=1)
+    allowed = target * positives[:, -1]
+    too_low = (positives > allowed[:, None] + 1e-9).argmax(axis=1)  # the highest score at which too many would match
     order = np.argsort(own, kind="stable")
     missed = np.concatenate([np.zeros((len(of_mated), 1)), of_mated[:, order].cumsum(axis=1)], axis=1)
-    at = np.searchsorted(own[order], -levels[refused], side="right")
+    at = np.searchsorted(own[order], -levels[too_low], side="right")
     fnir = missed[np.arange(len(missed)), at] / missed[:, -1]
     return np.where(allowed >= 1 - 1e-9, fnir, np.nan)
 

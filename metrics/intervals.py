@@ -18,8 +18,8 @@ def with_interval(exact: Estimate, samples: NDArray[np.float64], level: float) -
         samples: its value in every draw, float64 `[resamples]`, NaN where a draw does not have it.
         level: such as 0.95.
 
-    >>> with_interval(Estimate(value=0.2), np.linspace(0.1, 0.3, 1001), 0.95).low
-    0.105
+    >>> with_interval(Estimate(value=0.5), np.linspace(0, 1, 1001), 0.5)
+    Estimate(value=0.5, low=0.25, high=0.75, reason=None)
     """
     known = samples[np.isfinite(samples)]
     if exact.value is None or len(known) < _ENOUGH * len(samples):

@@ -13,7 +13,7 @@ from schemas.metrics import POSE_CLASSES
 
 UNKNOWN = POSE_CLASSES.index("unknown")
 
-# Which side a face looks to is not told apart: the cells are about how far it is turned.
+# Left and right are one class: the cells are about how far a face is turned.
 POSE_LABELS: Mapping[str, str] = {
     "frontal": "frontal",
     "half": "half",
@@ -32,12 +32,27 @@ def pose_classes(
 ) -> NDArray[np.int64]:
     """Return a code into `POSE_CLASSES` for every row, int64 `[N]`.
 
-    A label of `mapping` (capitals do not matter) decides. Without one (None, or a word that the mapping does not know)
-    the yaw does, in degrees, NaN where it is not known: |yaw| <= edges[0] is frontal, |yaw| < edges[1] half, more is
-    profile. Without either the row is "unknown"; a missing yaw is never taken for 0.
+    A label of `mapping` decides, in upper or lower case. Without one (None, or a word not in the mapping) the yaw
+    decides:
+
+        |yaw| <= edges[0]             frontal
+        edges[0] < |yaw| < edges[1]   half
+        |yaw| >= edges[1]             profile
+        no label and no finite yaw    unknown
+
+    A missing yaw is never taken for 0.
+
+    Args:
+        labels: `[N]`, None where there is no label.
+        yaw: float `[N]`, degrees, NaN where it is not known.
+        mapping: label in lower case → pose class.
+        edges: two angles in degrees.
 
     Raises ValueError when neither labels nor yaw are given or their lengths differ, for edges that do not rise, and for
     a mapping to something that is no pose class.
+
+    >>> [POSE_CLASSES[code] for code in pose_classes(["left", None, None, None], np.array([0, 15, 20, np.nan]))]
+    ['profile', 'frontal', 'half', 'unknown']
     """
     if not 0 <= edges[0] < edges[1]:
         raise ValueError(f"edges {edges} do not rise from 0; pass two angles in degrees, such as (15, 35)")
@@ -58,6 +73,6 @@ def pose_classes(
 
 
 def _by_yaw(yaw: NDArray[np.float64], edges: tuple[float, float]) -> NDArray[np.int64]:
-    turned = np.abs(yaw)
-    classes = np.where(turned <= edges[0], 0, np.where(turned < edges[1], 1, 2))
+    angle = np.abs(yaw)
+    classes = np.where(angle <= edges[0], 0, np.where(angle < edges[1], 1, 2))
     return np.where(np.isfinite(yaw), classes, UNKNOWN).astype(np.int64)

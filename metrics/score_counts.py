@@ -1,6 +1,6 @@
-"""The one representation of "all the scores of a comparison" that every verification figure is computed from.
+"""All scores of a comparison, in the one form that every verification metric is computed from.
 
-Genuine scores are few and kept one by one; impostor scores may be billions and are kept as distinct values with counts.
+Genuine scores are few and kept one by one. Impostor scores may be billions and are kept as distinct values with counts.
 Nothing is approximated: the same integers come out as from sorting every score. Where the scores come from (arrays of a
 caller, or `allpairs`) and what is computed from them is left to the neighbouring modules.
 """
@@ -19,6 +19,10 @@ class ScoreCounts:
 
     `genuine` holds every genuine score, ascending; `impostor` the distinct impostor scores, ascending;
     `impostor_at_least[i]` how many impostor scores are >= `impostor[i]` (int64, so it falls from the total).
+
+    >>> counts = ScoreCounts.from_scores([0.9, 0.5], [0.5, 0.5, 0.1])
+    >>> counts.false_matches([0.5, 0.6]), counts.false_non_matches([0.5, 0.6])
+    (array([2, 0]), array([0, 1]))
     """
 
     genuine: NDArray[np.floating[Any]]
@@ -45,16 +49,16 @@ class ScoreCounts:
 
     @property
     def n_genuine(self) -> int:
-        """How many genuine pairs."""
+        """The number of genuine pairs."""
         return len(self.genuine)
 
     @property
     def n_impostor(self) -> int:
-        """How many impostor pairs."""
+        """The number of impostor pairs."""
         return int(self.impostor_at_least[0]) if len(self.impostor_at_least) else 0
 
     def false_matches(self, thresholds: ArrayLike) -> NDArray[np.int64]:
-        """How many impostor scores are >= each threshold."""
+        """Return how many impostor scores are >= each threshold."""
         first = np.searchsorted(self.impostor, _not_below(thresholds, self.impostor.dtype), side="left")
         counts = np.zeros(first.shape, dtype=np.int64)
         inside = first < len(self.impostor)
@@ -62,12 +66,12 @@ class ScoreCounts:
         return counts
 
     def false_non_matches(self, thresholds: ArrayLike) -> NDArray[np.int64]:
-        """How many genuine scores are < each threshold."""
+        """Return how many genuine scores are < each threshold."""
         first = np.searchsorted(self.genuine, _not_below(thresholds, self.genuine.dtype), side="left")
         return np.asarray(first, dtype=np.int64)
 
     def impostor_counts(self) -> NDArray[np.int64]:
-        """How often each value of `impostor` occurs."""
+        """Return how often each value of `impostor` occurs."""
         return -np.diff(self.impostor_at_least, append=0)
 
     def next_observed_above(self, score: float) -> float | None:
@@ -87,7 +91,7 @@ def _scores(name: str, values: ArrayLike) -> NDArray[np.floating[Any]]:
     if not np.issubdtype(array.dtype, np.floating):
         array = array.astype(np.float64)
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} scores hold NaN or infinity; leave such pairs out, and count them")
+        raise ValueError(f"{name} scores hold NaN or infinity; leave such pairs out and count them")
     return array
 
 

@@ -1,9 +1,13 @@
-"""Verification (1:1) figures from genuine and impostor scores, after ISO/IEC 19795-1:2021.
+"""Verification (1:1) metrics from genuine and impostor scores, after ISO/IEC 19795-1:2021.
 
-One rule decides everything: a pair matches when `score >= t`. So FMR(t) is the share of impostor scores >= t, FNMR(t)
-the share of genuine scores < t, and every threshold that is reported is a score that was *observed* (genuine or
-impostor). A figure that the scores cannot support is None with the reason beside it, never a number. Computing the
-scores is left to `allpairs` and `cosine`, intervals to `bootstrap`.
+A pair matches when `score >= t`:
+
+    FMR(t)  = share of impostor scores >= t
+    FNMR(t) = share of genuine scores < t
+
+Tied scores match together or not at all. Every threshold that is reported is a score that was *observed*, genuine or
+impostor. A metric that the scores cannot support is None with a reason. Scores come from `allpairs` and `cosine`,
+intervals from `bootstrap`.
 """
 
 import math
@@ -23,18 +27,18 @@ FMR_POINTS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """FNMR at a false match rate of *at most* `target_fmr`; all None, with a `reason`, when not estimable."""
+    """FNMR at an FMR of *at most* `target_fmr`; all None, with a `reason`, when not estimable."""
 
     target_fmr: float
     threshold: float | None
-    fmr: float | None  # what is reached at the threshold: the target or, for want of a score in between, less
+    fmr: float | None  # reached at the threshold: the target or, where no score lies in between, less
     fnmr: float | None
     reason: str | None = None
 
 
 @dataclass(frozen=True)
 class EqualErrorRate:
-    """Where FMR and FNMR cross; `threshold` is None when that lies above every observed score."""
+    """The rate where FMR and FNMR cross; `threshold` is None when that is above every observed score."""
 
     rate: float | None
     threshold: float | None
@@ -43,7 +47,7 @@ class EqualErrorRate:
 
 @dataclass(frozen=True)
 class Verification:
-    """The figures of one comparison. `auc` and `d_prime` are None when a class of pairs is empty (or has no spread)."""
+    """The metrics of one comparison. `auc` and `d_prime` are None when a class of pairs is empty (or has no spread)."""
 
     n_genuine: int
     n_impostor: int
@@ -71,7 +75,7 @@ class DetCurve:
 
 @dataclass(frozen=True, eq=False)
 class ScoreHistogram:
-    """Counts of scores in [edge i, edge i+1), for plots; scores beyond the ends are counted in the end bins."""
+    """Counts of scores in [edge i, edge i + 1), for plots. Scores beyond the ends are counted in the end bins."""
 
     edges: NDArray[np.float64]
     genuine: NDArray[np.int64]
@@ -79,7 +83,12 @@ class ScoreHistogram:
 
 
 def verify(genuine: ArrayLike, impostor: ArrayLike, fmr_points: Sequence[float] = FMR_POINTS) -> Verification:
-    """Compute all verification figures of two 1-D score arrays (higher = more alike).
+    """Compute all verification metrics of two score arrays.
+
+    Args:
+        genuine: float `[n]`, higher = more alike.
+        impostor: float `[m]`.
+        fmr_points: target false match rates, each inside (0, 1).
 
     Raises ValueError for NaN, infinity, arrays that are not one-dimensional, and targets outside (0, 1).
 
@@ -102,14 +111,28 @@ def summarise(counts: ScoreCounts, fmr_points: Sequence[float] = FMR_POINTS) -> 
 
 
 def operating_point(counts: ScoreCounts, target_fmr: float) -> OperatingPoint:
-    """FNMR at the smallest observed score t with FMR(t) **at most** `target_fmr` (ISO/IEC 19795-1:2021, FNMR at FMR).
+    """Return FNMR at the smallest observed score t with FMR(t) **at most** `target_fmr` (ISO/IEC 19795-1:2021).
 
-    The target is read as the decimal number that it prints as, so 0.29 of 100 impostors are 29 and not 28.
-    Tied scores match together or not at all, so the FMR reached may be smaller than the target; it is returned.
-    Not estimable, with the reason: no genuine or no impostor pair; fewer than 1/target impostors (not even one false
-    match would be allowed, so the data says nothing about that rate); no observed score above a tie that is too large.
+        t = min { s observed : FMR(s) <= target },  result FNMR(t)
+
+    Tied scores match together or not at all, so the FMR reached may be below the target. It is returned. The target is
+    read as the decimal number that it prints as, so 0.29 of 100 impostors are 29 and not 28.
+
+    Not estimable, with the reason, where
+
+    - there is no genuine or no impostor pair;
+    - there are fewer than 1/target impostor pairs: not even one false match is allowed, so the data cannot show the
+      rate;
+    - no score was observed above a tie that is too large.
 
     Raises ValueError for a target outside (0, 1).
+
+    >>> counts = ScoreCounts.from_scores([0.9, 0.8, 0.3], [0.5, 0.5, 0.2, 0.1])
+    >>> point = operating_point(counts, 0.25)  # 0.5 is tied and would give FMR 0.5
+    >>> point.threshold, point.fmr, point.fnmr
+    (0.8, 0.0, 0.3333333333333333)
+    >>> operating_point(counts, 0.1).reason
+    'FMR 0.1 needs 10 impostor pairs or more; found 4'
     """
     if not 0 < target_fmr < 1:
         raise ValueError(f"target FMR {target_fmr} is outside (0, 1)")
@@ -132,7 +155,11 @@ def operating_point(counts: ScoreCounts, target_fmr: float) -> OperatingPoint:
 
 
 def fewest_for(rate: float) -> int:
-    """How many trials it takes for a single one of them to make up no more than `rate`."""
+    """Return the fewest trials of which a single one makes up no more than `rate`: ⌈1 / rate⌉.
+
+    >>> fewest_for(0.03)
+    34
+    """
     return math.ceil(1 / _as_printed(rate))
 
 
@@ -141,7 +168,11 @@ def _as_printed(rate: float) -> Fraction:
 
 
 def rates_at(counts: ScoreCounts, threshold: float) -> tuple[float | None, float | None]:
-    """FMR and FNMR at any threshold; None for a rate that has no pairs."""
+    """Return FMR (scores >= t) and FNMR (scores < t) at any threshold t; None for a rate that has no pairs.
+
+    >>> rates_at(ScoreCounts.from_scores([0.5, 0.9], [0.5, 0.1]), 0.5)
+    (0.5, 0.0)
+    """
     false_matches, false_non_matches = _errors_at(counts, threshold)
     fmr = false_matches / counts.n_impostor if counts.n_impostor else None
     fnmr = false_non_matches / counts.n_genuine if counts.n_genuine else None
@@ -149,11 +180,17 @@ def rates_at(counts: ScoreCounts, threshold: float) -> tuple[float | None, float
 
 
 def equal_error_rate(counts: ScoreCounts) -> EqualErrorRate:
-    """EER as FVC2000 defines it (Maio et al., "FVC2000", IEEE TPAMI 24(3), 2002), exact from counts.
+    """Return the EER as FVC2000 defines it (Maio et al., "FVC2000", IEEE TPAMI 24(3), 2002), exact from counts.
 
-    t2 is the smallest observed score with FMR <= FNMR, t1 the observed score just below it (t1 = t2 when both rates are
-    equal there). Of the two, the one with the smaller FMR + FNMR is taken, t1 on a tie, and the EER is the mean of its
-    FMR and FNMR. The reject-everything point (FMR 0, FNMR 1) above all scores ends the curve.
+        t2  = min { s observed : FMR(s) <= FNMR(s) }
+        t1  = the observed score just below t2; t1 = t2 where both rates are equal at t2
+        t   = t1 where FMR(t1) + FNMR(t1) <= FMR(t2) + FNMR(t2), else t2
+        EER = (FMR(t) + FNMR(t)) / 2
+
+    The point that rejects everything (FMR 0, FNMR 1), above all scores, ends the curve.
+
+    >>> equal_error_rate(ScoreCounts.from_scores([0.9, 0.8, 0.4, 0.7], [0.5, 0.2, 0.1, 0.3]))
+    EqualErrorRate(rate=0.25, threshold=0.5, reason=None)
     """
     if reason := _missing_pairs(counts):
         return EqualErrorRate(None, None, reason)
@@ -169,7 +206,7 @@ def equal_error_rate(counts: ScoreCounts) -> EqualErrorRate:
     threshold, (false_matches, false_non_matches) = upper, upper_errors
     if upper_errors[0] * n_genuine != upper_errors[1] * n_impostor:
         lower = counts.last_observed_below(math.inf if upper is None else upper)
-        assert lower is not None  # at the smallest observed score FMR is 1 and FNMR 0: the crossing lies above it
+        assert lower is not None  # at the smallest observed score FMR is 1 and FNMR 0: the crossing is above it
         lower_errors = _errors_at(counts, lower)
         if _weighted_sum(counts, lower_errors) <= _weighted_sum(counts, upper_errors):
             threshold, (false_matches, false_non_matches) = lower, lower_errors
@@ -177,7 +214,13 @@ def equal_error_rate(counts: ScoreCounts) -> EqualErrorRate:
 
 
 def auc(counts: ScoreCounts) -> float | None:
-    """Area under the ROC curve: P(genuine > impostor) + ½ P(equal), the Mann-Whitney statistic with exact ties."""
+    """Return the area under the ROC curve: P(genuine > impostor) + ½ P(genuine = impostor).
+
+    It is the Mann-Whitney statistic, with exact ties. None when a class of pairs is empty.
+
+    >>> auc(ScoreCounts.from_scores([0.5, 0.9], [0.5, 0.1]))
+    0.875
+    """
     if _missing_pairs(counts):
         return None
     at_least = np.append(counts.impostor_at_least, 0)
@@ -188,9 +231,12 @@ def auc(counts: ScoreCounts) -> float | None:
 
 
 def d_prime(counts: ScoreCounts) -> float | None:
-    """d′ = (μ_genuine − μ_impostor) / √((σ²_genuine + σ²_impostor) / 2), population variances (Daugman 2000).
+    """Return d′ = (μ_genuine − μ_impostor) / √((σ²_genuine + σ²_impostor) / 2), population variances (Daugman 2000).
 
     Negative when genuine scores are the lower ones. None when a class is empty or all scores of each class are equal.
+
+    >>> d_prime(ScoreCounts.from_scores([3.0, 5.0], [0.0, 2.0]))
+    3.0
     """
     if _missing_pairs(counts):
         return None
@@ -203,9 +249,12 @@ def d_prime(counts: ScoreCounts) -> float | None:
 
 
 def det_curve(counts: ScoreCounts, points: int = 512) -> DetCurve:
-    """At most `points` exact points of the DET curve, spread evenly in log FMR and in log FNMR.
+    """Return at most `points` exact points of the DET curve, spread evenly in log FMR and in log FNMR.
 
-    Thinning drops points, it never moves one. Empty when a class of pairs is empty.
+    Thinning drops points and never moves one. Empty when a class of pairs is empty.
+
+    >>> det_curve(ScoreCounts.from_scores([0.5, 0.9], [0.6, 0.1])).fmr
+    array([1. , 0.5, 0.5, 0. ])
     """
     if _missing_pairs(counts):
         return DetCurve(np.empty(0), np.empty(0), np.empty(0))
@@ -219,7 +268,11 @@ def det_curve(counts: ScoreCounts, points: int = 512) -> DetCurve:
 
 
 def score_histogram(counts: ScoreCounts, bins: int = 200, low: float = -1.0, high: float = 1.0) -> ScoreHistogram:
-    """Histogram of both kinds of scores over `bins` equal bins of [low, high]."""
+    """Count both kinds of scores over `bins` equal bins of [low, high]; int64 `[bins]` each.
+
+    >>> score_histogram(ScoreCounts.from_scores([0.5, 0.9], [0.6, -0.9]), bins=4).genuine
+    array([0, 0, 0, 2])
+    """
     edges = np.linspace(low, high, bins + 1)
     inner = edges[1:-1]
     genuine = np.diff(counts.false_non_matches(inner), prepend=0, append=counts.n_genuine)
