@@ -314,17 +314,17 @@ def _population(console: Console, population: Population, evaluation: Evaluation
 def _with_interval(estimate: Estimate | None) -> str:
     if estimate is None or estimate.value is None:
         return "n/e"
-    between = interval(estimate)
-    return percent(estimate.value) + (f" [{between.replace(' to ', ', ')}]" if between else "")
+    between = interval(estimate, ", ")
+    return percent(estimate.value) + (f" [{between}]" if between else "")
 
 
 def _difference(difference: Estimate | None) -> str:
     if difference is None or difference.value is None:
         return ""
-    between = points_interval(difference)
+    between = points_interval(difference, ", ")
     if not between:
         return points(difference.value)
-    return f"{points(difference.value)} [{between.replace(' to ', ', ')}] {verdict(difference)}"
+    return f"{points(difference.value)} [{between}] {verdict(difference)}"
 
 
 def _rate(estimate: Estimate | None) -> str:

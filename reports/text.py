@@ -42,18 +42,18 @@ def minus(number: str) -> str:
     return number.replace("-", "\N{MINUS SIGN}")
 
 
-def interval(estimate: Estimate) -> str | None:
+def interval(estimate: Estimate, separator: str = " to ") -> str | None:
     """Print a 95% interval in percent, or None where there is none."""
     if estimate.low is None or estimate.high is None:
         return None
-    return f"{percent(estimate.low)} to {percent(estimate.high)}"
+    return f"{percent(estimate.low)}{separator}{percent(estimate.high)}"
 
 
-def points_interval(difference: Estimate) -> str | None:
+def points_interval(difference: Estimate, separator: str = " to ") -> str | None:
     """Print the 95% interval of a difference in percentage points, or None where there is none."""
     if difference.low is None or difference.high is None:
         return None
-    return f"{points(difference.low)} to {points(difference.high)}"
+    return f"{points(difference.low)}{separator}{points(difference.high)}"
 
 
 def in_words(estimate: Estimate) -> str:
