@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
+from metrics.poses import PROFILE
 from tasks.training.rows import TrainingRows
-from tasks.training.train import PROFILE
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -57,19 +57,21 @@ def plda(fold: Fold, shrink: float = 1.0) -> Transform:
 
 
 def ridge_gate(fold: Fold, shrink: float = 0.3, strength: float = 0.3) -> Transform:
-    """Ridge regression from a profile row to its subject's mean frontal one, mixed in as far as a row looks turned."""
+    """Ridge regression from a profile row to its subject's mean frontal one, mixed in as far as a row looks profile."""
     rows = fold.train
-    x, turned = _unit(rows.x), rows.classes == PROFILE
-    paired = np.isin(rows.subjects, np.unique(rows.subjects[turned]))
-    targets = {name: x[paired & ~turned & (rows.subjects == name)].mean(0) for name in np.unique(rows.subjects[turned])}
-    known = turned & np.isin(rows.subjects, [name for name, mean in targets.items() if np.isfinite(mean).all()])
+    x, profile = _unit(rows.x), rows.classes == PROFILE
+    paired = np.isin(rows.subjects, np.unique(rows.subjects[profile]))
+    targets = {
+        name: x[paired & ~profile & (rows.subjects == name)].mean(0) for name in np.unique(rows.subjects[profile])
+    }
+    known = profile & np.isin(rows.subjects, [name for name, mean in targets.items() if np.isfinite(mean).all()])
     source, target = x[known], np.stack([targets[name] for name in rows.subjects[known]])
     source_mean, target_mean = source.mean(0), target.mean(0)
     centred = source - source_mean
     dim = x.shape[1]
     gram = centred.T @ centred + shrink * len(centred) / dim * np.eye(dim)
     regress = np.linalg.solve(gram, centred.T @ (target - target_mean))
-    pose = LogisticRegression(C=1e-3, class_weight="balanced", max_iter=300).fit(x[paired] * dim**0.5, turned[paired])
+    pose = LogisticRegression(C=1e-3, class_weight="balanced", max_iter=300).fit(x[paired] * dim**0.5, profile[paired])
 
     def transform(new: np.ndarray) -> np.ndarray:
         unit = _unit(new)
@@ -90,14 +92,14 @@ CLASSICAL: Mapping[str, Callable[[Fold], Transform]] = {
 def _scatters(fold: Fold) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return unit rows, the centre between both views, within-subject scatter across views, and between scatter."""
     rows = fold.train
-    x, turned = _unit(rows.x), rows.classes == PROFILE
-    centre = (x[turned].mean(0) + x[~turned].mean(0)) / 2
+    x, profile = _unit(rows.x), rows.classes == PROFILE
+    centre = (x[profile].mean(0) + x[~profile].mean(0)) / 2
     names, code = np.unique(rows.subjects, return_inverse=True)
     means = np.stack([x[code == number].mean(0) for number in range(len(names))])
     within, seen = np.zeros((x.shape[1], x.shape[1])), 0
     for number in range(len(names)):
         mine = code == number
-        front, side = x[mine & ~turned], x[mine & turned]
+        front, side = x[mine & ~profile], x[mine & profile]
         if len(front) and len(side):
             across = front.mean(0) - side.mean(0)
             within += (np.cov(front.T, bias=True) + np.cov(side.T, bias=True) + np.outer(across, across)) / 2

@@ -26,6 +26,7 @@ import torch
 from benchmarks.classical import CLASSICAL, Fold, Transform
 from metrics.allpairs import AllPairs, all_pairs
 from metrics.bootstrap import draw, draw_subjects
+from metrics.poses import PROFILE
 from models.architectures import build
 from models.dual_branch import DualBranchEnsemble, scale_change
 from models.split import subject_key
@@ -34,7 +35,8 @@ from schemas.metrics import EER, POSE_CLASSES, MetricId
 from schemas.models import Mode
 from schemas.settings import ColumnNames
 from tasks.training.rows import TrainingRows, read_training_rows
-from tasks.training.train import PROFILE, WHITENING, ValidationScorer, features
+from tasks.training.selection import ValidationScorer, front
+from tasks.training.train import WHITENING
 
 FOLDS = 7
 RESAMPLES = 2000
@@ -151,18 +153,18 @@ def run(name: str, net: str, mode: Mode, folds: list[int], options: argparse.Nam
             continue
         fold = read_fold(options.data, net, test)
         start = time.perf_counter()
-        for kept, (apply, told) in transforms(name, mode, fold).items():
+        for kept, (apply, remark) in transforms(name, mode, fold).items():
             keep(features_file(options.work, net, kept, mode, test), fold, apply)
-            print(f"{net} {mode} {kept} fold {test}: {time.perf_counter() - start:.0f} s {told}", flush=True)
+            print(f"{net} {mode} {kept} fold {test}: {time.perf_counter() - start:.0f} s {remark}", flush=True)
 
 
 def transforms(name: str, mode: Mode, fold: Fold) -> dict[str, tuple[Transform, str]]:
-    """Return what a method gives on a fold, by the name it is kept under, and what there is to tell of it."""
+    """Return what a method gives on a fold, by the name it is kept under, and a remark on it."""
     if name == "raw":
         return {name: (lambda x: x, "")}
     if name in CLASSICAL:
         return {name: (CLASSICAL[name](fold), "")}
-    model, scale, judge, best = train(NETWORKS[name], mode, fold)
+    model, scale, scorer, best = train(NETWORKS[name], mode, fold)
     if name != "default":
         return {name: (applying(model, scale), str(best))}
     found = {}
@@ -172,14 +174,14 @@ def transforms(name: str, mode: Mode, fold: Fold) -> dict[str, tuple[Transform, 
         assert isinstance(form, DualBranchEnsemble)
         assert form.whitening is not None
         form.whitening.strength = reading.strength
-        score = judge(form)
+        score = scorer(form)
         raw = reading.or_raw and score >= 0
         found[kept] = ((lambda x: x) if raw else applying(form, scale), f"{score:+.4f}{', raw is better' * raw}")
     return found
 
 
 def applying(model: torch.nn.Module, scale: float) -> Transform:
-    return lambda x: features(model, torch.from_numpy(x) * scale)
+    return lambda x: front(model, torch.from_numpy(x) * scale)
 
 
 def keep(path: Path, fold: Fold, apply: Transform) -> None:
@@ -190,7 +192,7 @@ def keep(path: Path, fold: Fold, apply: Transform) -> None:
 
 
 def train(network: Network, mode: Mode, fold: Fold) -> tuple[torch.nn.Module, float, ValidationScorer, Candidate]:
-    """Return a network whose change is as long as it learnt, the scale of its input, its judge, and the choice."""
+    """Return a network whose change is as long as it learnt, the scale of its input, its scorer, and the choice."""
     torch.set_num_threads(1)
     learn = fold.train
     dim = learn.x.shape[1]
@@ -201,14 +203,14 @@ def train(network: Network, mode: Mode, fold: Fold) -> tuple[torch.nn.Module, fl
     scaled = torch.from_numpy(learn.x) * (dim**0.5 / mean_norm)
     _, codes = np.unique(learn.subjects, return_inverse=True)
     rows = LabelledTensor(scaled, torch.from_numpy(codes), torch.from_numpy(learn.classes == PROFILE))
-    judge = ValidationScorer(fold.validation, mean_norm)
+    scorer = ValidationScorer(fold.validation, mean_norm)
     calls = iter(range(10**6))
     last_wins: Callable[[torch.nn.Module], float] = lambda _model: -float(next(calls))  # noqa: E731
     recipe = CHOOSING if network.choose else Recipe(lengthening=1.0, validate_every=10**6)
     fitted = fit(
-        model, rows, judge if network.choose else last_wins, steps=360, seed=0, loss=network.loss, recipe=recipe
+        model, rows, scorer if network.choose else last_wins, steps=360, seed=0, loss=network.loss, recipe=recipe
     )
-    return fitted.model, dim**0.5 / mean_norm, judge, fitted.best
+    return fitted.model, dim**0.5 / mean_norm, scorer, fitted.best
 
 
 def read_fold(data: Path, net: str, test: int) -> Fold:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from schemas.metrics import POSE_CLASSES
 
-UNKNOWN = POSE_CLASSES.index("unknown")
+FRONTAL, HALF, PROFILE, UNKNOWN = range(len(POSE_CLASSES))  # codes into POSE_CLASSES
 
 # Left and right are one class: the cells are about how far a face is turned.
 POSE_LABELS: Mapping[str, str] = {
@@ -74,5 +74,5 @@ def pose_classes(
 
 def _by_yaw(yaw: NDArray[np.float64], edges: tuple[float, float]) -> NDArray[np.int64]:
     angle = np.abs(yaw)
-    classes = np.where(angle <= edges[0], 0, np.where(angle < edges[1], 1, 2))
+    classes = np.where(angle <= edges[0], FRONTAL, np.where(angle < edges[1], HALF, PROFILE))
     return np.where(np.isfinite(yaw), classes, UNKNOWN).astype(np.int64)

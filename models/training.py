@@ -1,6 +1,6 @@
-"""Training a network on embeddings: balanced batches, noise, weight averaging, and a choice that unseen people make.
+"""Training of a network on embeddings: balanced batches, noise, weight averaging, model selection by a given score.
 
-The loop knows tensors only. `tasks.training.train` reads and splits the rows, and passes the score that chooses among
+The loop knows tensors only. `tasks.training.train` reads and splits the rows, and passes the score that selects among
 the candidates.
 """
 
@@ -21,23 +21,23 @@ SCORED_BLOCK = 16_384
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done in every step. Defaults were chosen on validation subjects of real embeddings (docs/training.md).
+    """The settings of a step. Defaults were chosen on validation subjects of real embeddings (docs/training.md).
 
-    A batch has `paired_subjects` who were seen both turned and not, with up to `rows_per_view` rows of either, and
-    `other_subjects` with up to `rows_per_other` rows. Where there is only one of these two kinds of subjects, the batch
-    has as many subjects of it as of both together, with up to `2 * rows_per_view` rows.
+    A batch has `paired_subjects`, with up to `rows_per_view` profile rows and as many others each, and
+    `other_subjects`, seen in one of these views only, with up to `rows_per_other` rows. Where there is only one of
+    these two kinds of subjects, the batch has as many of it as of both together, with up to `2 * rows_per_view` rows.
 
-    `noise` is Gaussian, per channel; inputs are scaled to channels of order 1. `average` is the decay of the mean of
-    the weights, less in the first steps. `clip` bounds the norm of a gradient; it is above all that was seen in
-    ordinary training and stops only a batch gone wrong. `shares` are the lengths that the finished change is tried at.
+    - `noise` is Gaussian, per channel; inputs are scaled to channels of order 1.
+    - `average` is the decay of the mean of the weights, less in the first steps.
+    - `clip` bounds the norm of a gradient. It is above all norms of ordinary training.
+    - `shares` are the lengths that the finished change is scored at.
+    - `shrinkage` and `lengthening` are for a network with whitening. That is solved for on the same rows, shrunk by
+      `shrinkage`. The mixture makes the network's change shorter, so it is first made longer by `lengthening`.
 
-    A network with whitening gets that solved for on the same rows, shrunk by `shrinkage`; since the mixture makes its
-    change shorter, the change is first made longer by `lengthening`.
-
-    By default only the finished network competes with raw, and every `report_every` steps what there is is scored for
-    the report alone. Choosing also among earlier steps and shorter changes, on some fifty validation subjects, gave up
-    two to three points of the EER's fall (of about seventeen) for less harm to frontal pairs at the threshold of all
-    pairs (docs/training.md).
+    By default only the finished network competes with raw. Every `report_every` steps the network is scored for the
+    report alone. Choosing also among earlier steps and shorter changes, on some fifty validation subjects, gave up two
+    to three points of the EER's fall (of about seventeen) for less harm to frontal pairs at the global threshold
+    (docs/training.md).
     """
 
     paired_subjects: int = 32
@@ -58,12 +58,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LabelledTensor:
-    """Rows to train on: `x` float32 `[N, D]` scaled as the network wants them, `subjects` int64 codes `[N]`, and
-    `turned` bool `[N]`, True where the face is seen from the side (False where nobody knows)."""
+    """Rows to train on.
+
+    `x` float32 `[N, D]`, scaled as the network wants them; `subjects` int64 codes `[N]`; `profile` bool `[N]`, False
+    where the pose is not known.
+    """
 
     x: Tensor
     subjects: Tensor
-    turned: Tensor
+    profile: Tensor
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,12 @@ def fit(
     report: Callable[[int, float, Candidate], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Fitted:
-    """Train `model` and return the averaged weights that score best on unseen subjects; step 0 competes too.
+    """Train `model` and return the averaged weights of the best score; step 0 competes too.
 
     The members of an ensemble are trained side by side on batches of their own and scored together. A network that
-    starts at the identity is returned as it is when nothing beats it. When `should_stop` returns True, the training
-    ends: the network of that moment competes, and the best is kept. On the CPU equal arguments give equal bits: it
-    works on one thread, whatever torch is set to, which at batches of this size also costs least (measured,
-    docs/training.md).
+    starts at the identity is returned unchanged when nothing beats it. When `should_stop` returns True, the training
+    ends: the network of that moment competes, and the best is kept. On the CPU equal arguments give equal bits. It
+    works on one thread whatever torch is set to, which is also fastest at batches of this size (docs/training.md).
 
     Args:
         model: the network, on the CPU; its weights are changed.
@@ -127,7 +129,7 @@ def fit(
     whitening = whitening_of(average)
     if whitening is not None:
         with _threads(1):
-            whitening.solve(rows.x, rows.subjects, rows.turned, recipe.shrinkage)
+            whitening.solve(rows.x, rows.subjects, rows.profile, recipe.shrinkage)
     learners = [
         _Learner(member, mean, rows, make_loss(loss), recipe, seed + number, torch.device(device))
         for number, (member, mean) in enumerate(zip(members_of(model), members_of(average), strict=True))
@@ -157,13 +159,13 @@ def fit(
 def draw_batches(rows: LabelledTensor, recipe: Recipe, draw: torch.Generator) -> Iterator[Tensor]:
     """Yield the row numbers of batches without end, as `Recipe` describes them.
 
-    Subjects come in random order, all of a kind once before any comes again. Of more rows than are wanted, a random
-    choice is taken; no row is twice in a batch.
+    Subjects come in random order, each once before any is repeated. Where a subject has more rows than are wanted, a
+    random sample is taken. No row is twice in a batch.
     """
-    views = _Views.of(rows.subjects * 2 + rows.turned)
-    upright, turned = views.of_group[0::2], views.of_group[1::2]
-    paired = torch.nonzero((upright > 0) & (turned > 0)).flatten()
-    others = torch.nonzero((upright > 0) ^ (turned > 0)).flatten()
+    views = _Views.of(rows.subjects * 2 + rows.profile)
+    other, profile = views.of_group[0::2], views.of_group[1::2]
+    paired = torch.nonzero((other > 0) & (profile > 0)).flatten()
+    others = torch.nonzero((other > 0) ^ (profile > 0)).flatten()
     both = recipe.paired_subjects + recipe.other_subjects
     paired_queue = _queue(paired, recipe.paired_subjects if len(others) else both, draw)
     other_queue = _queue(others, recipe.other_subjects if len(paired) else both, draw)
@@ -174,7 +176,7 @@ def draw_batches(rows: LabelledTensor, recipe: Recipe, draw: torch.Generator) ->
             parts += [views.some(2 * subject, recipe.rows_per_view, draw)]
             parts += [views.some(2 * subject + 1, recipe.rows_per_view, draw)]
         for subject in next(other_queue):
-            parts.append(views.some(2 * subject + int(upright[subject] == 0), per_other, draw))
+            parts.append(views.some(2 * subject + int(other[subject] == 0), per_other, draw))
         yield torch.cat(parts)
 
 
@@ -274,7 +276,7 @@ class _Views:
 
     def some(self, group: int, wanted: int, draw: torch.Generator) -> Tensor:
         size, start = int(self.of_group[group]), int(self.starts[group])
-        if size > 100 * wanted:  # a permutation of a million rows is no way to take three
+        if size > 100 * wanted:  # do not permute a million rows to take three
             drawn = torch.unique(torch.randint(size, (wanted,), generator=draw))
         else:
             drawn = torch.randperm(size, generator=draw)[:wanted]

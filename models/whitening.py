@@ -1,7 +1,7 @@
-"""Within-class covariance normalisation (WCCN), the classical map that a network's output is mixed with.
+"""Within-class covariance normalisation (WCCN), the linear map that a network's output is mixed with.
 
-It is solved for, not learnt, and knows nothing of pose at inference. By itself it helps less than a network, but errs
-on other pairs (docs/training.md). Reading rows and choosing how much of it is mixed in are left to others.
+It is solved for, not learnt, and needs no pose at inference. By itself it helps less than a network, but errs on other
+pairs (docs/training.md).
 """
 
 import torch
@@ -33,9 +33,9 @@ class Whitening(nn.Module):
         self.register_buffer("weight", torch.zeros(dim, dim))
         self.register_buffer("offset", torch.zeros(dim))
 
-    def solve(self, x: Tensor, subjects: Tensor, turned: Tensor, shrinkage: float) -> None:
+    def solve(self, x: Tensor, subjects: Tensor, profile: Tensor, shrinkage: float) -> None:
         """Set the map to that of these rows, see `within_class_map`."""
-        weight, centre = within_class_map(x, subjects, turned, shrinkage)
+        weight, centre = within_class_map(x, subjects, profile, shrinkage)
         self.weight.copy_(weight)
         self.offset.copy_(weight @ centre)
 
@@ -51,26 +51,26 @@ class Whitening(nn.Module):
         return mixed
 
 
-def within_class_map(x: Tensor, subjects: Tensor, turned: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+def within_class_map(x: Tensor, subjects: Tensor, profile: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
     """Return W `[D, D]`, symmetric, and the centre c `[D]`, float64: WCCN (Hatch et al. 2006) with shrinkage.
 
     Over rows of unit length, with C(s, v) the covariance of the rows of subject s in view v, and d(s) the difference of
-    the means of his two views:
+    the means of their two views:
 
-        within = mean over s of [C(s, upright) + C(s, turned) + d(s) d(s)ᵀ] / 2
+        within = mean over s of [C(s, other) + C(s, profile) + d(s) d(s)ᵀ] / 2
         W = (within / mean variance of its channels + shrinkage · I)^(−1/2)
 
-    c is the mean of the two views' means. Only subjects seen in both views count; where fewer than two are, views are
-    not told apart: `within` is the mean covariance of the subjects with several rows, and c the mean. W is the identity
-    where no subject has several rows, or none of them varies.
+    c is the mean of the two views' means. Only subjects seen in both views count. Where fewer than two are, views are
+    not distinguished: `within` is the mean covariance of the subjects with several rows, and c the mean. W is the
+    identity where no subject has several rows, or none of them varies.
 
     Args:
         x: `[N, D]`, no row of zeros.
         subjects: int64 codes `[N]`, from 0.
-        turned: bool `[N]`.
+        profile: bool `[N]`.
         shrinkage: above 0; the larger, the nearer is W to a multiple of the identity.
     """
-    view = turned.long()
+    view = profile.long()
     seen = torch.bincount(2 * subjects + view, minlength=2 * (int(subjects.max()) + 1)).reshape(-1, 2)
     both = (seen > 0).all(dim=1)
     if int(both.sum()) < 2:

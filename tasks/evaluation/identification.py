@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from metrics.identification import exact_search, identify, identify_intervals, recall_at_k
+from metrics.poses import FRONTAL, PROFILE
 from models.inference import torch_device
 from schemas.index import IndexSettings
-from schemas.metrics import POSE_CLASSES
 from schemas.reports import IdentificationResult
 from schemas.settings import EvaluationSettings
 from storage.vectors.index import build, choose_factory
@@ -110,8 +110,8 @@ class _Experiment:
 
 
 def _experiment(subjects: np.ndarray, classes: np.ndarray, duplicates: np.ndarray, seed: int) -> _Experiment | None:
-    frontal = classes == POSE_CLASSES.index("frontal")
-    profile = classes == POSE_CLASSES.index("profile")
+    frontal = classes == FRONTAL
+    profile = classes == PROFILE
     names = ("frontal", "profile")
     if not len(np.intersect1d(subjects[frontal], subjects[profile])):
         frontal = np.zeros(len(subjects), bool)

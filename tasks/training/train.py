@@ -1,61 +1,61 @@
-"""Train: split the subjects, fit a network, let unseen people choose and measure it, write the checkpoint.
+"""Train: split the subjects, fit a network, select and measure it on held-out subjects, write the checkpoint.
 
-Subjects fall into train, validation and test by a salted hash of their name, so no person is in two parts. The rows
-come from `tasks.training.rows`; the loop is `models.training`; what the figures mean is `metrics`.
+Subjects fall into train, validation and test by a salted hash of their name, so no subject is in two parts. Rows come
+from `tasks.training.rows`, the loop from `models.training`, the score from `tasks.training.selection`.
 """
 
 import hashlib
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from pydantic import JsonValue
-from torch import Tensor, nn
+from torch import nn
 
-from metrics.allpairs import AllPairs, Cell, all_pairs
 from metrics.bootstrap import paired_bootstrap
+from metrics.poses import PROFILE
 from models.architectures import build, check_arguments
 from models.checkpoint import library_versions, to_bytes
 from models.dual_branch import DualBranchSENet
-from models.inference import normalise, torch_device
+from models.inference import torch_device
 from models.split import split_of, subject_key, with_enough_validation
 from models.training import Candidate, Fitted, LabelledTensor, fit
 from schemas.errors import TrainingError
-from schemas.metrics import EER, FRONTAL_FRONTAL, FRONTAL_PROFILE, POSE_CLASSES, RAW, MetricId
+from schemas.metrics import EER, RAW
 from schemas.models import ModelCard
-from schemas.reports import Estimate
+from schemas.reports import Differences
 from schemas.settings import TrainingSettings
 from schemas.split import SplitRule
 from storage.location import Location
 from tasks.training.model_card import card_markdown
-from tasks.training.rows import BLOCK_ROWS, TrainingRows, read_training_rows
+from tasks.training.rows import TrainingRows, read_training_rows
+from tasks.training.selection import (
+    ERROR_RATES,
+    SCORED_ROWS,
+    Rates,
+    ValidationScorer,
+    compare_by_pose,
+    error_rates,
+    front,
+    scaled,
+)
 
 log = logging.getLogger("frontalis.train")
 
 FEWEST_SUBJECTS = 10
-FEWEST_WITH_PAIRS = 2  # subjects of several rows, in train as in validation
+FEWEST_WITH_PAIRS = 2  # subjects with several rows, in train as in validation
 WHITENING = 0.5  # chosen on validation folds of either network, with Recipe.lengthening (docs/training.md)
-JUDGED_ROWS = 20_000  # all pairs of these take a second; more would not choose better
-PROFILE = POSE_CLASSES.index("profile")
-ERROR_RATES = (EER, *(MetricId.at(kind, fmr) for kind in ("fnmr", "fnmr_global") for fmr in (1e-2, 1e-3)))
-# Frontal-frontal errors are rare, so on some fifty validation subjects the harm is five times as uncertain as the gain
-# (standard errors of about 12% and 2.5%); with more weight its noise decides (docs/training.md).
-HARM_WEIGHT = 0.25
-HANDFUL = 5  # pairs that are added to both error counts, so that a handful of pairs decides nothing
-
-Rates = dict[MetricId, float | None]
-Differences = dict[str, dict[MetricId, Estimate]]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training came to.
+    """The result of a training.
 
     `improved` is False where no candidate beat the raw embeddings on validation. `rates` holds `ERROR_RATES` by mode
-    and cell, `difference` the change to raw by cell, both on the subjects of the part `measured_on`.
+    and cell, `difference` the change to raw by cell, both on the subjects of the part `measured_on`. `parts` counts the
+    subjects of each part.
     """
 
     out: str
@@ -80,17 +80,7 @@ def train_model(settings: TrainingSettings, *, should_stop: Callable[[], bool] =
         SettingsError: a source does not exist.
     """
     rows = _read(settings, settings.sources)
-    rule = SplitRule(
-        salt=settings.salt,
-        train=1 - settings.validation - settings.test,
-        validation=settings.validation,
-        test=settings.test,
-    )
-    names, rows_each = np.unique(rows.subjects, return_counts=True)
-    rule = with_enough_validation(rule, names[rows_each > 1], FEWEST_WITH_PAIRS)
-    if rule.validation > settings.validation:
-        log.warning("train: few subjects: %.0f%% of them choose the model, not %.0f%%", 100 * rule.validation,
-                    100 * settings.validation)  # fmt: skip
+    rule = _split_rule(settings, rows)
     parts = _split(rows, rule)
     _check(rows, parts)
     learn, data = parts["train"], rows.digest
@@ -103,30 +93,17 @@ def train_model(settings: TrainingSettings, *, should_stop: Callable[[], bool] =
     arguments = _arguments(settings, dim)
     counts = {name: len(np.unique(part.subjects)) for name, part in parts.items()}
     log.info(
-        "train: %d subjects and %d rows to learn from, %d subjects to choose, %d to measure; D = %d",
+        "train: %d subjects and %d rows to train on, %d validation subjects, %d test subjects; D = %d",
         counts["train"], len(learn), counts["validation"], counts["test"], dim,
     )  # fmt: skip
     torch.manual_seed(settings.seed)
     model = build(settings.architecture, arguments)
-    scorer = ValidationScorer(parts["validation"].at_most(JUDGED_ROWS), mean_norm)
+    scorer = ValidationScorer(parts["validation"].at_most(SCORED_ROWS), mean_norm)
     fitted = _fit(settings, model, learn, scorer, mean_norm, should_stop)
     improved = fitted.best.score < 0
-    if fitted.interrupted:
-        log.warning("train: interrupted; step %d is kept, and the part to measure is measured", fitted.best.step)
-    if not improved:
-        log.warning(
-            "train: %s (score %+.4f, 0 is raw). %s %s",
-            "interrupted BEFORE IT WAS BETTER THAN RAW on the validation subjects"
-            if fitted.interrupted
-            else "NO STEP WAS BETTER THAN RAW on the validation subjects",
-            fitted.best.score,
-            "The model written gives raw embeddings back."
-            if fitted.best.score == 0
-            else "The model written is WORSE than raw: do not serve it.",
-            "Let it train longer." if fitted.interrupted else "Train on more subjects or views.",
-        )
+    _warn(fitted, improved)
     measured_on = "test" if _has_pairs(parts["test"]) else "validation"
-    rates, difference = _measure(fitted.model, parts[measured_on].at_most(JUDGED_ROWS), mean_norm, settings)
+    rates, difference = _measure(fitted.model, parts[measured_on].at_most(SCORED_ROWS), mean_norm, settings)
     card = ModelCard(
         architecture=settings.architecture,
         arguments=arguments,
@@ -173,83 +150,30 @@ def train_model(settings: TrainingSettings, *, should_stop: Callable[[], bool] =
     )
 
 
-class ValidationScorer:
-    """Scores models on the subjects it was given, against the raw embeddings; keeps the figures behind each score."""
-
-    def __init__(self, rows: TrainingRows, mean_norm: float) -> None:
-        _, self._codes = np.unique(rows.subjects, return_inverse=True)
-        self._classes = rows.classes
-        self._x = _scaled(rows.x, mean_norm)
-        self.raw = sweep(rows.x, self._codes, rows.classes)
-        self.seen: dict[float, Rates] = {}  # of the cell that decides; whole sweeps would fill the memory
-
-    def __call__(self, model: nn.Module) -> float:
-        """Return the `validation_score` of a model."""
-        pairs = sweep(features(model, self._x), self._codes, self._classes)
-        score = validation_score(pairs, self.raw)
-        self.seen[score] = error_rates(_told(pairs, self.raw)[0])
-        return score
-
-
-def validation_score(pairs: AllPairs, raw: AllPairs) -> float:
-    """Return what the choice among candidates minimises: gain plus a quarter of the harm; raw has 0, better is less.
-
-    Gain is the mean log ratio to raw of five error rates of frontal–profile pairs: EER, and FNMR at FMR 1e-2 and 1e-3,
-    at the cell's own thresholds and at those of all pairs. One rate alone is a poor guide: the EER goes on falling long
-    after the low-FMR end has turned. Harm is the sum of what frontal–frontal EER and FNMR at the FMR 1e-3 of all pairs
-    have got worse, as log ratios. Without frontal–profile pairs, gain is about all pairs. Rates that are not estimable
-    on these subjects stay out.
-    """
-    cell, base = _told(pairs, raw)
-    gains = _log_ratios(cell, base, ERROR_RATES)
-    harms = []
-    if FRONTAL_FRONTAL in raw.cells:
-        frontal, raw_frontal = pairs.cells[FRONTAL_FRONTAL], raw.cells[FRONTAL_FRONTAL]
-        harms = _log_ratios(frontal, raw_frontal, (EER, MetricId("fnmr_global@1e-3")))
-    return sum(gains) / max(len(gains), 1) + HARM_WEIGHT * sum(max(0.0, harm) for harm in harms)
-
-
-def error_rates(cell: Cell) -> Rates:
-    """Return `ERROR_RATES` of a cell, None for what is not estimable."""
-    found = cell.estimates()
-    return {metric: found[metric].value for metric in ERROR_RATES}
-
-
-def sweep(x: np.ndarray, subjects: np.ndarray, classes: np.ndarray) -> AllPairs:
-    """Compare all rows by pose pair, at the false match rates that training looks at."""
-    return all_pairs(x, subjects, classes=classes, class_names=POSE_CLASSES, fmr_points=(1e-2, 1e-3))
-
-
-def features(model: nn.Module, x: Tensor) -> np.ndarray:
-    """Return front of a model in eval mode for scaled rows, float32 `[N, D]`."""
-    with torch.inference_mode():
-        return np.concatenate([model(block).numpy() for block in torch.split(x, BLOCK_ROWS)])
-
-
 def _fit(
     settings: TrainingSettings,
     model: nn.Module,
     learn: TrainingRows,
-    judge: ValidationScorer,
+    scorer: ValidationScorer,
     mean_norm: float,
     should_stop: Callable[[], bool],
 ) -> Fitted:
     def report(step: int, loss: float, best: Candidate) -> None:
-        base = _told(judge.raw, judge.raw)[0]
+        base = scorer.raw_cell
         log.info(
             "train: step %d of %d, loss %.4f; validation: score %+.4f with the change scaled by %g, %s EER %s (raw %s)",
             step, settings.steps, loss, best.score, best.share, base.name,
-            _percent(judge.seen[best.score][EER]), _percent(base.verification.eer.rate),
+            _percent(scorer.rates[best.score][EER]), _percent(base.verification.eer.rate),
         )  # fmt: skip
 
     _, subjects = np.unique(learn.subjects, return_inverse=True)
     rows = LabelledTensor(
-        _scaled(learn.x, mean_norm), torch.from_numpy(subjects), torch.from_numpy(learn.classes == PROFILE)
+        scaled(learn.x, mean_norm), torch.from_numpy(subjects), torch.from_numpy(learn.classes == PROFILE)
     )
     return fit(
         model,
         rows,
-        judge,
+        scorer,
         steps=settings.steps,
         seed=settings.seed,
         loss=settings.loss,
@@ -259,13 +183,31 @@ def _fit(
     )
 
 
+def _warn(fitted: Fitted, improved: bool) -> None:
+    if fitted.interrupted:
+        log.warning("train: interrupted; step %d is kept and measured", fitted.best.step)
+    if improved:
+        return
+    log.warning(
+        "train: %s (score %+.4f, raw is 0). %s %s",
+        "interrupted BEFORE IT WAS BETTER THAN RAW on the validation subjects"
+        if fitted.interrupted
+        else "NO STEP WAS BETTER THAN RAW on the validation subjects",
+        fitted.best.score,
+        "The model written gives raw embeddings back."
+        if fitted.best.score == 0
+        else "The model written is WORSE than raw: do not serve it.",
+        "Let it train longer." if fitted.interrupted else "Train on more subjects or views.",
+    )
+
+
 def _measure(
     model: nn.Module, rows: TrainingRows, mean_norm: float, settings: TrainingSettings
 ) -> tuple[dict[str, dict[str, Rates]], Differences]:
-    """Return the rates by mode and cell, and the paired differences to raw with their 95% intervals."""
+    """Return the error rates by mode and cell, and the paired differences to raw by cell, with 95% intervals."""
     _, codes = np.unique(rows.subjects, return_inverse=True)
-    raw = sweep(rows.x, codes, rows.classes)
-    ours = sweep(features(model, _scaled(rows.x, mean_norm)), codes, rows.classes)
+    raw = compare_by_pose(rows.x, codes, rows.classes)
+    ours = compare_by_pose(front(model, scaled(rows.x, mean_norm)), codes, rows.classes)
     rates = {
         mode: {cell.name: error_rates(cell) for cell in pairs if cell.verification.n_genuine}
         for mode, pairs in ((RAW, raw), (settings.mode, ours))
@@ -277,27 +219,25 @@ def _measure(
     return rates, difference
 
 
-def _told(pairs: AllPairs, raw: AllPairs) -> tuple[Cell, Cell]:
-    """Return the cell that says whether a model helps, of both: frontal–profile pairs, or all without such."""
-    cell, base = pairs.cells.get(FRONTAL_PROFILE), raw.cells.get(FRONTAL_PROFILE)
-    if cell is None or base is None or base.verification.eer.rate is None:
-        return pairs.overall, raw.overall
-    return cell, base
-
-
-def _log_ratios(cell: Cell, base: Cell, metrics: Sequence[MetricId]) -> list[float]:
-    new, old = error_rates(cell), error_rates(base)
-    few = HANDFUL / max(base.verification.n_genuine, 1)
-    both = [(new[name], old[name]) for name in metrics]
-    return [math.log((a + few) / (b + few)) for a, b in both if a is not None and b is not None]
-
-
 def _read(settings: TrainingSettings, sources: tuple[str, ...]) -> TrainingRows:
     return read_training_rows(sources, settings.columns, settings.max_rows, skip_bad_rows=settings.skip_bad_rows)
 
 
-def _scaled(x: np.ndarray, mean_norm: float) -> Tensor:
-    return normalise(torch.from_numpy(x), "mean_norm", mean_norm)
+def _split_rule(settings: TrainingSettings, rows: TrainingRows) -> SplitRule:
+    rule = SplitRule(
+        salt=settings.salt,
+        train=1 - settings.validation - settings.test,
+        validation=settings.validation,
+        test=settings.test,
+    )
+    names, rows_each = np.unique(rows.subjects, return_counts=True)
+    rule = with_enough_validation(rule, names[rows_each > 1], FEWEST_WITH_PAIRS)
+    if rule.validation > settings.validation:
+        log.warning(
+            "train: few subjects: %.0f%% of them are used for validation, not %.0f%%",
+            100 * rule.validation, 100 * settings.validation,
+        )  # fmt: skip
+    return rule
 
 
 def _split(rows: TrainingRows, rule: SplitRule) -> dict[str, TrainingRows]:

@@ -13,13 +13,13 @@ from models.whitening import within_class_map
 DIM = 24
 
 
-def people(subjects: int = 40, upright: int = 5, turned: int = 3, seed: int = 0) -> LabelledTensor:
-    """Subjects whose turned rows lie apart by one shift that all share: something to be learnt."""
+def people(subjects: int = 40, other: int = 5, profile: int = 3, seed: int = 0) -> LabelledTensor:
+    """Subjects whose profile rows are moved by one shift that all share: something to be learnt."""
     random = torch.Generator().manual_seed(seed)
     shift = 2 * torch.randn(DIM, generator=torch.Generator().manual_seed(99))
     centres = torch.randn(subjects, DIM, generator=random)
-    codes = torch.arange(subjects).repeat_interleave(upright + turned)
-    side = torch.tensor([False] * upright + [True] * turned).repeat(subjects)
+    codes = torch.arange(subjects).repeat_interleave(other + profile)
+    side = torch.tensor([False] * other + [True] * profile).repeat(subjects)
     noise = 0.4 * torch.randn(len(codes), DIM, generator=random)
     return LabelledTensor(centres[codes] + side[:, None] * shift + noise, codes, side)
 
@@ -51,11 +51,11 @@ def batches(rows: LabelledTensor, recipe: Recipe, count: int = 12, seed: int = 0
 
 def test_batch_holds_as_many_rows_of_both_views_and_the_others_share():
     paired = people(subjects=20)
-    others = torch.full((30,), 20) + torch.arange(30) // 3  # ten subjects of three rows, never seen turned
+    others = torch.full((30,), 20) + torch.arange(30) // 3  # ten subjects of three rows, without a profile row
     rows = LabelledTensor(
         torch.cat([paired.x, torch.randn(30, DIM)]),
         torch.cat([paired.subjects, others]),
-        torch.cat([paired.turned, torch.zeros(30, dtype=torch.bool)]),
+        torch.cat([paired.profile, torch.zeros(30, dtype=torch.bool)]),
     )
     recipe = Recipe(paired_subjects=8, rows_per_view=2, other_subjects=5, rows_per_other=2)
     for batch in batches(rows, recipe):
@@ -63,11 +63,11 @@ def test_batch_holds_as_many_rows_of_both_views_and_the_others_share():
         per_subject = rows.subjects[batch].bincount(minlength=30)
         assert per_subject[:20].sum() == 32
         assert set(per_subject.tolist()) == {0, 2, 4}
-        assert rows.turned[batch].sum() == 16
+        assert rows.profile[batch].sum() == 16
 
 
-def test_without_turned_rows_a_batch_takes_its_rows_from_any_subject():
-    rows = people(subjects=20, turned=0, upright=9)
+def test_without_profile_rows_a_batch_takes_its_rows_from_any_subject():
+    rows = people(subjects=20, profile=0, other=9)
     recipe = Recipe(paired_subjects=8, rows_per_view=3, other_subjects=4)
     for batch in batches(rows, recipe):
         assert sorted(set(rows.subjects[batch].bincount(minlength=20).tolist())) == [0, 6]
@@ -75,15 +75,15 @@ def test_without_turned_rows_a_batch_takes_its_rows_from_any_subject():
 
 
 def test_subject_seen_from_the_side_only_is_one_of_the_others():
-    rows = people(subjects=6, upright=2, turned=2)
-    keep = rows.turned | (rows.subjects < 3)
-    rows = LabelledTensor(rows.x[keep], rows.subjects[keep], rows.turned[keep])
+    rows = people(subjects=6, other=2, profile=2)
+    keep = rows.profile | (rows.subjects < 3)
+    rows = LabelledTensor(rows.x[keep], rows.subjects[keep], rows.profile[keep])
     seen = torch.cat(batches(rows, Recipe(paired_subjects=3, other_subjects=3)))
     assert set(rows.subjects[seen].tolist()) == set(range(6))
 
 
 def test_few_subjects_and_few_rows_are_all_taken_and_never_twice():
-    rows = people(subjects=3, upright=1, turned=2)
+    rows = people(subjects=3, other=1, profile=2)
     for batch in batches(rows, Recipe()):
         assert sorted(batch.tolist()) == list(range(9))
 
@@ -97,18 +97,18 @@ def test_every_subject_comes_before_any_comes_again():
 
 
 def test_subject_with_very_many_rows_gives_as_many_as_any():
-    rows = people(subjects=2, upright=5000, turned=4)
+    rows = people(subjects=2, other=5000, profile=4)
     for batch in batches(rows, Recipe(paired_subjects=2, rows_per_view=3)):
         assert 10 <= len(batch) == len(set(batch.tolist())) <= 12
 
 
 @pytest.mark.parametrize("use_batch_stat", [False, True])
-def test_training_helps_people_it_has_not_seen(use_batch_stat):
-    unseen = misses(people(seed=1))
-    fitted = fit(tiny(use_batch_stat=use_batch_stat), people(), unseen, steps=60, seed=0, recipe=QUICK)
+def test_training_helps_held_out_subjects(use_batch_stat):
+    held_out = misses(people(seed=1))
+    fitted = fit(tiny(use_batch_stat=use_batch_stat), people(), held_out, steps=60, seed=0, recipe=QUICK)
     assert [(one.step, one.share) for one in fitted.candidates[:4]] == [(0, 1.0), (20, 1.0), (20, 0.8), (20, 0.6)]
     assert fitted.best.score < 0.7 * fitted.candidates[0].score
-    assert unseen(fitted.model) == pytest.approx(fitted.best.score, abs=1e-6)
+    assert held_out(fitted.model) == pytest.approx(fitted.best.score, abs=1e-6)
     assert misses(people(seed=2))(fitted.model) < 0.8 * misses(people(seed=2))(tiny().eval())
     assert not fitted.model.training
 
@@ -207,13 +207,13 @@ def test_stopping_before_the_first_step_gives_the_network_back_as_it_was():
 
 
 def test_reports_between_the_candidates_do_not_compete():
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     recipe = Recipe(validate_every=8, report_every=3)
     fitted = fit(
         tiny(), people(), misses(people(seed=1)), steps=10, seed=0, recipe=recipe,
-        report=lambda step, _loss, best: told.append((step, best.step)),
+        report=lambda step, _loss, best: reports.append((step, best.step)),
     )  # fmt: skip
-    assert told == [(3, 3), (6, 6), (8, 8), (9, 9), (10, 10)]
+    assert reports == [(3, 3), (6, 6), (8, 8), (9, 9), (10, 10)]
     assert [one.step for one in fitted.candidates] == [0, 8, 10]
 
 
@@ -229,7 +229,7 @@ def test_whitening_is_solved_for_and_the_change_made_longer_but_raw_is_left_alon
     recipe = Recipe(validate_every=5, shrinkage=2.0, lengthening=1.5)
     fitted = fit(tiny(whitening=0.5), rows, score, steps=5, seed=0, recipe=recipe)
     assert seen[0] == (0, 0)
-    wanted, _ = within_class_map(rows.x, rows.subjects, rows.turned, 2.0)
+    wanted, _ = within_class_map(rows.x, rows.subjects, rows.profile, 2.0)
     torch.testing.assert_close(fitted.model.whitening.weight, wanted.float())
     falling = itertools.count()
     plain = fit(tiny(), rows, lambda _: -float(next(falling)), steps=5, seed=0, recipe=recipe).model
@@ -256,7 +256,7 @@ def test_threads_are_left_as_they_were():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_learns_as_well():
-    unseen = misses(people(seed=1))
-    fitted = fit(tiny(), people(), unseen, steps=60, seed=0, recipe=QUICK, device="cuda")
+    held_out = misses(people(seed=1))
+    fitted = fit(tiny(), people(), held_out, steps=60, seed=0, recipe=QUICK, device="cuda")
     assert fitted.best.score < 0.7 * fitted.candidates[0].score
     assert next(fitted.model.parameters()).device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Training from shards to checkpoint: who is in which part, what is refused, what a model is worth to unseen people."""
+"""Training from shards to checkpoint: the split, what is refused, what a model is worth on held-out subjects."""
 
 import itertools
 import logging
@@ -16,8 +16,9 @@ from models.split import split_of
 from schemas.errors import TrainingError
 from schemas.settings import ColumnNames, TrainingSettings
 from tasks.synthetic.shards import synthesize
-from tasks.training.rows import TrainingRows, read_training_rows
-from tasks.training.train import ValidationScorer, error_rates, sweep, train_model, validation_score
+from tasks.training.rows import read_training_rows
+from tasks.training.selection import compare_by_pose, error_rates
+from tasks.training.train import train_model
 
 REAL = Path(__file__).parents[3] / "../shared/data"
 
@@ -61,24 +62,24 @@ def people(subjects=60, each=6, dim=16, seed=0, noise=0.8):
     return x.astype(np.float32), [f"person {number}" for number in range(subjects) for _ in range(each)]
 
 
-def test_model_helps_the_people_that_its_card_calls_unseen(trained, synthetic):
+def test_model_helps_the_subjects_that_its_card_calls_held_out(trained, synthetic):
     assert trained.improved
     assert trained.best.score < 0
     assert trained.measured_on == "test"
     change = trained.difference["frontal-profile"]["eer"]
     assert change.low < change.high < 0
-    # The same, computed anew: from the file, through the inference graph, on the subjects that it has not seen.
+    # The same, computed again: from the file, through the inference graph, on the held-out subjects.
     checkpoint = load(Path(trained.out).read_bytes())
     rows = read_training_rows([str(synthetic)], ColumnNames())
     seen = checkpoint.has_seen(rows.subjects)
-    unseen = rows.take(~seen)
-    assert {split_of(name, checkpoint.card.split) for name in unseen.subjects} == {"test"}
+    held_out = rows.take(~seen)
+    assert {split_of(name, checkpoint.card.split) for name in held_out.subjects} == {"test"}
     assert {split_of(name, checkpoint.card.split) for name in rows.subjects[seen]} == {"train", "validation"}
-    _, codes = np.unique(unseen.subjects, return_inverse=True)
-    front = Reweighter(checkpoint, device="cpu")(unseen.x)["front"]
-    again = error_rates(sweep(front, codes, unseen.classes).cells["frontal-profile"])
+    _, codes = np.unique(held_out.subjects, return_inverse=True)
+    front = Reweighter(checkpoint, device="cpu")(held_out.x)["front"]
+    again = error_rates(compare_by_pose(front, codes, held_out.classes).cells["frontal-profile"])
     assert again["eer"] == pytest.approx(trained.rates["per_sample"]["frontal-profile"]["eer"], abs=2e-4)
-    raw = error_rates(sweep(unseen.x, codes, unseen.classes).cells["frontal-profile"])
+    raw = error_rates(compare_by_pose(held_out.x, codes, held_out.classes).cells["frontal-profile"])
     assert raw == trained.rates["raw"]["frontal-profile"]
     assert again["eer"] < 0.97 * raw["eer"]
 
@@ -196,42 +197,6 @@ def test_augment_of_other_people_or_of_another_network_is_refused(tmp_path):
     for other, message in ((strangers, "no row of a training subject"), (longer, "have 20 numbers, the sources 16")):
         with pytest.raises(TrainingError, match=f"--augment: .*{message}"):
             train_model(settings([source], tmp_path / "m.safetensors", augment=(str(other),)))
-
-
-def judged(x, seed=0):
-    """All-pairs figures of 30 subjects with four frontal and four profile rows each."""
-    subjects, classes = np.repeat(np.arange(30), 8), np.tile([0, 0, 0, 0, 2, 2, 2, 2], 30)
-    return sweep(x, subjects, classes)
-
-
-def faces(profile_noise, frontal_noise=0.5):
-    random = np.random.default_rng(3)
-    centres, noise = np.repeat(random.normal(size=(30, 24)), 8, axis=0), random.normal(size=(240, 24))
-    spread = np.tile([frontal_noise] * 4 + [profile_noise] * 4, 30)[:, None]
-    return (centres + spread * noise).astype(np.float32)
-
-
-def test_score_falls_with_better_profiles_and_rises_with_harm_to_frontal_pairs():
-    raw = judged(faces(1.6, 0.8))
-    assert validation_score(raw, raw) == 0
-    better, harmed = judged(faces(1.2, 0.8)), judged(faces(1.6, 1.3))
-    assert validation_score(better, raw) < -0.05
-    assert validation_score(harmed, raw) > 0.05
-    # A better frontal–frontal cell is no merit by itself: only its harm counts.
-    frontal = {name: cell for name, cell in raw.cells.items() if name == "frontal-frontal"}
-    swapped = {**better.cells, **frontal}
-    expected = validation_score(type(better)(better.overall, swapped, better.clusters, 30, 0), raw)
-    assert expected == pytest.approx(validation_score(better, raw), abs=1e-9)
-
-
-def test_judge_gives_raw_the_score_0_and_keeps_the_figures():
-    classes = np.tile([0, 0, 0, 0, 2, 2, 2, 2], 30)
-    names = np.array([f"s{number // 8}" for number in range(240)], dtype=object)
-    judge = ValidationScorer(TrainingRows(faces(1.6), names, classes, "", 0), mean_norm=5.0)
-    score = judge(torch.nn.Identity())
-    assert score == pytest.approx(0, abs=1e-3)
-    expected = error_rates(judge.raw.cells["frontal-profile"])
-    assert judge.seen[score] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="real embeddings are not here (../shared/data)")
