@@ -1,16 +1,15 @@
-"""Errors that a person reads: each message names the thing, the value found and the way out.
+"""Errors for people: each message names the thing, the value found and what to do.
 
-Everything refused on purpose derives from `FrontalisError`; the command line prints its message without a traceback
-and exits with `exit_code`. Anything else that is raised is a defect.
-
-A message may name what comes from the data, such as a file: it is always one line of characters that can be seen.
+Every refusal derives from `FrontalisError`; the command line prints its message without a traceback and exits with
+`exit_code`. Any other exception is a defect. A message may contain names from the data: it is always one line of
+printable characters.
 """
 
 import unicodedata
 from enum import IntEnum
 
-# Not printable in a message, a figure or a page, or printable only to deceive: control characters, lone halves of
-# surrogate pairs, and the marks that turn the direction of writing.
+# Not printable in a message, a plot or a page, or printable only to deceive: control characters, lone surrogates, and
+# marks that change the direction of writing.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 
 
@@ -51,7 +50,7 @@ class StoreError(FrontalisError):
 
 
 class StoreBusyError(StoreError):
-    """Another run holds the store, or committed first."""
+    """Another run has locked the store, or committed first."""
 
     exit_code = ExitCode.BUSY
 
@@ -61,13 +60,13 @@ class TrainingError(FrontalisError):
 
 
 def clipped(value: object) -> str:
-    """Return a value from the data as a message shows it: quoted, control characters written out, not endless."""
+    """Return a value from the data as a message shows it: quoted, control characters escaped, shortened."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}… ({len(str(value)):,} characters)"
 
 
 def visible(text: str) -> str:
-    r"""Return `text` with unprintable and direction-turning characters written out (`\u202e`); tab and newline stay."""
+    r"""Return `text` with unprintable and direction-changing characters escaped (`\u202e`); tab and newline stay."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -79,5 +78,5 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""Return `text` on one line of characters that can be seen: as `visible`, tab and newline as `\t` and `\n`."""
+    r"""Return `text` on one line of printable characters: as `visible`, with tab and newline as `\t` and `\n`."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")

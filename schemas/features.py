@@ -19,6 +19,9 @@ VECTOR = pa.list_(pa.field("element", pa.float32(), nullable=False))
 PARTITIONS = ("mode", "shard")
 VECTOR_COLUMNS = ("front", "identity", "pose_branch")
 DIGEST_BYTES = 16
+# Rows that are read, re-weighted and written at once. The last bit of a matrix product may depend on it, so another
+# value would need another FILE_FORMAT.
+BLOCK_ROWS = 4096
 FILE_FORMAT = "sealed"  # part of every file name, since equal names hold equal bytes
 DIGESTS = "(?P<input>[0-9a-f]+)-(?P<model>[0-9a-f]+)"
 _NAME = re.compile(rf"(mode=(?P<mode>[^/]+)/)?shard=(?P<shard>[^/]+)/{DIGESTS}\.parquet")
@@ -105,9 +108,9 @@ QUARANTINE_SCHEMA = pa.schema(
 
 
 def shard_key(name: str) -> str:
-    """Return the name under which a shard is kept: itself where it is plain, else cleaned and told apart by a hash.
+    """Return the name of a shard in the store: the given name where it is plain, else a cleaned one with a hash.
 
-    The key is a folder name and a partition value; a name from the data never becomes a path unescaped.
+    The key is a folder name and a partition value; no name from the data becomes a path unescaped.
     """
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         return name
@@ -116,12 +119,12 @@ def shard_key(name: str) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a file name with bytes that are no UTF-8 written out, so that it can be printed and stored."""
+    """Return a file name with bytes that are not UTF-8 escaped, so that it can be printed and stored."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def digest_of(*parts: bytes) -> str:
-    """Return the BLAKE2b digest (128 bit, hex) of parts, each prefixed by its length to keep them apart."""
+    """Return the BLAKE2b digest (128 bit, hex) of parts, each prefixed by its length."""
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in parts:
         state.update(len(part).to_bytes(8, "little"))
@@ -130,7 +133,7 @@ def digest_of(*parts: bytes) -> str:
 
 
 def input_digest(content: str, duplicates: Iterable[int] = (), forgotten: Iterable[str] = ()) -> str:
-    """Return the digest of what a shard contributes: its content, less the rows that others own or that were forgotten.
+    """Return the digest of what a shard contributes: its content without repeated and forgotten rows.
 
     Args:
         content: digest of the shard's bytes.

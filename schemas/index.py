@@ -1,4 +1,4 @@
-"""Settings of the vector index: what a person may choose. What follows is decided in `storage.vectors.index`."""
+"""Settings of the vector index. What "auto" means is decided in `storage.vectors.index`."""
 
 from typing import Annotated, Literal
 

@@ -88,7 +88,7 @@ def kept_type(shard: str, name: str, found: pa.DataType) -> pa.DataType:
     """Return the type in which a kept column of type `found` is stored: the nearest one that Delta Lake has.
 
     Raises:
-        BadShardError: there is none (unsigned 64-bit integers, times of day, lists, structs …).
+        BadShardError: Delta Lake has none (unsigned 64-bit integers, times of day, lists, structs …).
     """
     kind = _plain(found)
     if is_string(kind):

@@ -1,1 +1,1 @@
-"""Where things lie, and how they are written so that nothing is lost."""
+"""Files: the layout of a store, and how its files are written and read."""

@@ -14,11 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.errors import BadShardError
+from schemas.features import BLOCK_ROWS
 
 # Column chunks are read through a buffer of this size rather than whole, so a huge row group stays bounded in memory.
 READ_BUFFER = 1 << 20
-# A block may hold the bounds below times its rows, or times these where it is shorter.
-BOUND_ROWS = 4096
+# A block may take the bounds below times its rows, or times BLOCK_ROWS where it is shorter.
 # Numbers a row of an embedding, on average over a block: twice the longest that recognisers commonly give (4,096).
 NUMBERS = 8192
 # Bytes a row, on average over a block, of one column of text or bytes. Ids, names and paths stay far below.
@@ -78,7 +78,7 @@ def read_blocks(file: Any, name: str, columns: Sequence[str], rows: int) -> Iter
         pending.append(batch)
         for column, limit in limits.items():
             held[column] += _taken(batch.column(column))
-            if held[column] > limit * max(rows, BOUND_ROWS):
+            if held[column] > limit * max(rows, BLOCK_ROWS):
                 raise BadShardError(
                     f"{name}: column {column!r} unpacks to {held[column]:,} bytes in the rows from {first:,} on, one "
                     f"value to {max(map(_taken, _each(batch.column(column)))):,}; at most {limit:,} a row are taken on "

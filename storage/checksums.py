@@ -1,9 +1,9 @@
-"""Sealed Parquet files: each carries a digest of itself, so that any flipped bit shows.
+"""Parquet files with digests of themselves, so that any flipped bit is found.
 
 Pages have checksums, but the footer and the headers between the pages have none, and a bit flipped there loses rows
-without an error. So 32 bytes lie before the footer, where every reader of Parquet passes over them: the XXH3 digest of
-the footer, which is checked whenever a file is opened, and that of all bytes but these, which costs a reading of them.
-Nothing has to be kept elsewhere, and a file that is not live yet can be told to be whole.
+without an error. So 32 bytes are written before the footer, where Parquet readers skip them: the XXH3 digest of the
+footer, which is checked whenever a file is opened, and that of all other bytes, which costs reading them all.
+Nothing is stored elsewhere, so a file that is not live yet can be checked, too.
 """
 
 import contextlib
@@ -16,43 +16,43 @@ import xxhash
 
 MAGIC = b"PAR1"
 DIGEST = 16
-SEAL = 2 * DIGEST
+DIGESTS = 2 * DIGEST
 PIECE = 8 << 20
 TAIL = 64 << 10  # one request fetches most footers
 
 
 @contextlib.contextmanager
-def checksummed_writer(file: Any, schema: pa.Schema, **options: Any) -> Iterator[pq.ParquetWriter]:
-    """Open a Parquet writer into a stream that is open for writing; the seal is written with the footer."""
-    sealing = _Sealing(file)
-    writer = pq.ParquetWriter(sealing, schema, write_page_checksum=True, store_schema=False, **options)
+def digesting_writer(file: Any, schema: pa.Schema, **options: Any) -> Iterator[pq.ParquetWriter]:
+    """Open a Parquet writer into a stream that is open for writing; the digests are written with the footer."""
+    stream = _DigestingStream(file)
+    writer = pq.ParquetWriter(stream, schema, write_page_checksum=True, store_schema=False, **options)
     try:
         yield writer
-        sealing.tail = bytearray()
+        stream.tail = bytearray()
     finally:
         writer.close()
-    sealing.finish()
+    stream.finish()
 
 
-def checked_footer(stream: pa.NativeFile) -> pq.FileMetaData:
-    """Return what the footer says.
+def check_footer(stream: pa.NativeFile) -> pq.FileMetaData:
+    """Compare the footer with its digest, and return what it says.
 
     Raises:
-        pa.ArrowInvalid: it is not the footer that was written, or there is no seal.
+        pa.ArrowInvalid: it is not the footer that was written, or there are no digests.
     """
     return pq.read_metadata(pa.BufferReader(_footer(stream)[0]))
 
 
 def check_whole(stream: pa.NativeFile) -> pq.FileMetaData:
-    """Read all bytes, and return what the footer says.
+    """Compare all bytes with their digest, and return what the footer says.
 
     Raises:
         pa.ArrowInvalid: a byte is not the one that was written.
     """
-    footer, seal = _footer(stream)
+    footer, digests = _footer(stream)
     state = xxhash.xxh3_128()
     stream.seek(0)
-    left = stream.size() - len(footer) - SEAL
+    left = stream.size() - len(footer) - DIGESTS
     while left:
         piece = stream.read(min(PIECE, left))
         if not piece:
@@ -60,26 +60,26 @@ def check_whole(stream: pa.NativeFile) -> pq.FileMetaData:
         state.update(piece)
         left -= len(piece)
     state.update(footer)
-    if state.digest() != seal[DIGEST:]:
+    if state.digest() != digests[DIGEST:]:
         raise pa.ArrowInvalid("its digest differs")
     return pq.read_metadata(pa.BufferReader(footer))
 
 
 def _footer(stream: pa.NativeFile) -> tuple[bytes, bytes]:
-    """Return the footer with its length and magic, and the seal."""
+    """Return the footer with its length and magic, and the digests before it."""
     size = stream.size()
     tail = _last(stream, size, min(size, TAIL))
     if tail[-4:] != MAGIC or len(tail) < 8:
         raise pa.ArrowInvalid("it does not end as a Parquet file")
     length = int.from_bytes(tail[-8:-4], "little") + 8
-    if length + SEAL > size:
+    if length + DIGESTS > size:
         raise pa.ArrowInvalid("its footer is longer than the file")
-    if length + SEAL > len(tail):
-        tail = _last(stream, size, length + SEAL)
-    footer, seal = tail[-length:], tail[-length - SEAL : -length]
-    if xxhash.xxh3_128_digest(footer) != seal[:DIGEST]:
+    if length + DIGESTS > len(tail):
+        tail = _last(stream, size, length + DIGESTS)
+    footer, digests = tail[-length:], tail[-length - DIGESTS : -length]
+    if xxhash.xxh3_128_digest(footer) != digests[:DIGEST]:
         raise pa.ArrowInvalid("the digest of its footer differs")
-    return footer, seal
+    return footer, digests
 
 
 def _last(stream: pa.NativeFile, size: int, count: int) -> bytes:
@@ -87,8 +87,8 @@ def _last(stream: pa.NativeFile, size: int, count: int) -> bytes:
     return bytes(stream.read(count))
 
 
-class _Sealing:
-    """The stream that pyarrow writes to. Once `tail` is set, what comes is held back until `finish`."""
+class _DigestingStream:
+    """The stream that pyarrow writes to. Once `tail` is set, further bytes are buffered there until `finish`."""
 
     closed = False
 

@@ -1,9 +1,10 @@
-"""Feature files: written block by block, read back as vectors, checked to be whole.
+"""Feature files: written block by block, read as vectors, checked for damage.
 
 The bytes of a file depend on its rows alone, so that whoever writes a name writes the same file. Vectors do not
 compress: they are stored plain, without dictionary and statistics, in row groups of one block (measurements in
-`docs/decisions.md`). Every file is sealed (`storage.checksums`). Reading changes nothing: a damaged file is told, and
-removed by `flows.reprocess` alone. Which files are wanted is `tasks.plan`; committing them is `storage.tables`.
+`docs/decisions.md`). Every file carries digests of itself (`storage.checksums`). Readers raise `DamagedFilesError`;
+only `flows.reprocess` deletes a damaged file and computes it again. Which files are wanted is `tasks.plan`; committing
+them is `storage.tables`.
 """
 
 import contextlib
@@ -19,17 +20,17 @@ import pyarrow.parquet as pq
 
 from schemas.errors import StoreError
 from schemas.features import PARTITIONS, VECTOR, VECTOR_COLUMNS, FeatureKey
-from storage.checksums import check_whole, checked_footer, checksummed_writer
+from storage.checksums import check_footer, check_whole, digesting_writer
 from storage.layout import FEATURES, QUARANTINE
 from storage.location import Location
-from storage.tables import LiveFile, Snapshot, Table
+from storage.tables import FileTable, LiveFile, Snapshot
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READERS = 4
 
 
 class DamagedFilesError(StoreError):
-    """Files of which some bytes are not those that were written."""
+    """The bytes of some files are not those that were written."""
 
     def __init__(self, places: Sequence[Location], why: str) -> None:
         self.places = list(places)
@@ -41,14 +42,14 @@ class DamagedFilesError(StoreError):
         return type(self), (self.places, self.why)
 
 
-def features_table(store: Location) -> Table:
+def features_table(store: Location) -> FileTable:
     """Return the features table of a store."""
-    return Table(store / FEATURES, PARTITIONS)
+    return FileTable(store / FEATURES, PARTITIONS)
 
 
-def quarantine_table(store: Location) -> Table:
+def quarantine_table(store: Location) -> FileTable:
     """Return the quarantine table of a store."""
-    return Table(store / QUARANTINE, ("shard",))
+    return FileTable(store / QUARANTINE, ("shard",))
 
 
 def feature_keys(snapshot: Snapshot) -> dict[FeatureKey, LiveFile]:
@@ -63,7 +64,7 @@ def feature_keys(snapshot: Snapshot) -> dict[FeatureKey, LiveFile]:
 def parquet_writer(file: Any, schema: pa.Schema) -> contextlib.AbstractContextManager[pq.ParquetWriter]:
     """Open a writer of feature rows (no partition columns) into a stream that is open for writing."""
     dictionary = [f.name for f in schema if pa.types.is_string(f.type) and f.name != "id"]
-    return checksummed_writer(
+    return digesting_writer(
         file, schema, compression="none", use_dictionary=dictionary or False, write_statistics=False
     )
 
@@ -72,7 +73,7 @@ def write_quarantine(place: Location, rows: pa.Table) -> None:
     """Write the quarantined rows of a shard, no partition column, as the file `place`."""
     with (
         place.writing() as file,
-        checksummed_writer(file, rows.schema, compression="zstd", write_statistics=False) as writer,
+        digesting_writer(file, rows.schema, compression="zstd", write_statistics=False) as writer,
     ):
         writer.write_table(rows)
 
@@ -111,7 +112,7 @@ def _uneven(what: str) -> StoreError:
     return StoreError(f"{what}: the vectors differ in length or are missing; run `frontalis verify --store …`.")
 
 
-def read_rows(table: Table, file: LiveFile, columns: Sequence[str], rows: int = 65_536) -> Iterator[pa.RecordBatch]:
+def read_rows(table: FileTable, file: LiveFile, columns: Sequence[str], rows: int = 65_536) -> Iterator[pa.RecordBatch]:
     """Yield all rows of one feature file in batches; the footer and every page read are checked.
 
     Raises:
@@ -126,10 +127,10 @@ def read_rows(table: Table, file: LiveFile, columns: Sequence[str], rows: int = 
             raise pa.ArrowInvalid(f"{count} rows could be read instead of {file.rows}")
 
 
-def take_rows(table: Table, file: LiveFile, columns: Sequence[str], at: npt.NDArray[np.int64]) -> pa.Table:
+def take_rows(table: FileTable, file: LiveFile, columns: Sequence[str], at: npt.NDArray[np.int64]) -> pa.Table:
     """Return the rows of one feature file whose numbers are in `at` (ascending, at least one), as they are there.
 
-    Row groups that hold none of them are not read.
+    Row groups without any of them are not read.
 
     Raises:
         StoreError: see `opened`.
@@ -152,7 +153,7 @@ def take_rows(table: Table, file: LiveFile, columns: Sequence[str], at: npt.NDAr
 
 
 @contextlib.contextmanager
-def opened(table: Table, file: LiveFile) -> Iterator[pq.ParquetFile]:
+def opened(table: FileTable, file: LiveFile) -> Iterator[pq.ParquetFile]:
     """Open one feature file with its footer checked; whatever page is read from it is checked, too.
 
     Raises:
@@ -162,7 +163,7 @@ def opened(table: Table, file: LiveFile) -> Iterator[pq.ParquetFile]:
     place = table.place / file.path
     try:
         with place.open_input() as stream:
-            metadata = checked_footer(stream)
+            metadata = check_footer(stream)
             if metadata.num_rows != file.rows:
                 raise pa.ArrowInvalid(f"{metadata.num_rows} rows instead of {file.rows}")
             yield pq.ParquetFile(stream, metadata=metadata, page_checksum_verification=True)
@@ -177,7 +178,7 @@ def opened(table: Table, file: LiveFile) -> Iterator[pq.ParquetFile]:
         raise DamagedFilesError([place], why) from error
 
 
-def check_files(table: Table, files: Iterable[LiveFile]) -> None:
+def check_files(table: FileTable, files: Iterable[LiveFile]) -> None:
     """Read all bytes of some files.
 
     Raises:
@@ -192,7 +193,7 @@ def check_files(table: Table, files: Iterable[LiveFile]) -> None:
         raise DamagedFilesError([table.place / file.path for file, _ in damaged], damaged[0][1])
 
 
-def read_table(table: Table, files: Iterable[LiveFile], columns: Sequence[str]) -> pa.Table:
+def read_table(table: FileTable, files: Iterable[LiveFile], columns: Sequence[str]) -> pa.Table:
     """Return the rows of several files as one table, partition columns added where asked for. Raises StoreError."""
     inside = [name for name in columns if name not in PARTITIONS]
     parts = []
@@ -209,7 +210,7 @@ def read_table(table: Table, files: Iterable[LiveFile], columns: Sequence[str]) 
 
 
 def complete_rows(place: Location) -> int | None:
-    """Return the rows of a file that lies under its final name, or None where it is truncated or damaged."""
+    """Return the number of rows of a file, or None where it is missing, truncated or damaged."""
     try:
         with place.open_input() as stream:
             return int(check_whole(stream).num_rows)

@@ -63,7 +63,7 @@ def temporary_name() -> str:
 
 
 def is_own(name: str) -> bool:
-    """Return whether Frontalis gives this name, temporary ones aside; a file of any other name is somebody else's."""
+    """Return whether Frontalis gives this name, temporary ones aside; a file of any other name is not ours."""
     return bool(_OWN.fullmatch(name))
 
 

@@ -1,8 +1,8 @@
-"""What lies in a store although nothing needs it: files of old versions, of interrupted runs, and temporary ones.
+"""Unreferenced files of a store: those of old versions, of interrupted runs, and temporary ones.
 
-A set difference again: what is on disk minus what the kept releases, the newest table versions and the manifest name.
-Only names that this program gives, where it gives them, are looked at: a file of somebody else's is never a leftover,
-whatever folder it lies in. Deciding which releases are kept, and deleting, is left to `tasks.maintenance.vacuum`.
+A set difference: the files on disk minus those that the kept releases, the newest table versions and the manifest
+reference. Only names of `storage.layout` count: a file of another program is never a leftover. Deciding which releases
+are kept, and deleting, is left to `tasks.maintenance.vacuum`.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from storage.releases import Releases
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file that nothing needs. `name` is relative to the store."""
+    """An unreferenced file. `name` is relative to the store."""
 
     name: str
     size: int
@@ -28,10 +28,10 @@ class Leftover:
 
 
 def find_leftovers(store: Location, kept: Iterable[Release]) -> list[Leftover]:
-    """List the files that neither the kept releases nor the newest state of the store need, sorted by name.
+    """List the files that neither the kept releases nor the newest state of the store reference, sorted by name.
 
     Raises:
-        StoreError: a kept release cannot be read; nothing can be told then.
+        StoreError: a kept release cannot be read, so what it references is unknown.
     """
     history = Releases(store).table.snapshot().version
     needed, folders = _needed(store, list(kept))

@@ -1,8 +1,7 @@
-"""One object for every place: a local folder or an `s3://` prefix, with atomic writes.
+"""One object for every path: a local folder or an `s3://` prefix, with atomic writes.
 
-Paths are URIs at the border and a `Location` inside. Object storage takes its endpoint and credentials from the usual
-environment variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID …). What lies in which file is left to the
-modules beside this one.
+Users give URIs; code passes `Location` objects. Object storage takes its endpoint and credentials from the usual
+environment variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID …). The paths of a store are `storage.layout`.
 """
 
 import contextlib
@@ -22,12 +21,12 @@ from pyarrow import fs as pafs
 from schemas.errors import SettingsError, StoreError
 from storage.layout import temporary_name
 
-NOWHERE = -1  # the size of a link whose target is not there
+NOWHERE = -1  # the size of a link whose target does not exist
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file found by `Location.files`: `name` is relative to the location, `change` tells rewrites apart."""
+    """A file found by `Location.files`: `name` is relative to the location, `change` differs after every rewrite."""
 
     name: str
     size: int
@@ -47,7 +46,7 @@ class Location:
             raise SettingsError(f"{uri!r} is no path; give a folder or s3://bucket/prefix.")
         scheme, _, rest = uri.partition("://")
         if not _:
-            scheme, rest = "file", os.path.expanduser(uri)  # noqa: PTH111 - which leaves the home of nobody as it is
+            scheme, rest = "file", os.path.expanduser(uri)  # noqa: PTH111 - leaves an unknown user's home
         if scheme == "file":
             self.fs: pafs.FileSystem = pafs.LocalFileSystem()
             self.path = str(Path(rest).absolute())
@@ -104,13 +103,13 @@ class Location:
     def files(self, *suffixes: str, hidden: bool = False, whole: bool = False) -> list[FileEntry]:
         """List all files below, sorted by name; nothing where the folder is absent.
 
-        Links to folders are followed, but for one that leads to a folder it lies in: its files are listed there.
+        Links to folders are followed, except for a link to a folder that contains it: its files are listed there.
 
         Args:
             suffixes: keep names that end so (case-insensitive); none keeps all.
             hidden: also those below a folder, or of a name, that starts with `.` or `_`.
-            whole: miss nothing of a disk that is not mounted. A link that leads nowhere is listed with the size
-                `NOWHERE` where its name ends as wanted; another may stand for a folder, and is refused.
+            whole: refuse to miss the files of an unmounted disk. A broken link is listed with the size `NOWHERE` where
+                its name has a wanted suffix; any other broken link may stand for a folder, and is refused.
 
         Raises:
             StoreError: a folder cannot be read, or such a link was found.
@@ -126,7 +125,7 @@ class Location:
                 continue
             if entry.size == NOWHERE and not wanted:
                 raise StoreError(
-                    f"{self.uri}/{entry.name}: is a link that leads nowhere; mount what it leads to, or remove it."
+                    f"{self.uri}/{entry.name}: is a link whose target does not exist; mount it, or remove the link."
                 )
             if not wanted:
                 continue
@@ -147,7 +146,7 @@ class Location:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Any]:
-        """Open a file for writing that appears under its name whole, or not at all.
+        """Open a file for writing that appears under its name complete, or not at all.
 
         Locally: a temporary name beside it, fsync, rename, fsync of the folder. On S3: gathered in the temporary folder
         (TMPDIR), which needs room for all of it, then one upload.
@@ -193,7 +192,7 @@ class Location:
                 self.fs.delete_dir(self.path)
 
     def overlaps(self, other: "Location") -> bool:
-        """Return whether one of the two places is the other, or lies in it; links are followed."""
+        """Return whether one of the two locations is the other, or inside it; links are followed."""
         if self.is_local != other.is_local:
             return False
         one, two = (
@@ -293,7 +292,7 @@ class Location:
         except OSError as error:
             # pyarrow's errors carry no errno text of their own; the operating system's do.
             raise StoreError(
-                f"{self.uri}: {error.strerror or error}{where}. Nothing was published; mend it, then rerun."
+                f"{self.uri}: {error.strerror or error}{where}. Nothing was published; fix that, then run again."
             ) from error
 
 

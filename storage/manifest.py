@@ -1,7 +1,7 @@
-"""The manifest: what is known of every shard of the source, so that an unchanged shard is not read again.
+"""The manifest: what is known of every shard of the source, to detect changed shards without reading them.
 
-It is a cache beside the tables, never a second truth: a lost or damaged manifest costs one reading of the source and
-changes no result. It also answers the one question that spans shards: which rows carry an id that an earlier row owns.
+It is a cache: a lost or damaged manifest costs one reading of the source and changes no result. It also finds repeated
+ids across shards: rows whose id is that of an earlier row.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from schemas.errors import BadShardError, FrontalisError
-from schemas.features import input_digest
+from schemas.features import BLOCK_ROWS, input_digest
 from schemas.settings import ColumnNames
 from schemas.shards import check_shard
 from storage.columns import fitted_column
@@ -24,16 +24,15 @@ from storage.parquet import from_parquet, to_parquet
 from storage.shards import Shard, content_digest, read_schema, still_same, stream_blocks
 
 NO_KEY = -1
-BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class ShardRecord:
     """What is known of one shard.
 
-    `size`, `mtime_ns` and `change` only decide whether to look again; `basis` is what the counts depend on beside the
-    file (column names and tombstones). `duplicates` and `collisions` are row numbers, `forgotten` the tombstones that
-    match a row, `forgotten_rows` how many rows they take away.
+    `size`, `mtime_ns` and `change` only decide whether to read it again; `basis` is the digest of what the counts
+    depend on beside the file (column names and tombstones). `duplicates` and `collisions` are row numbers, `forgotten`
+    the tombstones that match a row, `forgotten_rows` how many rows they remove.
     """
 
     key: str
@@ -56,17 +55,17 @@ class ShardRecord:
         """The digest of what the shard contributes."""
         return input_digest(self.content, [*self.duplicates, *self.collisions], self.forgotten)
 
-    def unaccounted(self, features: int, held: int) -> str | None:
-        """Tell where the rows have gone if some went nowhere: all but the forgotten are features or in quarantine."""
-        if features + held + self.forgotten_rows == self.rows:
+    def unaccounted(self, features: int, quarantined: int) -> str | None:
+        """Return a sentence with the counts if some rows are neither features nor in quarantine nor forgotten."""
+        if features + quarantined + self.forgotten_rows == self.rows:
             return None
         return (
-            f"of {self.rows} rows {features} became features, {held} are in quarantine, "
+            f"of {self.rows} rows {features} became features, {quarantined} are in quarantine, "
             f"{self.forgotten_rows} are forgotten"
         )
 
     def describes(self, shard: Shard, basis: str) -> bool:
-        """Return whether nothing has touched the shard since."""
+        """Return whether the shard is unchanged since."""
         return (self.uri, self.size, self.mtime_ns, self.change, self.basis) == (
             shard.uri,
             shard.size,
@@ -119,7 +118,7 @@ class Manifest:
         return self
 
     def save(self, entries: Mapping[str, ShardRecord]) -> None:
-        """Replace all entries, and drop the row keys that none of them needs."""
+        """Replace all records, and delete the row keys that none of them references."""
         if dict(entries) == self.entries:
             return
         rows = [asdict(entries[key]) for key in sorted(entries)]
@@ -131,7 +130,7 @@ class Manifest:
                 (self.store / ROW_KEYS / file.name).delete()
 
     def paths(self) -> list[str]:
-        """Return the files that the records need, relative to the store."""
+        """Return the files that the records reference, relative to the store."""
         return [SHARD_RECORDS, *(_keys_path(entry) for entry in self.entries.values())]
 
     def row_keys(self, entry: ShardRecord) -> RowKeys | None:
@@ -198,7 +197,7 @@ class Manifest:
 
 
 def mark_repeats(entries: Mapping[str, ShardRecord], keys: Mapping[str, RowKeys]) -> dict[str, ShardRecord]:
-    """Return the entries with `duplicates` and `collisions` set: rows whose key an earlier row holds.
+    """Return the entries with `duplicates` and `collisions` set: rows whose key is that of an earlier row.
 
     Earlier means: in a shard whose key sorts before, or above in the same shard. Equal checks make a duplicate id,
     different ones a collision of two ids.
@@ -240,7 +239,7 @@ def mark_repeats(entries: Mapping[str, ShardRecord], keys: Mapping[str, RowKeys]
 def find_misfits(
     entries: Mapping[str, ShardRecord], columns: ColumnNames, dim: int, id_type: str | None
 ) -> dict[str, BadShardError]:
-    """Return an error for each shard that does not go with the models or with the other shards.
+    """Return an error for each shard that does not fit the models or the other shards.
 
     Args:
         entries: readable shards.
@@ -263,8 +262,8 @@ def find_misfits(
     wanted = id_type or max(sorted(rows), key=rows.__getitem__, default=None)
     return misfits | {
         key: BadShardError(
-            f"shard {key}: the ids are {entry.id_type}, the store holds {wanted}; cast the column, since one store "
-            "holds one type of id."
+            f"shard {key}: the ids are {entry.id_type}, the store holds {wanted}; cast the column, since a store "
+            "has one type of id."
         )
         for key, entry in entries.items()
         if key not in misfits and entry.id_type != wanted

@@ -1,8 +1,8 @@
 """The releases of a store: the history of what was published, and which one is served.
 
 The table is one small file that every change replaces in one Delta commit, so a reader sees the old list or the new
-one, and of two writers one is refused. A file's name begins with the first version that may list it. Judging a release
-is left to `tasks.gate`, opening what it refers to, to `flows.query`.
+one, and of two writers one is refused. A file's name begins with the first version that may list it. Deciding on
+promotion is `tasks.gate`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from storage.features import features_table, quarantine_table
 from storage.layout import LOCK, RELEASES, history_name
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
-from storage.tables import LiveFile, Snapshot, Table
+from storage.tables import FileTable, LiveFile, Snapshot
 
 
 class Releases:
@@ -25,15 +25,15 @@ class Releases:
 
     def __init__(self, store: Location) -> None:
         self.store = store
-        self.table = Table(store / RELEASES, ())
+        self.table = FileTable(store / RELEASES, ())
 
     @classmethod
     def of(cls, store: Location) -> "Releases":
-        """Return the history of a store that exists; every command that makes none begins here.
+        """Return the history of an existing store; every command that does not create one begins here.
 
         Raises:
-            SettingsError: at `store` there is no release history, and neither a table nor the lock file of a first run
-                that was killed before its release: nothing there is known to be ours.
+            SettingsError: at `store` there is no release history, no table and no lock file of a first run
+                that was killed before its release, so it may not be a store.
         """
         history = cls(store)
         tables = (history.table, features_table(store), quarantine_table(store))
@@ -87,7 +87,7 @@ class Releases:
     def serve(self, name: str) -> Release:
         """Serve an older (or newer) release from now on, and return it.
 
-        What makes a release unfit is looked for in the very history that is replaced, so no lock is needed.
+        The checks read the same version of the history that is replaced, so no lock is needed.
 
         Raises:
             SettingsError: see `servable`.
@@ -134,7 +134,7 @@ class Releases:
         self._write(base, list(releases))
 
     def _newest(self) -> tuple[Snapshot, list[Release]]:
-        """Return the newest version and what it says; a vacuum may take the file of one that is the newest no more."""
+        """Return the newest version and its releases. A vacuum may delete the file of a replaced version."""
         snapshot = self.table.snapshot()
         while True:
             try:
@@ -176,14 +176,14 @@ class Releases:
         name = history_name(base.version + 1, digest_of(content, str(base.version).encode()))
         try:
             (self.table.place / name).write_bytes(content)
-        except FileNotFoundError as error:  # a vacuum took the temporary file of a rollback, which holds no lock
-            raise StoreBusyError(f"{self.store.uri}: a vacuum is at work; nothing was changed. Run again.") from error
+        except FileNotFoundError as error:  # a vacuum took the temporary file of a rollback, which has no lock
+            raise StoreBusyError(f"{self.store.uri}: a vacuum is running; nothing was changed. Run again.") from error
         file = LiveFile(name, len(content), len(rows), {})
         self.table.commit(base, RELEASES_SCHEMA, [file], base.files.values())
 
 
-def _is_ours(table: Table) -> bool:
-    """Return whether the table exists; one that is partitioned in another way is somebody else's."""
+def _is_ours(table: FileTable) -> bool:
+    """Return whether the table exists; one with other partition columns belongs to another program."""
     try:
         return table.snapshot().version >= 0
     except KeyError:

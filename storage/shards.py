@@ -1,4 +1,4 @@
-"""Reading shards: finding them under a source, telling whether one changed, and streaming its rows in blocks.
+"""Reading shards: finding them under a source, detecting that one changed, and streaming its rows in blocks.
 
 What a shard must look like is `schemas.shards`; what is done with a bad one is decided by the tasks. Every failure to
 read a file is a `BadShardError` that names the shard.
@@ -24,7 +24,7 @@ ETAG_REQUESTS = 16
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard found under a source. `change` moves whenever the file is rewritten, even with equal size and mtime."""
+    """A shard found under a source. `change` differs whenever the file is rewritten, even with equal size and mtime."""
 
     key: str
     uri: str
@@ -34,19 +34,19 @@ class Shard:
 
     @property
     def place(self) -> Location:
-        """Where the file lies."""
+        """The location of the file."""
         return Location(self.uri)
 
 
 def find_shards(source: Location) -> list[Shard]:
     """List the shards of a source, ordered by key: a folder (searched through), or one Parquet file.
 
-    Names that begin with `.` or `_` are passed over, as other Parquet tools do.
+    Names that begin with `.` or `_` are skipped, as other Parquet tools do.
 
     Raises:
         SettingsError: the source does not exist, holds no Parquet file, or two files would get one key.
-        StoreError: a folder cannot be read, or a link that may stand for a folder leads nowhere: its shards would leave
-            the next release. A link of a shard's name that leads nowhere is a shard that cannot be read.
+        StoreError: a folder cannot be read, or a broken link may stand for a folder: its shards would be missing from
+            the next release. A broken link with the name of a shard is a shard that cannot be read.
     """
     if not source.exists():
         raise SettingsError(f"source {source.uri}: does not exist; pass a folder of Parquet shards.")
@@ -138,7 +138,7 @@ def _as_bad_shard(shard: Shard) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise BadShardError(
-            f"shard {shard.key}: {shard.uri} cannot be found; it vanished meanwhile, or its name is no UTF-8."
+            f"shard {shard.key}: {shard.uri} cannot be found; it vanished meanwhile, or its name is not UTF-8."
         ) from error
     except (StoreError, pa.ArrowException, OSError, UnicodeError) as error:
         # A StoreError here is about this one file, such as a missing permission; the store itself is not touched.

@@ -20,7 +20,7 @@ from schemas.errors import StoreBusyError, StoreError
 from storage.location import Location
 
 APPLICATION = "frontalis"
-# By default Delta drops log entries after 30 days, and with them the way back to the version that a release names.
+# By default Delta drops log entries after 30 days, and with them the versions that releases reference.
 KEEP_LOG = {"delta.enableExpiredLogCleanup": "false", "delta.logRetentionDuration": "interval 36500 days"}
 
 
@@ -68,8 +68,8 @@ class Snapshot:
 NO_TABLE = Snapshot(-1, {})
 
 
-class Table:
-    """A Delta table at a location, partitioned by `partition_by`."""
+class FileTable:
+    """A Delta table of files at a location, partitioned by `partition_by`."""
 
     def __init__(self, place: Location, partition_by: tuple[str, ...]) -> None:
         self.place = place
@@ -106,7 +106,7 @@ class Table:
     def commit(
         self, base: Snapshot, schema: pa.Schema, add: Iterable[LiveFile], remove: Iterable[LiveFile]
     ) -> Snapshot:
-        """Add and remove files in one transaction, planned on `base`. Nothing to do gives `base` back.
+        """Add and remove files in one transaction, planned on `base`. Where there is nothing to do, `base` is returned.
 
         Raises:
             StoreBusyError: another run committed since `base`; nothing of this commit is visible.

@@ -1,7 +1,7 @@
-"""Who was forgotten: salted hashes of ids and subjects whose rows never come back while the source still has them.
+"""Tombstones: salted hashes of forgotten ids and subjects, which keep their rows out while the source still has them.
 
-The list names nobody: a tombstone is a keyed BLAKE2b hash under a random salt that never leaves the store. Taking the
-rows out of the tables and indexes is left to `tasks.maintenance.forget`.
+The list contains no names: a tombstone is a keyed BLAKE2b hash under a random salt that never leaves the store. Taking
+the rows out of the tables and indexes is left to `tasks.maintenance.forget`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from storage.location import Location
 
 
 class Tombstones:
-    """The tombstones of a store, loaded from `tombstones.json`; empty where nobody was forgotten."""
+    """The tombstones of a store, loaded from `tombstones.json`; empty where there are none."""
 
     def __init__(self, store: Location) -> None:
         self.place = store / TOMBSTONES
@@ -31,7 +31,7 @@ class Tombstones:
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError) as error:
-            # Going on without the list would bring forgotten people back.
+            # Without the list the next run would publish forgotten people again.
             raise StoreError(f"{self.place.uri}: is damaged ({error}); restore it from a backup first.") from error
 
     def __bool__(self) -> bool:
@@ -77,5 +77,5 @@ class Tombstones:
 
 def _texts(found: object) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise TypeError(f"'marks' is no list of texts but {found!r:.40}")
+        raise TypeError(f"'marks' is not a list of texts but {found!r:.40}")
     return found

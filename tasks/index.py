@@ -21,7 +21,7 @@ from storage.ids import id_keys
 from storage.layout import IDS_FILE, INDEX_FILE, index_folder
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
-from storage.tables import LiveFile, Snapshot, Table
+from storage.tables import FileTable, LiveFile, Snapshot
 from storage.vectors.index import Batch, VectorIndex, build, choose_factory, rebuild_reason
 from storage.vectors.recall import Recall, audit_recall
 from storage.vectors.store import IDS_LIMIT, ids_digest, open_ids, open_index
@@ -147,7 +147,7 @@ def _share(store: Location, old: IndexRef, folder: str) -> IndexRef | None:
 def _update(
     store: Location,
     folder: str,
-    table: Table,
+    table: FileTable,
     old: IndexRef,
     before: Mapping[str, LiveFile],
     files: Mapping[str, LiveFile],
@@ -184,7 +184,7 @@ def _write(
     store: Location,
     folder: str,
     index: VectorIndex,
-    table: Table,
+    table: FileTable,
     files: Mapping[str, LiveFile],
     ids: pa.Table,
     factory: str,
@@ -216,7 +216,7 @@ def _write(
     return _write_ids(store, folder, ids.sort_by("key"), reference)
 
 
-def _recall(index: VectorIndex, table: Table, files: Mapping[str, LiveFile]) -> Recall:
+def _recall(index: VectorIndex, table: FileTable, files: Mapping[str, LiveFile]) -> Recall:
     """Audit the index on queries that are not its rows: between two neighbouring rows of a file, nearer to one.
 
     Rows of one subject are neighbours in most shards, so most queries are where real ones are. 256 queries in all.
@@ -248,7 +248,7 @@ def _write_ids(store: Location, folder: str, ids: pa.Table, reference: IndexRef)
     return reference.replaced(ids_digest=digest)
 
 
-def _ids_of(table: Table, files: Iterable[LiveFile]) -> pa.Table:
+def _ids_of(table: FileTable, files: Iterable[LiveFile]) -> pa.Table:
     parts = []
     for file in files:
         for batch in read_rows(table, file, ["id", "subject"]):
@@ -260,7 +260,7 @@ def _ids_of(table: Table, files: Iterable[LiveFile]) -> pa.Table:
     return pa.concat_tables(parts) if parts else pa.table({"key": pa.array([], pa.int64())})
 
 
-def _batches(table: Table, files: Iterable[LiveFile]) -> Iterator[Batch]:
+def _batches(table: FileTable, files: Iterable[LiveFile]) -> Iterator[Batch]:
     """Yield keys and vectors in the order of the files, small files joined: each search or addition costs by itself."""
     keys: list[np.ndarray] = []
     vectors: list[np.ndarray] = []
@@ -282,7 +282,7 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _dim(table: Table, files: Iterable[LiveFile]) -> int:
+def _dim(table: FileTable, files: Iterable[LiveFile]) -> int:
     for _, vectors in _batches(table, files):
         return int(vectors.shape[1])
     raise StoreError(f"{table.place.uri}: holds no vector.")

@@ -15,7 +15,7 @@ from schemas.reports import DataQuality, ShardFault
 from schemas.settings import PipelineSettings
 from storage.features import complete_rows, feature_keys, features_table, quarantine_table, read_table
 from storage.location import Location
-from storage.tables import LiveFile, Snapshot, Table
+from storage.tables import FileTable, LiveFile, Snapshot
 from tasks.plan import Plan
 from tasks.reweight import ShardResult
 
@@ -92,7 +92,7 @@ def _publish_quarantine(store: Location, features: Iterable[FeatureKey]) -> Snap
 
 
 def data_quality(
-    plan: Plan, faults: Sequence[ShardFault], features: Snapshot, quarantine: Snapshot, table: Table
+    plan: Plan, faults: Sequence[ShardFault], features: Snapshot, quarantine: Snapshot, table: FileTable
 ) -> DataQuality:
     """Count where all rows read have gone.
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from schemas.errors import BadShardError, SettingsError, StoreError, clipped
+from schemas.features import BLOCK_ROWS
 from schemas.metrics import RAW
 from schemas.releases import Release
 from schemas.shards import embedding_dim
@@ -27,7 +28,6 @@ from storage.vectors.store import open_ids, open_index
 MAX_K = 10_000
 MAX_NUMBERS = 1 << 28  # 1 GiB of float32 a call
 MAX_ID_BYTES = 1 << 28
-BLOCK_ROWS = 4096
 
 
 class Neighbour(BaseModel):

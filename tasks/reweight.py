@@ -22,7 +22,7 @@ import torch
 from models.checkpoint import load
 from models.inference import Reweighter
 from schemas.errors import BadModelError, BadShardError, FrontalisError, clipped
-from schemas.features import QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, FeatureKey, file_schema
+from schemas.features import BLOCK_ROWS, QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, FeatureKey, file_schema
 from schemas.metrics import RAW
 from schemas.models import Statistic, uses_batch
 from schemas.releases import ModelRef
@@ -38,10 +38,6 @@ from storage.tombstones import Tombstones
 from tasks.plan import ShardWork
 
 log = logging.getLogger("frontalis.reweight")
-
-# Rows of a block where the features do not depend on it. A constant, since the last bit of a matrix product may differ
-# between block sizes, and equal names must hold equal bytes.
-BLOCK_ROWS = 4096
 
 # Set by a run whose workers are threads of its own process. Once it is set, they end after their present block.
 stopping: ContextVar[threading.Event | None] = ContextVar("stopping", default=None)

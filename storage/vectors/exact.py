@@ -1,8 +1,7 @@
 """Exact nearest neighbours whose answers depend on the vectors alone.
 
 FAISS's own scores change in the last bit with batch size, threads and the place of a row, and among equal scores it
-keeps whichever it likes. Here FAISS only proposes; scores and order are settled in float64. Keys and files are for
-`storage.vectors.index`.
+returns an arbitrary choice. Here FAISS only proposes candidates; scores and order are computed in float64.
 """
 
 from typing import Any

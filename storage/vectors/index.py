@@ -93,7 +93,7 @@ def build(batches: Batches, rows: int, dim: int, settings: IndexSettings) -> "Ve
     all_keys = np.concatenate(seen)
     if len(all_keys) != rows:
         raise StoreError(
-            f"the index was to hold {rows:,} rows but {len(all_keys):,} came; the features changed meanwhile"
+            f"{rows:,} rows were announced for the index but {len(all_keys):,} came; the features changed meanwhile"
         )
     _refuse_repeated(all_keys)
     return VectorIndex(index)
@@ -189,7 +189,7 @@ class VectorIndex:
         read it again.
 
         Args:
-            removed: int64 `[m]`; keys that are not there are passed over.
+            removed: int64 `[m]`; missing keys are ignored.
             batches: one pass over the rows to add.
 
         Raises:
@@ -233,7 +233,7 @@ def read_index(file: BinaryIO, digest: str, max_bytes: int, name: str = "index")
 def rebuild_reason(
     index: VectorIndex, factory: str, rows: int, changed_rows: int, settings: IndexSettings
 ) -> str | None:
-    """Return why `index` should be built anew rather than updated, or None.
+    """Return why `index` should be built again rather than updated, or None.
 
     Args:
         index: the one to be updated.
@@ -300,7 +300,7 @@ def _tune(index: Any, settings: IndexSettings) -> None:
 
 
 def _training_sample(batches: Batches, rows: int, dim: int, settings: IndexSettings) -> np.ndarray:
-    """Draw rows of all batches with equal chance, by position in the stream, so batch borders do not matter."""
+    """Draw rows of all batches with equal chance, by position in the stream, however it is cut into batches."""
     count = min(rows, settings.training_rows)
     chosen = np.sort(np.random.default_rng(settings.seed).choice(rows, count, replace=False))
     sample = np.empty((count, dim), np.float32)
@@ -313,7 +313,7 @@ def _training_sample(batches: Batches, rows: int, dim: int, settings: IndexSetti
         filled, start = end, start + len(keys)
         if filled == count:
             return sample
-    raise StoreError(f"the index was to hold {rows:,} rows but {start:,} came; the features changed meanwhile")
+    raise StoreError(f"{rows:,} rows were announced for the index but {start:,} came; the features changed meanwhile")
 
 
 def _train(index: Any, sample: np.ndarray, factory: str, settings: IndexSettings) -> None:

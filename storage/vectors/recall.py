@@ -1,4 +1,4 @@
-"""How much of what an exact search finds an index finds, too: recall, measured before a release is served.
+"""Recall of an index: the share of the true neighbours that it finds, measured before a release is served.
 
 Which queries are asked is left to the caller.
 """
@@ -26,17 +26,17 @@ class Recall:
 
 
 def audit_recall(index: VectorIndex, batches: Batches, queries: np.ndarray) -> Recall:
-    """Compare the index with an exact search over the rows that it is to hold.
+    """Compare the index with an exact search over the same rows.
 
-    An index that holds its vectors whole is searched for them itself: what was added to it was unit rows, which are
-    compared here as they are. Otherwise they come from `batches`; the answer is the same.
+    Where the index has its vectors uncompressed, they are taken from it: they are unit rows already. Otherwise they
+    come from `batches`; the answer is the same.
 
-    Queries should not be rows of the index: a row finds itself in any kind, which flatters recall@1. With fewer than
-    ten rows recall@10 is over those there are; without rows or queries both are NaN.
+    Queries should not be rows of the index: a row finds itself in any kind, so recall@1 would be optimistic. With fewer
+    than ten rows recall@10 is over those there are; without rows or queries both are NaN.
 
     Args:
         index: the one to be served.
-        batches: a pass over all rows; held one batch at a time.
+        batches: a pass over all rows; one batch at a time is in memory.
         queries: `[n, D]`, held-out vectors.
     """
     k = min(10, len(index))

@@ -19,7 +19,7 @@ from schemas.metrics import RAW
 from schemas.settings import EvaluationSettings
 from storage.features import features_table, matrix_of, read_rows, read_table, take_rows
 from storage.location import Location
-from storage.tables import LiveFile, Snapshot, Table
+from storage.tables import FileTable, LiveFile, Snapshot
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def read_labelled(
 
 
 def rows_at(
-    table: Table, files: Mapping[str, LiveFile], shards: np.ndarray, rows: np.ndarray, columns: Sequence[str]
+    table: FileTable, files: Mapping[str, LiveFile], shards: np.ndarray, rows: np.ndarray, columns: Sequence[str]
 ) -> pa.Table:
     """Return row `rows[i]` of shard `shards[i]` for every i; rows of a shard are adjacent and ascend."""
     parts = [take_rows(table, files[shard], columns, rows[part]) for shard, part in _runs(shards)]

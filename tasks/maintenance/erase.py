@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from models.checkpoint import load
 from models.inference import Reweighter
 from schemas.features import (
+    BLOCK_ROWS,
     QUARANTINE_SCHEMA,
     VECTOR_COLUMNS,
     FeatureKey,
@@ -40,10 +41,9 @@ from storage.features import (
 from storage.ids import id_keys
 from storage.location import Location
 from storage.manifest import NO_KEY, Manifest, RowKeys, mark_repeats
-from storage.tables import NO_TABLE, LiveFile, Snapshot, Table
+from storage.tables import NO_TABLE, FileTable, LiveFile, Snapshot
 from storage.tombstones import Tombstones
 from tasks.plan import manifest_basis
-from tasks.reweight import BLOCK_ROWS
 
 
 @dataclass
@@ -259,7 +259,7 @@ def _with_vectors(block: pa.Table, network: Reweighter, embeddings: np.ndarray) 
 class _Blocks:
     """The embeddings of a shard, from its raw features, cut into blocks of any size."""
 
-    def __init__(self, table: Table, file: LiveFile) -> None:
+    def __init__(self, table: FileTable, file: LiveFile) -> None:
         self.parts = self._stream(table, file)
         self.rest = np.zeros((0, 0), np.float32)
 
@@ -273,13 +273,13 @@ class _Blocks:
         return whole[:rows]
 
     @staticmethod
-    def _stream(table: Table, file: LiveFile) -> Iterator[np.ndarray]:
+    def _stream(table: FileTable, file: LiveFile) -> Iterator[np.ndarray]:
         with opened(table, file) as source:
             for batch in source.iter_batches(columns=["front"]):
                 yield matrix_of(batch.column("front"), file.path)
 
 
-def _rewrite_quarantine(table: Table, file: LiveFile, digest: str, gone: Sequence[int]) -> LiveFile | None:
+def _rewrite_quarantine(table: FileTable, file: LiveFile, digest: str, gone: Sequence[int]) -> LiveFile | None:
     """Write the quarantined rows of a shard that stay under their new name; None where none is left."""
     rows = read_table(table, [file], ["row", "id", "subject", "reason"])
     rows = rows.filter(pc.invert(pc.is_in(rows["row"], pa.array(gone, pa.int64())))).combine_chunks()
@@ -293,7 +293,7 @@ def _rewrite_quarantine(table: Table, file: LiveFile, digest: str, gone: Sequenc
     return LiveFile(path, size, rows.num_rows, file.partitions)
 
 
-def _replace(table: Table, live: Snapshot, files: Mapping[str, LiveFile]) -> Snapshot:
+def _replace(table: FileTable, live: Snapshot, files: Mapping[str, LiveFile]) -> Snapshot:
     schema = table.schema()
     if schema is None:  # no table: nothing was ever in quarantine
         return live
@@ -305,7 +305,7 @@ def _network(store: Location, model: ModelRef) -> Reweighter:
     return Reweighter(load((store / model.path).read_bytes()), statistic=model.statistic)
 
 
-def _quarantine_of(table: Table, release: Release) -> Snapshot:
+def _quarantine_of(table: FileTable, release: Release) -> Snapshot:
     return NO_TABLE if release.quarantine_version is None else table.snapshot(release.quarantine_version)
 
 

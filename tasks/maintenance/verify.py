@@ -25,7 +25,7 @@ from storage.leftovers import find_leftovers
 from storage.location import Location, digest_file
 from storage.manifest import Manifest
 from storage.releases import Releases
-from storage.tables import NO_TABLE, LiveFile, Snapshot, Table
+from storage.tables import NO_TABLE, FileTable, LiveFile, Snapshot
 from storage.tombstones import Tombstones
 from storage.vectors.store import open_ids, open_index
 
@@ -117,7 +117,7 @@ class _Check:
                 f"run `frontalis rollback --store {self.store.uri} {promoted[-1].release}`",
             )
 
-    def _newest(self, table: Table) -> Snapshot:
+    def _newest(self, table: FileTable) -> Snapshot:
         try:
             return table.snapshot()
         except StoreError as error:
@@ -171,7 +171,7 @@ class _Check:
             remedy = f"restore {report_folder(name)} from a backup; its metrics are in the releases table"
             self._wrong(name, "its report is missing", remedy)
 
-    def _files(self, table: Table, files: Iterable[LiveFile]) -> None:
+    def _files(self, table: FileTable, files: Iterable[LiveFile]) -> None:
         for file in sorted(files, key=lambda file: file.path):
             name = f"{table.place.name}/{file.path}"
             if name in self.seen:
@@ -184,7 +184,7 @@ class _Check:
             except (pa.ArrowException, OSError, ValueError, KeyError, FrontalisError) as error:
                 self._wrong(name, f"cannot be read ({str(error).splitlines()[0][:120]})", RECOMPUTE)
 
-    def _file(self, table: Table, file: LiveFile, name: str) -> None:
+    def _file(self, table: FileTable, file: LiveFile, name: str) -> None:
         """Read all of one file: it carries its digest, so a flipped bit shows."""
         place = table.place / file.path
         size = place.size()

@@ -25,7 +25,7 @@ from storage.shards import Shard, find_shards, read_schema, stream_blocks
 
 log = logging.getLogger("frontalis.train")
 
-BLOCK_ROWS = 16_384
+READ_ROWS = 16_384
 # Neither is the split's, nor the other's: who is read must not decide in which part he falls, or who of these is taken.
 _READ_SALT, _TAKE_SALT = "rows that are read", "rows that are taken"
 # They tell of a producer that is broken; a row without a face, or without a name, is nothing special.
@@ -143,7 +143,7 @@ def _blocks(shard: Shard, columns: ColumnNames, labelled: bool, skip_bad_rows: b
             )
         wanted = [columns.embedding, *(getattr(columns, role) for role in schema.present)]
         width = schema.dim
-        for first, block in stream_blocks(shard, wanted, BLOCK_ROWS):
+        for first, block in stream_blocks(shard, wanted, READ_ROWS):
             width = width or _usual_length(block.column(columns.embedding))
             if width is None:
                 continue

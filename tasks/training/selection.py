@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metrics.allpairs import AllPairs, Cell, all_pairs
 from models.inference import normalise
 from schemas.metrics import EER, FRONTAL_FRONTAL, FRONTAL_PROFILE, POSE_CLASSES, MetricId
-from tasks.training.rows import BLOCK_ROWS, TrainingRows
+from tasks.training.rows import READ_ROWS, TrainingRows
 
 FMR_POINTS = (1e-2, 1e-3)
 ERROR_RATES = (EER, *(MetricId.at(kind, fmr) for kind in ("fnmr", "fnmr_global") for fmr in FMR_POINTS))
@@ -96,7 +96,7 @@ def compare_by_pose(x: np.ndarray, subjects: np.ndarray, classes: np.ndarray) ->
 def front(model: nn.Module, x: Tensor) -> np.ndarray:
     """Return the front branch of a model in eval mode for scaled rows, float32 `[N, D]`."""
     with torch.inference_mode():
-        return np.concatenate([model(block).numpy() for block in torch.split(x, BLOCK_ROWS)])
+        return np.concatenate([model(block).numpy() for block in torch.split(x, READ_ROWS)])
 
 
 def scaled(x: np.ndarray, mean_norm: float) -> Tensor:

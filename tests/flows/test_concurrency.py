@@ -21,7 +21,7 @@ from storage.features import features_table
 from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
-from storage.tables import LiveFile, Table
+from storage.tables import FileTable, LiveFile
 from tasks.maintenance.forget import forget
 from tasks.maintenance.rollback import roll_back
 from tasks.maintenance.vacuum import clean
@@ -192,7 +192,7 @@ def test_a_vacuum_leaves_what_a_rollback_is_about_to_commit(release) -> None:
     history = Releases(Location(str(store)))
     history.record(another(first, 2, "r00002-beef"), history.all())
 
-    class Overtaken(Table):
+    class Overtaken(FileTable):
         def commit(self, *words):
             assert clean(str(store), keep=9).kept_releases == [first.release, "r00002-beef"]
             return super().commit(*words)
@@ -209,7 +209,7 @@ def test_a_rollback_to_what_a_vacuum_is_taking_is_refused(release) -> None:
     history = Releases(Location(str(store)))
     history.record(another(first, 2, "r00002-beef"), history.all())
 
-    class Overtaken(Table):
+    class Overtaken(FileTable):
         def commit(self, *words):
             assert clean(str(store), keep=1).removed_releases == [first.release]
             return super().commit(*words)

@@ -10,7 +10,7 @@ import pytest
 from schemas.features import QUARANTINE_SCHEMA
 from storage.features import features_table, quarantine_table
 from storage.location import Location
-from storage.tables import Table
+from storage.tables import FileTable
 from tasks.maintenance.forget import forget
 from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
@@ -27,16 +27,16 @@ def killed_at(monkeypatch) -> Callable[..., None]:
     """`killed_at(commit, work)` runs `work` and ends it in place of its commit of that number."""
 
     def run(number: int, work: Callable[[], object]) -> None:
-        commit, done = Table.commit, []
+        commit, done = FileTable.commit, []
 
-        def counted(table: Table, *arguments: object) -> object:
+        def counted(table: FileTable, *arguments: object) -> object:
             done.append(table.place.name)
             if len(done) == number:
                 raise Killed
             return commit(table, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Table, "commit", counted)
+            patch.setattr(FileTable, "commit", counted)
             with pytest.raises(Killed):
                 work()
 

@@ -14,7 +14,7 @@ def test_a_short_value_is_shown_as_it_is_on_one_line(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", ["x" * 10_000, "\n" * 10_000, "\x00é" * 5_000])
-def test_a_long_value_is_cut_and_its_length_told(value: str) -> None:
+def test_a_long_value_is_cut_and_its_length_given(value: str) -> None:
     shown = clipped(value)
     assert len(shown) < 100
     assert shown.startswith(repr(value)[:50])
@@ -36,5 +36,5 @@ def test_a_name_from_the_data_can_neither_forge_a_line_nor_steer_the_terminal(na
     assert str(BadShardError(f"shard {name}: is bad")) == f"shard {shown}: is bad"
 
 
-def test_a_busy_store_can_be_told_from_other_refusals_by_exit_code() -> None:
+def test_a_busy_store_has_an_exit_code_of_its_own() -> None:
     assert StoreBusyError.exit_code != FrontalisError.exit_code != 0

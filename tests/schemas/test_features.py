@@ -53,7 +53,7 @@ def test_another_name_stays_recognisable(name: str, starts: str) -> None:
 
 
 def test_keys_never_change_between_versions() -> None:
-    # A changed key would compute every such shard anew. Reckoned apart: BLAKE2b-128 over 8 bytes of length, then text.
+    # A changed key would compute every such shard again. Computed by hand: BLAKE2b-128 of 8 bytes of length, then text.
     assert shard_key("day 1/part-0") == "day_1_part-0~79c696fbdd"
     assert digest_of(b"a", b"bc") == "f14abc19c330e936bb9c8506d69bac9b"
     assert input_digest("c0ffee", [3, 1], ["b", "a"]) == "1f8faeea978b23121325d252a54c8568"

@@ -100,7 +100,7 @@ def test_another_length_is_wrong_in_every_row(column: pa.Array) -> None:
 
 
 @pytest.mark.parametrize("outer", [pa.list_, pa.large_list])
-def test_lists_of_free_length_are_judged_row_by_row(outer) -> None:
+def test_lists_of_free_length_are_checked_row_by_row(outer) -> None:
     rows = [[1.0, 2.0], [], [3.0], None, [4.0, 5.0, 6.0], [7.0, 8.0], [9.0, None]]
     matrix, reasons = embedding_matrix(pa.array(rows, outer(pa.float32())), 2)
     wrong, null, infinite = Reason.WRONG_LENGTH, Reason.NULL_EMBEDDING, Reason.NOT_FINITE

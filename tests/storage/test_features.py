@@ -1,4 +1,4 @@
-"""Feature files: vectors go in and out without a copy, bytes depend on rows alone, damage is told from trouble."""
+"""Feature files: vectors are not copied, bytes depend on rows alone, damage is not a failure to read."""
 
 import io
 import pickle
@@ -25,7 +25,7 @@ from storage.features import (
     vector_column,
 )
 from storage.location import Location
-from storage.tables import LiveFile, Table
+from storage.tables import FileTable, LiveFile
 
 SCHEMA = file_schema(feature_schema(pa.string()))
 MATRIX = np.random.default_rng(1).standard_normal((10, 3)).astype(np.float32)
@@ -37,7 +37,7 @@ def rows_of(matrix: np.ndarray, first: int = 0) -> pa.Table:
     return pa.table({**columns, "id": ids, "front": vector_column(matrix)}, schema=SCHEMA)
 
 
-def write(table: Table, path: str, matrix: np.ndarray = MATRIX, group: int = 4) -> LiveFile:
+def write(table: FileTable, path: str, matrix: np.ndarray = MATRIX, group: int = 4) -> LiveFile:
     place = table.place / path
     with place.writing() as file, parquet_writer(file, SCHEMA) as writer:
         writer.write_table(rows_of(matrix), row_group_size=group)
@@ -46,12 +46,12 @@ def write(table: Table, path: str, matrix: np.ndarray = MATRIX, group: int = 4) 
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Table:
+def table(tmp_path: Path) -> FileTable:
     return features_table(Location(str(tmp_path)))
 
 
 @pytest.fixture
-def file(table: Table) -> LiveFile:
+def file(table: FileTable) -> LiveFile:
     return write(table, "mode=raw/shard=a/x.parquet")
 
 
@@ -89,7 +89,7 @@ def test_vectors_that_differ_in_length_are_refused(rows: list[list[float] | None
             matrix_of(column, "file-7")
 
 
-def test_equal_rows_make_equal_bytes_and_other_rows_others(table: Table) -> None:
+def test_equal_rows_make_equal_bytes_and_other_rows_others(table: FileTable) -> None:
     for name in ("a", "b"):
         write(table, f"mode=raw/shard={name}/x.parquet")
     write(table, "mode=raw/shard=c/x.parquet", MATRIX + np.float32(1e-7))
@@ -97,7 +97,7 @@ def test_equal_rows_make_equal_bytes_and_other_rows_others(table: Table) -> None
     assert a == b != c
 
 
-def test_vectors_lie_plain_and_checked_in_their_file(table: Table, file: LiveFile) -> None:
+def test_vectors_are_stored_plain_with_checksums(table: FileTable, file: LiveFile) -> None:
     place = Path((table.place / file.path).path)
     metadata = pq.ParquetFile(place).metadata
     column = {metadata.row_group(0).column(at).path_in_schema: at for at in range(metadata.num_columns)}
@@ -107,14 +107,14 @@ def test_vectors_lie_plain_and_checked_in_their_file(table: Table, file: LiveFil
     assert pl.read_parquet(place)["front"].dtype == pl.List(pl.Float32)
 
 
-def test_rows_are_read_in_batches_of_the_columns_asked_for(table: Table, file: LiveFile) -> None:
+def test_rows_are_read_in_batches_of_the_columns_asked_for(table: FileTable, file: LiveFile) -> None:
     batches = list(read_rows(table, file, ["front", "id"], rows=4))
     assert [batch.num_rows for batch in batches] == [4, 4, 2]
     assert batches[0].schema.names == ["front", "id"]
     np.testing.assert_array_equal(np.concatenate([matrix_of(batch["front"], "x") for batch in batches]), MATRIX)
 
 
-def test_partition_columns_are_added_where_asked_for(table: Table, file: LiveFile) -> None:
+def test_partition_columns_are_added_where_asked_for(table: FileTable, file: LiveFile) -> None:
     other = write(table, "mode=per_sample/shard=b/x.parquet", MATRIX[:2])
     found = read_table(table, [file, other], ["shard", "id", "mode"])
     assert found.schema.names == ["shard", "id", "mode"]
@@ -125,7 +125,7 @@ def test_partition_columns_are_added_where_asked_for(table: Table, file: LiveFil
     assert (none.num_rows, none.schema.field("front").type) == (0, VECTOR)
 
 
-def test_complete_files_are_told_from_truncated_and_damaged_ones(table: Table, file: LiveFile) -> None:
+def test_complete_files_are_not_truncated_or_damaged(table: FileTable, file: LiveFile) -> None:
     place = table.place / file.path
     assert complete_rows(place) == 10
     content = place.read_bytes()
@@ -137,26 +137,26 @@ def test_complete_files_are_told_from_truncated_and_damaged_ones(table: Table, f
 
 
 def flipped(content: bytes) -> bytes:
-    """One bit of one number changed: only a checksum can tell."""
+    """One bit of one number changed: only a checksum can detect it."""
     at = content.index(MATRIX[8].tobytes())
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
 @pytest.mark.parametrize("spoil", [flipped, lambda content: content[:-20], lambda content: b""])
-def test_a_damaged_file_is_told_and_left_where_it_is(table: Table, file: LiveFile, spoil) -> None:
+def test_a_damaged_file_is_reported_and_stays(table: FileTable, file: LiveFile, spoil) -> None:
     place = table.place / file.path
     Path(place.path).write_bytes(spoil(place.read_bytes()))
     damaged = Path(place.path).read_bytes()
-    with pytest.raises(DamagedFilesError, match=r"x\.parquet: is damaged \(.+\); run `frontalis reprocess`") as told:
+    with pytest.raises(DamagedFilesError, match=r"x\.parquet: is damaged \(.+\); run `frontalis reprocess`") as raised:
         list(read_rows(table, file, ["front"]))
-    assert [one.uri for one in told.value.places] == [place.uri]
+    assert [one.uri for one in raised.value.places] == [place.uri]
     assert Path(place.path).read_bytes() == damaged
     place.delete()
     with pytest.raises(StoreError, match=r"x\.parquet: is missing; run `frontalis reprocess`"):
         list(read_rows(table, file, ["front"]))
 
 
-def test_a_whole_file_of_another_number_of_rows_is_damage_too(table: Table, file: LiveFile) -> None:
+def test_a_whole_file_of_another_number_of_rows_is_damage_too(table: FileTable, file: LiveFile) -> None:
     write(table, file.path, MATRIX[:9])
     with pytest.raises(StoreError, match="9 rows instead of 10"):
         list(read_rows(table, file, ["front"]))
@@ -193,7 +193,7 @@ class FlakyFile(io.BytesIO):
 
 
 @pytest.mark.parametrize("times", [1, 100])
-def test_storage_that_fails_to_answer_costs_no_file(table: Table, file: LiveFile, times: int) -> None:
+def test_storage_that_fails_to_answer_costs_no_file(table: FileTable, file: LiveFile, times: int) -> None:
     before = Path((table.place / file.path).path).read_bytes()
     table.place.fs = FlakyDisk(table.place.fs, good=300, times=times)
     with pytest.raises(StoreError, match=r"x\.parquet: cannot be read now \(.*Connection reset by peer.*\); run again"):
@@ -202,13 +202,13 @@ def test_storage_that_fails_to_answer_costs_no_file(table: Table, file: LiveFile
 
 
 @pytest.mark.parametrize("at", [[0], [9], [3, 4], [0, 1, 5, 9], range(10)])
-def test_single_rows_are_those_of_the_whole_file(table: Table, file: LiveFile, at) -> None:
+def test_single_rows_are_those_of_the_whole_file(table: FileTable, file: LiveFile, at) -> None:
     rows = np.array(at)
     whole = read_table(table, [file], ["id", "front"])
     assert take_rows(table, file, ["id", "front"], rows).equals(whole.take(rows).combine_chunks())
 
 
-def test_row_groups_without_a_wanted_row_are_not_read(table: Table, file: LiveFile) -> None:
+def test_row_groups_without_a_wanted_row_are_not_read(table: FileTable, file: LiveFile) -> None:
     damaged = bytearray((table.place / file.path).read_bytes())
     damaged[damaged.index(MATRIX[9].tobytes())] ^= 1  # in the last of three row groups
     (table.place / file.path).write_bytes(bytes(damaged))
@@ -219,8 +219,8 @@ def test_row_groups_without_a_wanted_row_are_not_read(table: Table, file: LiveFi
         take_rows(table, file, ["front"], np.array([2, 8]))
 
 
-def test_any_flipped_bit_is_refused_or_changes_nothing(table: Table) -> None:
-    """Footer and headers between the pages have no checksums of their own; the seal covers every byte."""
+def test_any_flipped_bit_is_refused_or_changes_nothing(table: FileTable) -> None:
+    """Footer and headers between the pages have no checksums of their own; the digests cover every byte."""
     file = write(
         table, "mode=raw/shard=a/y.parquet", np.random.default_rng(2).standard_normal((9, 2)).astype(np.float32)
     )
@@ -243,12 +243,12 @@ def test_any_flipped_bit_is_refused_or_changes_nothing(table: Table) -> None:
     assert read_table(table, [file], ["id", "subject", "front"]) == good
 
 
-def test_other_readers_pass_over_the_seal(table: Table, file: LiveFile) -> None:
+def test_other_readers_skip_the_digests(table: FileTable, file: LiveFile) -> None:
     place = (table.place / file.path).path
     assert pq.read_table(place)["id"].to_pylist() == pl.read_parquet(place)["id"].to_list()
 
 
-def test_the_error_of_damaged_files_survives_a_process_border(table: Table) -> None:
+def test_the_error_of_damaged_files_survives_pickling(table: FileTable) -> None:
     error = pickle.loads(pickle.dumps(DamagedFilesError([table.place / "a", table.place / "b"], "its digest differs")))
     assert [place.uri for place in error.places] == [(table.place / name).uri for name in "ab"]
     assert "a and 1 more: is damaged (its digest differs)" in str(error)

@@ -1,4 +1,4 @@
-"""Left-overs: all that no kept release, newest table or manifest names, and never a file that one of them needs."""
+"""Unreferenced files: all that no kept release, newest table or manifest references, nothing else."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from storage.leftovers import Leftover, find_leftovers
 from storage.location import Location
 from storage.manifest import Manifest, ShardRecord
 from storage.releases import Releases
-from storage.tables import LiveFile, Table
+from storage.tables import FileTable, LiveFile
 
 
 def put(store: Location, name: str, content: bytes = b"x") -> str:
@@ -23,7 +23,7 @@ def put(store: Location, name: str, content: bytes = b"x") -> str:
     return name
 
 
-def live(table: Table, path: str) -> LiveFile:
+def live(table: FileTable, path: str) -> LiveFile:
     put(table.place, path)
     steps = dict(step.split("=") for step in path.split("/")[:-1])
     return LiveFile(path, 1, 1, steps)
@@ -183,7 +183,7 @@ def test_what_others_put_beside_the_store_is_left_alone(store: Location) -> None
     assert find_leftovers(store, [kept]) == []
 
 
-def test_row_keys_are_needed_while_the_census_names_them(store: Location) -> None:
+def test_row_keys_are_needed_while_the_manifest_references_them(store: Location) -> None:
     kept = publish(store, 1, "a")
     manifest = Manifest(store)
     entry = ShardRecord("a", "/a", 1, 1, "1", "ba", "c0", 1, 4, "string")
@@ -202,7 +202,7 @@ def test_an_empty_store_has_none(store: Location) -> None:
     assert find_leftovers(store, []) == []
 
 
-def test_nothing_is_told_of_a_store_whose_releases_cannot_be_read(store: Location) -> None:
+def test_a_store_whose_releases_cannot_be_read_is_refused(store: Location) -> None:
     kept = publish(store, 1, "a")
     with pytest.raises(StoreError, match="at version 7 cannot be read"):
         find_leftovers(store, [kept.model_copy(update={"features_version": 7})])

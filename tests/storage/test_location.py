@@ -155,7 +155,7 @@ def test_a_whole_listing_misses_no_link_that_leads_nowhere(place: Location, tmp_
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/disk").symlink_to(tmp_path / "nowhere")
     assert [entry.name for entry in place.files(".parquet")] == ["a.parquet"]
-    with pytest.raises(StoreError, match="deep/disk: is a link that leads nowhere; mount"):
+    with pytest.raises(StoreError, match="deep/disk: is a link whose target does not exist; mount it"):
         place.files(".parquet", whole=True)
 
 
@@ -229,11 +229,11 @@ def test_a_folder_is_no_file(place: Location) -> None:
 
 def test_a_folder_that_is_a_file_is_named(place: Location) -> None:
     (place / "file").write_bytes(b"x")
-    with pytest.raises(StoreError, match=r"file/below: .*\. Nothing was published; mend it"):
+    with pytest.raises(StoreError, match=r"file/below: .*\. Nothing was published; fix that"):
         (place / "file/below").write_bytes(b"x")
 
 
-def test_an_absent_file_is_told_apart_from_trouble(place: Location) -> None:
+def test_an_absent_file_is_not_a_failure(place: Location) -> None:
     for read in ((place / "absent").read_bytes, (place / "absent").open_input):
         with pytest.raises(FileNotFoundError):
             read()

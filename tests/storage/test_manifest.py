@@ -59,7 +59,7 @@ def test_repeats_are_those_of_a_naive_reading(shards: dict[str, list[tuple[int, 
     assert marked(shards) == wanted
 
 
-def test_marks_of_an_earlier_night_do_not_stay() -> None:
+def test_marks_of_an_earlier_run_do_not_stay() -> None:
     keys = {"a": RowKeys(np.array([1]), np.array([1]))}
     stale = replace(entry("a"), duplicates=[0], collisions=[0])
     assert mark_repeats({"a": stale}, keys) == {"a": entry("a")}
@@ -170,7 +170,7 @@ def test_what_is_saved_is_loaded_and_keys_without_an_entry_go(source: Path, mani
     assert [file.name for file in manifest.store.files()] == sorted(loaded.paths())
 
 
-def test_an_unchanged_census_is_not_written(source: Path, manifest: Manifest) -> None:
+def test_an_unchanged_manifest_is_not_written(source: Path, manifest: Manifest) -> None:
     write(source, "a", ["x"])
     entries = {"a": count(manifest, source)}
     manifest.save(entries)
@@ -190,7 +190,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damaged_census_is_an_empty_one(source: Path, manifest: Manifest, damage) -> None:
+def test_a_damaged_manifest_is_an_empty_one(source: Path, manifest: Manifest, damage) -> None:
     write(source, "a", ["x"])
     found = count(manifest, source)
     manifest.save({"a": found})
@@ -212,7 +212,7 @@ def test_shards_of_another_length_do_not_fit() -> None:
     [
         ({"a": (5, "string"), "b": (6, "int64")}, None, ["a"]),
         ({"a": (5, "string"), "b": (6, "int64")}, "string", ["b"]),
-        ({"a": (5, "string"), "b": (5, "int64")}, None, ["a"]),  # a tie: the same every night
+        ({"a": (5, "string"), "b": (5, "int64")}, None, ["a"]),  # a tie: the same in every run
         ({"a": (5, "int64")}, "string", ["a"]),
         ({"a": (0, "int64")}, None, []),
         ({}, None, []),
@@ -222,7 +222,7 @@ def test_a_new_store_takes_the_ids_that_most_rows_have(kinds, store: str | None,
     entries = {name: entry(name, rows, id_type=kind) for name, (rows, kind) in kinds.items()}
     misfits = find_misfits(entries, COLUMNS, 4, store)
     assert list(misfits) == wanted
-    assert all("one store holds one type of id" in str(error) for error in misfits.values())
+    assert all("a store has one type of id" in str(error) for error in misfits.values())
 
 
 def test_a_shard_of_another_length_has_no_say_in_the_type_of_ids() -> None:

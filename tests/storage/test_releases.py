@@ -11,7 +11,7 @@ from schemas.releases import Release
 from schemas.reports import DataQuality, GateDecision
 from storage.location import Location
 from storage.releases import Releases
-from storage.tables import Snapshot, Table
+from storage.tables import FileTable, Snapshot
 
 
 def release(number: int, promoted: bool = True, **more: object) -> Release:
@@ -169,7 +169,7 @@ def test_a_reader_that_is_overtaken_by_a_change_and_a_vacuum_reads_the_new_histo
     record(releases, release(1), release(2))
     other = Releases(releases.store)
 
-    class Overtaken(Table):
+    class Overtaken(FileTable):
         """Between the list and the file, another process serves an older release and removes the old file."""
 
         meanwhile = 1

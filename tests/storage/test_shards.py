@@ -1,4 +1,4 @@
-"""Shards: found in one order, told apart when rewritten, and streamed in blocks that never show how a file was cut."""
+"""Shards: found in one order, detected when rewritten, and streamed in blocks that never show how a file was cut."""
 
 import os
 from pathlib import Path
@@ -133,7 +133,7 @@ SPOILED = {
     "no Parquet": lambda path: path.write_text("id,embedding\n" * 100),
     "truncated": truncated,
     "encrypted": encrypted,
-    "a footer that lies": lambda path: path.write_bytes(b"PAR1" + os.urandom(500) + b"\xff\xff\xff\x7fPAR1"),
+    "a footer of a wrong length": lambda path: path.write_bytes(b"PAR1" + os.urandom(500) + b"\xff\xff\xff\x7fPAR1"),
 }
 
 

@@ -16,9 +16,10 @@ import torch
 from models.architectures import build
 from models.checkpoint import save
 from schemas.errors import BadShardError
+from schemas.features import BLOCK_ROWS
 from schemas.models import ModelCard
 from tasks.plan import make_plan, prepare_models
-from tasks.reweight import BLOCK_ROWS, ReweightSpec, one_thread_each, reweight_group
+from tasks.reweight import ReweightSpec, one_thread_each, reweight_group
 
 D = 32
 

@@ -69,7 +69,7 @@ def test_answers_equal_brute_force_bit_for_bit(dim, k):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_ties_across_the_border_of_k_go_to_the_smaller_keys():
+def test_ties_at_rank_k_go_to_the_smaller_keys():
     one, other = np.eye(2, 8, dtype=np.float32)
     rows = np.vstack([np.tile(one, (200, 1)), other])  # 200 equal rows: more than FAISS is first asked for
     keys = np.concatenate([NUMBERS.permutation(200) + 100, [3]])

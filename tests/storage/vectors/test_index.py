@@ -142,7 +142,7 @@ class TestBuild:
         assert len({bytes_of(built(keys, vectors, "IVF8,Flat", seed=seed))[1].digest for seed in (1, 2)}) == 2
 
     def test_training_sees_rows_of_all_batches(self):
-        # the last tenth lies in a corner of its own; lists learned from the first rows would have no centre there
+        # the last tenth is in a corner of its own; lists learned from the first rows would have no centre there
         numbers = np.random.default_rng(0)
         vectors = numbers.standard_normal((4000, 16)).astype(np.float32)
         vectors[:, 0] = 5
@@ -199,7 +199,7 @@ class TestBuild:
     @pytest.mark.parametrize("promised", [199, 201])
     def test_a_stream_of_another_length_than_promised_is_refused(self, factory, promised):
         keys, vectors = make_rows(200, 16)
-        with pytest.raises(StoreError, match=f"was to hold {promised} rows but 200 came"):
+        with pytest.raises(StoreError, match=f"^{promised} rows were announced for the index but 200 came"):
             build(stream(keys, vectors), promised, 16, IndexSettings(factory=factory))
 
     def test_too_few_rows_for_the_lists_asked_for(self):

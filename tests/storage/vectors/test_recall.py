@@ -50,7 +50,7 @@ def test_figures_equal_those_of_numpy(factory):
     assert 0 < recall.at_10 < 1
 
 
-def test_an_index_that_holds_whole_vectors_is_measured_without_reading_them():
+def test_an_index_of_uncompressed_vectors_is_measured_without_reading_them():
     keys, vectors = make_rows(COMPARED_ROWS + 1000, 8)
     lists = built(keys, vectors, "IVF16,Flat", nprobe=1)
     queries = np.random.default_rng(9).standard_normal((50, 8)).astype(np.float32)
