@@ -63,7 +63,7 @@ def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None
     """Return the report as one self-contained HTML page; write it as UTF-8.
 
     The page follows the reader's light or dark theme, fits a screen 360 pixels wide and prints. The same input gives
-    the same page. `drawn` are its figures where they are drawn already (`draw`).
+    the same page. Pass `drawn` if the figures are drawn already, by `draw`.
     """
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),

@@ -61,7 +61,7 @@ _TREND_LENGTH = 30
 
 @drawing()
 def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[MetricId]) -> list[Plot]:
-    """Draw mode − raw with its paired interval, one plot a metric, one row a cell; filled where clear of zero."""
+    """Draw mode − raw with its paired interval, one plot per metric, one row per cell; filled where significant."""
     shown = [mode for mode in modes.values() if mode.mode != RAW]
     found = [
         estimate
@@ -86,8 +86,8 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[MetricId])
                     continue
                 low, high = bounds(estimate)
                 axes.plot([100 * low, 100 * high], [row + shift] * 2, color=mode_colour(mode.mode, modes), lw=2)
-                clear = verdict(estimate) in ("better", "worse")
-                axes.plot([100 * estimate.value], [row + shift], **mark_style(mode.mode, modes, solid=clear))
+                significant = verdict(estimate) in ("better", "worse")
+                axes.plot([100 * estimate.value], [row + shift], **mark_style(mode.mode, modes, solid=significant))
                 said.append(f"{mode.mode} {cell_name(cell)} {points(estimate.value)} points, {verdict(estimate)}")
         axes.set_yticks(range(len(cells)), [short(cell_name(cell)) for cell in cells])
         axes.set(xlim=(-reach, reach), ylim=(len(cells) - 0.5, -0.5))
@@ -102,7 +102,7 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[MetricId])
 
 @drawing()
 def det_curves(modes: Modes, cells: Sequence[str]) -> list[Plot]:
-    """Draw FNMR over FMR on normal-deviate axes, one plot a cell, with the intervals at FMR 1% and 0.1%."""
+    """Draw FNMR over FMR on normal-deviate axes, one plot per cell, with the intervals at FMR 1% and 0.1%."""
     drawn = [cell for cell in cells if any(_has_det(mode, cell) for mode in modes.values())]
     curves = [mode.cells[cell].det for cell in drawn for mode in modes.values() if _has_det(mode, cell)]
     rates = [rate for curve in curves if curve for rate in curve.fmr if rate > 0]
@@ -138,7 +138,7 @@ def det_curves(modes: Modes, cells: Sequence[str]) -> list[Plot]:
 
 @drawing()
 def score_histograms(modes: Modes, cells: Sequence[str], fmr: str) -> list[Plot]:
-    """Draw genuine and impostor scores, one plot a cell and one row a mode, with the global threshold at `fmr`."""
+    """Draw genuine and impostor scores, one plot per cell and one row per mode, with the global threshold at `fmr`."""
     drawn = [cell for cell in cells if any(_has_histogram(mode, cell) for mode in modes.values())]
     shown = [mode for mode in modes.values() if any(_has_histogram(mode, cell) for cell in drawn)]
     plots = []
@@ -178,7 +178,7 @@ def score_histograms(modes: Modes, cells: Sequence[str], fmr: str) -> list[Plot]
 
 @drawing()
 def pose_heat_maps(modes: Modes, fmr: str) -> list[Plot]:
-    """Draw FNMR by pose pair at the one global threshold found at `fmr`, one plot a mode."""
+    """Draw FNMR by pose pair at the one global threshold found at `fmr`, one plot per mode."""
     found = {pose for mode in modes.values() for cell in mode.cells for pose in pose_pair(cell) or ()}
     poses = [pose for pose in _POSE_ORDER if pose in found] + sorted(found.difference(_POSE_ORDER))
     plots = []
@@ -242,7 +242,7 @@ def identification_curves(modes: Modes) -> list[Plot]:
 
 @drawing()
 def channel_weights(weights: Sequence[ChannelWeights]) -> list[Plot]:
-    """Draw the channels' weights and their spread, falling, one plot a branch of a mode, the top channels named."""
+    """Draw the channels' weights and their spread, falling, one plot per branch of a mode, the top channels named."""
     names = sorted({one.mode for one in weights})
     plots = []
     for one in weights:
@@ -267,7 +267,7 @@ def channel_weights(weights: Sequence[ChannelWeights]) -> list[Plot]:
 
 @drawing()
 def channel_relatedness(weights: Sequence[ChannelWeights], related: Sequence[float]) -> list[Plot]:
-    """Draw every channel's learnt weight over its measured identity-relatedness, one plot a branch of a mode."""
+    """Draw every channel's learnt weight over its measured identity-relatedness, one plot per branch of a mode."""
     names = sorted({one.mode for one in weights})
     known = np.isfinite(related)
     ratios = np.array(related)[known]
@@ -285,20 +285,20 @@ def channel_relatedness(weights: Sequence[ChannelWeights], related: Sequence[flo
 
 @drawing()
 def trend_lines(trend: Sequence[TrendPoint]) -> list[Plot]:
-    """Draw the gated metric over the last releases, one plot a mode; hollow marks were rejected."""
+    """Draw the gated metric over the last releases, one plot per mode; hollow marks were rejected."""
     recent = trend[-_TREND_LENGTH:]
-    names = list(dict.fromkeys(mode for point in recent for mode in point.figures))
-    known_figures = [one for point in recent for one in point.figures.values() if one.value is not None]
-    lowest = 100 * min((bounds(one)[0] for one in known_figures), default=0)
-    highest = 100 * max((bounds(one)[1] for one in known_figures), default=0)
+    names = list(dict.fromkeys(mode for point in recent for mode in point.values))
+    known_values = [one for point in recent for one in point.values.values() if one.value is not None]
+    lowest = 100 * min((bounds(one)[0] for one in known_values), default=0)
+    highest = 100 * max((bounds(one)[1] for one in known_values), default=0)
     margin = 0.08 * (highest - lowest) + 0.1
     plots = []
-    for mode in names if known_figures else ():
+    for mode in names if known_values else ():
         figure, axes = canvas(mode, 360, 216, left=46, bottom=38, colour=mode_colour(mode, names))
         known = [
-            (place, point.figures[mode])
+            (place, point.values[mode])
             for place, point in enumerate(recent)
-            if mode in point.figures and point.figures[mode].value is not None
+            if mode in point.values and point.values[mode].value is not None
         ]
         error_curve(axes, known, mode, names, marks=False)
         for place, one in known:
@@ -318,7 +318,7 @@ def trend_lines(trend: Sequence[TrendPoint]) -> list[Plot]:
 
 
 def _deviates(rates: Sequence[float], span: tuple[float, float]) -> list[float]:
-    """Return the standard normal quantiles of rates, held within `span` (a rate of 0 lies at minus infinity)."""
+    """Return the standard normal quantiles of rates, clipped to `span`, since that of 0 is minus infinity."""
     return [NormalDist().inv_cdf(min(max(rate, span[0]), span[1])) for rate in rates]
 
 

@@ -128,12 +128,12 @@ def gate_tiles(population: Population, gated: GatedMetric) -> list[tuple[ModeNam
     tiles = []
     for mode in population.modes.values():
         result = mode.cells.get(gated.cell)
-        figure = result.estimate(gated.metric) if result else None
-        if figure is None:
+        estimate = result.estimate(gated.metric) if result else None
+        if estimate is None:
             continue
         served = mode.difference_to_served(gated.cell, gated.metric)
-        shown = table.show(figure, mode.difference_to_raw(gated.cell, gated.metric))
-        versus = table.show(figure, served) if served and served.value is not None else None
+        shown = table.show(estimate, mode.difference_to_raw(gated.cell, gated.metric))
+        versus = table.show(estimate, served) if served and served.value is not None else None
         tiles.append((_mode_name(mode.mode, population), shown, versus))
     return tiles
 
@@ -236,8 +236,8 @@ def index_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
 
 
-def _keys(figures: Any) -> list[str]:
-    return sorted({key for one in figures for key in one}, key=float)
+def _keys(results: Any) -> list[str]:
+    return sorted({key for one in results for key in one}, key=float)
 
 
 def accuracy_rows(population: Population) -> list[dict[str, Any]]:

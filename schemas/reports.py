@@ -276,7 +276,7 @@ class TrendPoint(Record):
     release: str
     created: datetime
     promoted: bool
-    figures: dict[str, Estimate]
+    values: dict[str, Estimate]
 
 
 class ReportInput(Record):

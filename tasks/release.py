@@ -203,7 +203,7 @@ def run_versions() -> dict[str, str]:
 
 def _point(release: Release) -> TrendPoint:
     return TrendPoint(
-        release=release.release, created=release.created, promoted=release.gate.promoted, figures=release.gated
+        release=release.release, created=release.created, promoted=release.gate.promoted, values=release.gated
     )
 
 

@@ -1,4 +1,4 @@
-"""A realistic report: three modes measured on simulated scores, one night in a series of nine."""
+"""A realistic report: three modes measured on simulated scores, one release in a series of nine."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -93,8 +93,8 @@ def _mode_results(rng: np.random.Generator) -> dict[str, ModeResult]:
             raw = _metrics(*scores[RAW][cell], thresholds[RAW])
             reason = f"not estimable: {len(impostor)} impostor pairs are too few"
             edges = np.linspace(-0.5, 1.2, 81)
-            sweep = np.linspace(0.9, -0.4, 200)
-            fmr = 1 - np.searchsorted(np.sort(impostor), sweep) / len(impostor)
+            levels = np.linspace(0.9, -0.4, 200)
+            fmr = 1 - np.searchsorted(np.sort(impostor), levels) / len(impostor)
             found[cell] = CellResult(
                 n_genuine=len(genuine),
                 n_impostor=len(impostor),
@@ -115,7 +115,7 @@ def _mode_results(rng: np.random.Generator) -> dict[str, ModeResult]:
                     f: None if threshold is None else float((impostor >= threshold).mean())
                     for f, threshold in thresholds[mode].items()
                 },
-                det=Curve(fmr=fmr.tolist(), fnmr=(np.searchsorted(np.sort(genuine), sweep) / len(genuine)).tolist()),
+                det=Curve(fmr=fmr.tolist(), fnmr=(np.searchsorted(np.sort(genuine), levels) / len(genuine)).tolist()),
                 histogram=Histogram(
                     edges=edges.tolist(),
                     genuine=np.histogram(genuine, edges, density=True)[0].tolist(),
@@ -212,7 +212,7 @@ def report_input() -> ReportInput:
             release=f"r{back:04d}",
             created=latest - timedelta(days=back),
             promoted=back not in (2, 5),
-            figures={
+            values={
                 mode: Estimate(value=one.value + shift, low=one.low + shift, high=one.high + shift)
                 for mode, one in gated.items()
                 for shift in (0.004 * float(rng.standard_normal()) if back else 0.0,)

@@ -16,7 +16,7 @@ def test_plots_of_one_size_have_their_axes_in_the_same_place() -> None:
     assert np.allclose(np.array(places[0]) * [300, 200, 300, 200], [40, 30, 250, 142])
 
 
-def test_modes_can_be_told_apart_without_colour() -> None:
+def test_modes_can_be_distinguished_without_colour() -> None:
     assert len({str(line_style(mode, MODES)["ls"]) for mode in MODES}) == 3
     assert len({mark_style(mode, MODES)["marker"] for mode in MODES}) == 3
 

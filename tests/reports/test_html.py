@@ -51,7 +51,7 @@ def page_text(report_input: ReportInput) -> str:
 
 @pytest.fixture(scope="session")
 def brief_input(report_input: ReportInput) -> ReportInput:
-    """Return the report with its tables and hardly a figure, for what no figure changes."""
+    """Return the report with its tables and few plots, for tests that do not depend on plots."""
     content = report_input.model_dump()
     for population in content["evaluation"]["populations"].values():
         for mode in population["modes"].values():
@@ -91,7 +91,7 @@ def hostile_input(report_input: ReportInput) -> ReportInput:
     }
     content["weights"] += [{**content["weights"][0], "mode": HOSTILE, "branch": HOSTILE}]
     content["trend"][-1] |= {"release": HOSTILE}
-    content["trend"][-1]["figures"][HOSTILE] = content["trend"][-1]["figures"]["raw"]
+    content["trend"][-1]["values"][HOSTILE] = content["trend"][-1]["values"]["raw"]
     return ReportInput.model_validate(
         {**content, "release": HOSTILE, "provenance": {HOSTILE: HOSTILE + "y" * 400, "settings": {HOSTILE: [HOSTILE]}}}
     )
@@ -183,24 +183,24 @@ def test_recall_is_that_of_the_indexes_of_the_release(page_text: str) -> None:
     assert "served index" not in page_text
 
 
-def test_every_figure_has_an_alternative_text(page_text: str) -> None:
+def test_every_plot_has_an_alternative_text(page_text: str) -> None:
     images = re.findall(r"<img [^>]*>", page_text)
     # 3 metrics, DET and scores of 4 cells, 3 maps of poses, 2 of search, 4 SE blocks, 3 modes over time
     assert len(images) == 3 + 4 + 4 + 3 + 2 + 4 + 3
     assert all(re.search(r'alt="[^"]{20,}"', image) for image in images)
 
 
-def test_a_figure_that_is_not_estimable_gives_its_reason(page_text: str) -> None:
+def test_a_metric_that_is_not_estimable_gives_its_reason(page_text: str) -> None:
     assert '<abbr title="not estimable: 12000 impostor pairs are too few">n/e</abbr>' in page_text
     assert re.search(r'<li id="note-detail-\d">not estimable: 12000 impostor pairs are too few</li>', page_text)
 
 
-def test_differences_are_told_by_sign_and_word(page_text: str) -> None:
+def test_differences_are_marked_by_sign_and_word(page_text: str) -> None:
     for sign, word in (("↓", "better"), ("↑", "worse"), ("=", "no difference")):
         assert f'<span aria-hidden="true">{sign}</span> {word}</span>' in page_text
 
 
-def test_what_a_reader_should_know_stands_before_the_figures(page_text: str, report_input: ReportInput) -> None:
+def test_notes_come_before_the_metrics(page_text: str, report_input: ReportInput) -> None:
     note = page_text.index(report_input.evaluation.notes[0])
     assert page_text.index('id="metrics"') < note < page_text.index("<table")
 

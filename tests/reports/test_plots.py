@@ -103,14 +103,14 @@ def test_heat_map_prints_every_pose_pair_once_with_its_number_of_pairs(modes: di
 @pytest.mark.parametrize(
     ("value", "step"), [(0.0, 0), (0.00499, 0), (0.005, 1), (0.03, 3), (0.05, 4), (0.39, 6), (0.4, 7), (1.0, 7)]
 )
-def test_heat_map_colours_mean_the_same_every_night(value: float, step: int) -> None:
+def test_heat_map_colours_mean_the_same_in_every_report(value: float, step: int) -> None:
     one = mode({"frontal-profile": cell(fnmr_global={POINT: Estimate(value=value)})})
     patch = next(patch for patch in only_axes(plots.pose_heat_maps({RAW: one}, POINT)[0]).patches)
     assert isinstance(patch, Rectangle)
     assert to_hex(patch.get_facecolor()) == light(f"ramp-{step}")
 
 
-def test_heat_map_says_where_a_figure_is_not_estimable() -> None:
+def test_heat_map_says_what_is_not_estimable() -> None:
     axes = only_axes(plots.pose_heat_maps({RAW: mode({"frontal-profile": cell()})}, POINT)[0])
     assert [text.get_text() for text in axes.texts] == ["n/e", "n 3"]
 
@@ -143,7 +143,7 @@ def test_trend_hollows_what_was_not_promoted_and_shares_its_axis(report_input: R
     marks = [line for line in only_axes(drawn[1]).lines if line.get_marker() == "s"]
     filled = [to_hex(line.get_markerfacecolor()) != light("paper") for line in marks]
     assert filled == [point.promoted for point in report_input.trend]
-    values = [100 * point.figures["per_sample"].value for point in report_input.trend]
+    values = [100 * point.values["per_sample"].value for point in report_input.trend]
     assert [line.get_ydata()[0] for line in marks] == pytest.approx(values)
     assert len({only_axes(plot).get_ylim() for plot in drawn}) == 1
 
@@ -176,7 +176,7 @@ def test_nothing_recorded_draws_nothing() -> None:
 
 
 def test_single_points_without_intervals_can_be_drawn(report_input: ReportInput) -> None:
-    """The first night of a small store: one score a side, one release, no bootstrap."""
+    """The first release of a small store: one score a side, one release, no bootstrap."""
     bare = cell(
         eer=Estimate(value=0.0),
         fnmr={POINT: Estimate(value=0.0)},
@@ -192,7 +192,7 @@ def test_single_points_without_intervals_can_be_drawn(report_input: ReportInput)
         RAW: mode({"all": bare, "frontal-profile": bare}, identification=found.model_dump()),
         "per_sample": mode({"all": bare}, "per_sample", difference={"all": {"eer": {"value": 0.0}}}),
     }
-    point = report_input.trend[-1].model_copy(update={"figures": {RAW: Estimate(value=0.0), "per_sample": NOT}})
+    point = report_input.trend[-1].model_copy(update={"values": {RAW: Estimate(value=0.0), "per_sample": NOT}})
     drawn = [
         *plots.differences(modes, ["all"], [EER]),
         *plots.det_curves(modes, ["all"]),
@@ -208,7 +208,7 @@ def test_single_points_without_intervals_can_be_drawn(report_input: ReportInput)
     assert "latest not estimable" in drawn[-1].alt
 
 
-def test_alternative_texts_tell_the_key_figure(modes: dict[str, ModeResult]) -> None:
+def test_alternative_texts_hold_the_key_value(modes: dict[str, ModeResult]) -> None:
     eer = modes["per_sample"].cells["frontal-profile"].eer.value
     assert f"per_sample EER {100 * eer:.2f}% (95% interval" in plots.det_curves(modes, ["frontal-profile"])[0].alt
     miss = in_words(modes[RAW].cells["all"].fnmr_global[POINT])

@@ -64,7 +64,7 @@ def test_light_colours_name_their_role() -> None:
     assert len({colours[0] for colours in PALETTE.values()}) == len(PALETTE)
 
 
-def test_modes_keep_their_colour_and_strangers_share_the_spare_ones() -> None:
+def test_modes_keep_their_colour_and_unknown_modes_share_the_spare_ones() -> None:
     modes = ["raw", "zeta", "per_sample", "alpha"]
     assert [mode_role(mode, modes) for mode in modes] == ["raw", "other-2", "per_sample", "other-1"]
     assert mode_role("ink", ["ink"]) == "other-1"

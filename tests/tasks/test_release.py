@@ -154,7 +154,7 @@ def test_the_trend_holds_only_the_same_figure_this_release_last(reported, releas
     earlier = [older(release, back, **(other if back % 3 == 0 else {})) for back in range(9, 0, -1)]
     report = reported(earlier)
     assert [point.release for point in report.trend] == ["r8", "r7", "r5", "r4", "r2", "r1", release.release]
-    assert report.trend[-1].figures == release.gated
+    assert report.trend[-1].values == release.gated
 
 
 def test_the_trend_does_not_grow_for_ever(reported, release: Release) -> None:
