@@ -30,7 +30,7 @@ NOTE: dict[str, Any] = {"fontsize": SMALL, "color": light("ink")}
 def canvas(
     title: str, width: int, height: int, *, left: int, bottom: int, colour: str = light("ink")
 ) -> tuple[Figure, Axes]:
-    """Return a figure, sized in CSS pixels, with one pair of axes at fixed margins, so that neighbouring plots align."""
+    """Return a figure, sized in CSS pixels, with one pair of axes at fixed margins, so that neighbours align."""
     figure = Figure(figsize=(width / 72, height / 72), facecolor="none")
     figure.text(2 / width, 1 - 13 / height, short(title, 40), fontsize=11, fontweight="bold", color=colour)
     axes = figure.add_axes((left / width, bottom / height, 1 - (left + 10) / width, 1 - (bottom + 28) / height))
