@@ -5,9 +5,9 @@ The pairs are visited in tiles of a matrix product that stay near the processor.
 scores. What the counts mean is left to `allpairs` and `verification`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from metrics.cosine import SCORES_PER_UNIT, shift_to_grid
+from metrics.pair_kernel import THREADS, count_tile
 
 GRID_POINTS = 2 * SCORES_PER_UNIT + 1  # scores -1 … 1, both ends included
 COARSE_SHIFT = 12
@@ -67,14 +68,14 @@ def count_pairs(rows: Rows, workers: int) -> Iterator[tuple[int, int, CellCounts
 
     Workers are threads with one torch thread each, which on a shared machine are faster than torch's own; torch's
     thread setting is restored at the end. The counts do not depend on the number of workers. Memory beside
-    the features: 32 MB and a tile's buffers (20 MB) for each worker, 32 MB for each cell that the caller keeps, 16
-    bytes for each genuine pair.
+    the features: 32 MB and a tile's buffers (20 MB; on a GPU 134 MB) for each worker, 32 MB for each cell that the
+    caller keeps, 16 bytes for each genuine pair.
     """
     n_classes = len(rows.starts) - 1
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        counters = [_Counter(rows) for _ in range(workers)]
+        counters = [_new_counter(rows) for _ in range(workers)]
         with ThreadPoolExecutor(workers) as pool:
             for first in range(n_classes):
                 for second in range(first, n_classes):
@@ -115,30 +116,28 @@ def _collect(counters: list["_Counter"], n_clusters: int) -> CellCounts:
     return CellCounts(impostor, np.sort(genuine[0]), by_cluster, ends)
 
 
-@dataclass(eq=False)
+def _new_counter(rows: Rows) -> "_Counter":
+    """Return a counter that uses the kernel where there is a GPU and it can be compiled."""
+    if rows.unit.is_cuda:
+        kernel = count_tile(COARSE_BINS=COARSE_BINS, COARSE_SHIFT=COARSE_SHIFT, ENDS_WIDTH=_COARSE_CODES)
+        if kernel is not None:
+            return _KernelCounter(rows, kernel)
+    return _StepCounter(rows)
+
+
 class _Counter:
-    """The counters and buffers of one worker."""
+    """The counters of one worker, and the product of a tile."""
 
-    rows: Rows
-    genuine: list[torch.Tensor] = field(default_factory=list)
-    pairs: int = 0  # since the 32-bit counters were last emptied
-    flushed_pairs: int = 0
-    flushed: NDArray[np.int64] | None = None
-
-    def __post_init__(self) -> None:
-        device = self.rows.unit.device
+    def __init__(self, rows: Rows) -> None:
+        device = rows.unit.device
         height, width = _TILE[device.type]
+        self.rows = rows
         self.scores = torch.empty(height * width, device=device)
-        self.codes = torch.empty(height * width, dtype=torch.int32, device=device)
-        self.wide_codes = torch.empty(height * width, dtype=torch.int64, device=device)
-        self.ones = torch.ones(height * width, dtype=torch.int32, device=device)
         self.impostor = torch.zeros(GRID_POINTS + _MARGIN, dtype=torch.int32, device=device)
-        self.ends = torch.zeros(self.rows.n_clusters, _COARSE_CODES, dtype=torch.int64, device=device)
-        self.subject = torch.as_tensor(self.rows.subject, device=device)
-        self.cluster = torch.as_tensor(self.rows.cluster, device=device)
-        self.duplicate = torch.as_tensor(self.rows.duplicate, device=device)
-        codes, inverse, counts = np.unique(self.rows.duplicate, return_inverse=True, return_counts=True)
-        self.repeated = np.flatnonzero(counts[inverse] > 1) if len(codes) else np.empty(0, dtype=np.int64)
+        self.ends = torch.zeros(rows.n_clusters, _COARSE_CODES, dtype=torch.int64, device=device)
+        self.pairs = 0  # since the 32-bit counters were last emptied
+        self.flushed_pairs = 0
+        self.flushed: torch.Tensor | None = None
 
     def drain(self, todo: SimpleQueue[Block]) -> None:
         """Work on blocks until none is left."""
@@ -163,7 +162,58 @@ class _Counter:
         self.pairs += size
         scores = self.scores[:size].view(height, width)
         torch.mm(self.rows.unit[rows], self.rows.unit[columns].T, out=scores)
-        codes = self.codes[:size].view(height, width)
+        self.count_scores(scores, rows, columns)
+
+    def count_scores(self, scores: torch.Tensor, rows: slice, columns: slice) -> None:
+        """Count the scores of a tile; they may be overwritten."""
+        raise NotImplementedError
+
+    def take_genuine(self) -> NDArray[np.int64]:
+        """Return grid numbers and clusters of the genuine pairs, `[2, n]`, and start again without any."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Move the 32-bit counts into 64-bit ones."""
+        if self.flushed is None:
+            self.flushed = torch.zeros(GRID_POINTS, dtype=torch.int64, device=self.impostor.device)
+        self.flushed += self.impostor[_MARGIN:]
+        self.impostor.zero_()
+        self.flushed_pairs += self.pairs
+        self.pairs = 0
+
+    def move_impostors_to(self, total: NDArray[np.integer[Any]]) -> None:
+        """Add all counts to the total and start again from zero."""
+        total += self.impostor[_MARGIN:].cpu().numpy()
+        if self.flushed is not None:
+            total += self.flushed.cpu().numpy()
+        self.impostor.zero_()
+        self.pairs, self.flushed_pairs, self.flushed = 0, 0, None
+
+    def take_ends(self) -> NDArray[np.int64]:
+        ends = self.ends[:, 1:].cpu().numpy().copy()
+        self.ends.zero_()
+        return ends
+
+
+class _StepCounter(_Counter):
+    """Counts a tile step by step with torch, on any device."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
+        device, size = rows.unit.device, len(self.scores)
+        self.genuine: list[torch.Tensor] = []
+        self.codes = torch.empty(size, dtype=torch.int32, device=device)
+        self.wide_codes = torch.empty(size, dtype=torch.int64, device=device)
+        self.ones = torch.ones(size, dtype=torch.int32, device=device)
+        self.subject = torch.as_tensor(rows.subject, device=device)
+        self.cluster = torch.as_tensor(rows.cluster, device=device)
+        self.duplicate = torch.as_tensor(rows.duplicate, device=device)
+        codes, inverse, counts = np.unique(rows.duplicate, return_inverse=True, return_counts=True)
+        self.repeated = np.flatnonzero(counts[inverse] > 1) if len(codes) else np.empty(0, dtype=np.int64)
+
+    def count_scores(self, scores: torch.Tensor, rows: slice, columns: slice) -> None:
+        size = scores.numel()
+        codes = self.codes[:size].view(scores.shape)
         torch.sub(shift_to_grid(scores).view(torch.int32), _BITS_OF_TWO - _MARGIN, out=codes)
         self.drop_duplicates(codes, rows, columns)
         self.drop_lower_triangle(codes, rows, columns)
@@ -171,7 +221,7 @@ class _Counter:
         wide = self.wide_codes[:size].copy_(codes.view(-1))
         self.impostor.scatter_add_(0, wide, self.ones[:size])
         bins = codes.bitwise_right_shift_(COARSE_SHIFT)
-        keys = self.scores[:size].view(torch.int32).view(height, width)
+        keys = scores.view(torch.int32)
         self.count_ends(torch.add(bins, self.first_keys(rows)[:, None], out=keys), rows)
         self.count_ends(torch.add(bins, self.first_keys(columns), out=keys), columns)
 
@@ -221,30 +271,7 @@ class _Counter:
         counts = torch.zeros(size, dtype=torch.int32, device=keys.device)  # torch.bincount takes four times as long
         return counts.scatter_add_(0, self.wide_codes[: len(keys)].copy_(keys), self.ones[: len(keys)])
 
-    def flush(self) -> None:
-        """Move the 32-bit counts into 64-bit ones."""
-        if self.flushed is None:
-            self.flushed = np.zeros(GRID_POINTS, dtype=np.int64)
-        self.flushed += self.impostor[_MARGIN:].cpu().numpy()
-        self.impostor.zero_()
-        self.flushed_pairs += self.pairs
-        self.pairs = 0
-
-    def move_impostors_to(self, total: NDArray[np.integer[Any]]) -> None:
-        """Add all counts to the total and start again from zero."""
-        total += self.impostor[_MARGIN:].cpu().numpy()
-        if self.flushed is not None:
-            total += self.flushed
-        self.impostor.zero_()
-        self.pairs, self.flushed_pairs, self.flushed = 0, 0, None
-
-    def take_ends(self) -> NDArray[np.int64]:
-        ends = self.ends[:, 1:].cpu().numpy().copy()
-        self.ends.zero_()
-        return ends
-
     def take_genuine(self) -> NDArray[np.int64]:
-        """Return grid numbers and clusters, `[2, n]`."""
         taken = torch.cat(self.genuine, dim=1).cpu().numpy() if self.genuine else np.empty((2, 0), dtype=np.int64)
         self.genuine.clear()
         return np.asarray(taken)
@@ -252,3 +279,40 @@ class _Counter:
     def _repeated_in(self, part: slice) -> NDArray[np.int64]:
         first, last = np.searchsorted(self.repeated, [part.start, part.stop])
         return self.repeated[first:last]
+
+
+class _KernelCounter(_Counter):
+    """Counts a tile on a GPU with one kernel."""
+
+    def __init__(self, rows: Rows, kernel: Callable[..., Any]) -> None:
+        super().__init__(rows)
+        self.kernel = kernel
+        changes = np.flatnonzero(np.diff(rows.cluster)) + 1
+        self.edges = np.unique(np.concatenate([rows.starts, changes, [0, len(rows.cluster)]]))
+        self.edges_on_device = self._on_device(self.edges)
+        _, duplicate = np.unique(rows.duplicate, return_inverse=True)  # a caller's codes may need 64 bits
+        self.codes = [self._on_device(codes) for codes in (rows.subject, rows.cluster, duplicate)]
+        _, copies = np.unique(rows.subject, return_counts=True)
+        n_genuine = int((copies * (copies - 1) // 2).sum())
+        self.genuine = torch.empty(n_genuine, 2, dtype=torch.int32, device=rows.unit.device)
+        self.n_genuine = torch.zeros(1, dtype=torch.int64, device=rows.unit.device)
+
+    def _on_device(self, numbers: NDArray[np.int64]) -> torch.Tensor:
+        return torch.as_tensor(numbers.astype(np.int32), device=self.rows.unit.device)
+
+    def count_scores(self, scores: torch.Tensor, rows: slice, columns: slice) -> None:
+        bounds = [rows.start, rows.stop, columns.start, columns.stop]
+        first_row, first_column = np.searchsorted(self.edges, [rows.start, columns.start], side="right").tolist()
+        last_row, last_column = np.searchsorted(self.edges, [rows.stop, columns.stop]).tolist()
+        edges = [self.edges_on_device, first_row - 1, first_column - 1]
+        counters = [self.impostor[_MARGIN:], self.ends.view(-1)[1:], self.genuine, self.n_genuine]
+        self.kernel(
+            grid=(last_column - first_column + 1, last_row - first_row + 1, 1),
+            block=(THREADS, 1, 1),
+            args=[scores, scores.shape[1], *bounds, *edges, *self.codes, *counters],
+        )
+
+    def take_genuine(self) -> NDArray[np.int64]:
+        taken = self.genuine[: int(self.n_genuine)].T.long().cpu().numpy()
+        self.n_genuine.zero_()
+        return np.asarray(taken)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from models.architectures import build, check_arguments, describe, mode_of
 from models.split import subject_key
 from schemas.errors import BadModelError, SettingsError
-from schemas.models import ModelCard, Statistic, uses_batch
+from schemas.models import ModelCard, Precision, Statistic, uses_batch
 
 MAX_BYTES = 2**30
 _MAX_HEADER_BYTES = 16 * 2**20
@@ -123,11 +123,14 @@ def load(source: bytes | str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) 
     return Checkpoint(skeleton.eval(), card, hashlib.sha256(data).hexdigest(), seen)
 
 
-def inference_options(card: ModelCard, statistic: Statistic, batch_size: int) -> dict[str, str | int]:
+def inference_options(
+    card: ModelCard, statistic: Statistic, batch_size: int, precision: Precision = "float32"
+) -> dict[str, str | int]:
     """Return the options that change a feature of this model, and no others: what `model_digest` is to be given."""
     if uses_batch(card.mode, statistic):
         return {"statistic": statistic, "batch_size": batch_size}
-    return {"statistic": statistic} if card.mode == "batch_stat" else {}
+    options: dict[str, str | int] = {"statistic": statistic} if card.mode == "batch_stat" else {}
+    return options if precision == "float32" else {**options, "precision": precision}
 
 
 def model_digest(file_digest: str, options: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from schemas.split import SplitRule
 
 Mode = Literal["per_sample", "batch_stat"]
 Statistic = Literal["frozen", "batch"]
+Precision = Literal["float32", "tf32", "bf16"]
 Normalisation = Literal["none", "l2", "mean_norm"]
 
 MAX_MEMBERS = 16  # memory and time grow with each

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from schemas.errors import SettingsError
 from schemas.index import IndexSettings
 from schemas.metrics import ALL, EER, FRONTAL_FRONTAL, FRONTAL_PROFILE, POSE_CLASSES, MetricId, pose_cell, rate_text
-from schemas.models import Mode
+from schemas.models import Mode, Precision
 
 Device = Literal["auto", "cpu", "cuda"]
 HARMLESS = 0.002  # a fifth of a frontal EER of 1%; a difference this small is noise on dozens of subjects
@@ -62,6 +62,7 @@ class ReweightSettings(Settings):
     branches: bool = Field(default=False, description="also write the identity and pose branches")
     on_bad_rows: Literal["quarantine", "fail"] = "quarantine"
     device: Device = "auto"
+    precision: Precision = Field(default="float32", description="of products on a GPU: float32, tf32 or bf16")
     group_rows: int = Field(default=200_000, ge=1, description="about how many rows one task works on")
 
 

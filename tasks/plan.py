@@ -93,7 +93,7 @@ def prepare_models(settings: PipelineSettings) -> dict[str, ModelRef]:
             )
         reweight = settings.reweight
         options = {
-            **inference_options(checkpoint.card, reweight.statistic, reweight.batch_size),
+            **inference_options(checkpoint.card, reweight.statistic, reweight.batch_size, reweight.precision),
             "output": output_options(settings),
         }
         copy = model_path(checkpoint.file_digest)

@@ -24,7 +24,7 @@ from models.inference import Reweighter
 from schemas.errors import BadModelError, BadShardError, FrontalisError, clipped
 from schemas.features import BLOCK_ROWS, QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, FeatureKey, file_schema
 from schemas.metrics import RAW
-from schemas.models import Statistic, uses_batch
+from schemas.models import Precision, Statistic, uses_batch
 from schemas.releases import ModelRef
 from schemas.reports import ShardFault
 from schemas.settings import ColumnNames, Device, PipelineSettings
@@ -56,6 +56,7 @@ class ReweightSpec:
     batch_size: int
     branches: bool
     device: Device
+    precision: Precision
     fail_on_bad_rows: bool
 
     @classmethod
@@ -70,6 +71,7 @@ class ReweightSpec:
             batch_size=reweight.batch_size,
             branches=reweight.branches,
             device=reweight.device,
+            precision=reweight.precision,
             fail_on_bad_rows=reweight.on_bad_rows == "fail",
         )
 
@@ -315,13 +317,13 @@ def _block_rows(spec: ReweightSpec, mode: str) -> int:
 
 def _network(spec: ReweightSpec, mode: str) -> Reweighter:
     model = spec.models[mode]
-    return _load_network(spec.store, model.path, model.statistic, spec.device)
+    return _load_network(spec.store, model.path, model.statistic, spec.device, spec.precision)
 
 
 @functools.lru_cache(maxsize=8)
-def _load_network(store: str, path: str, statistic: Statistic, device: Device) -> Reweighter:
+def _load_network(store: str, path: str, statistic: Statistic, device: Device, precision: Precision) -> Reweighter:
     checkpoint = load((Location(store) / path).read_bytes())
-    return Reweighter(checkpoint, statistic=statistic, device=device)
+    return Reweighter(checkpoint, statistic, device, precision)
 
 
 @contextlib.contextmanager

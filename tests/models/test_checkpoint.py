@@ -350,6 +350,10 @@ def test_only_options_that_change_a_feature_enter_the_digest():
     assert inference_options(card(), "frozen", 10) == inference_options(card(), "batch", 20) == {}
     assert inference_options(batch_card, "frozen", 10) == inference_options(batch_card, "frozen", 20)
     assert inference_options(batch_card, "batch", 10) != inference_options(batch_card, "batch", 20)
+    assert inference_options(batch_card, "batch", 10, "tf32") == inference_options(batch_card, "batch", 10)
+    for one in (card(), batch_card):
+        assert inference_options(one, "frozen", 10, "float32") == inference_options(one, "frozen", 10)
+        assert inference_options(one, "frozen", 10, "tf32") != inference_options(one, "frozen", 10)
 
 
 def test_library_versions_are_those_that_run():

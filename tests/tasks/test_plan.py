@@ -149,6 +149,7 @@ SETTINGS: dict[str, tuple[dict[str, object], set[str]]] = {
     "group size": ({"reweight": {"group_rows": 1}}, set()),
     "batch size, where features do not depend on it": ({"reweight": {"batch_size": 8}}, set()),
     "statistic": ({"reweight": {"statistic": "batch"}}, {"batch_stat"}),
+    "precision": ({"reweight": {"precision": "tf32"}}, {"per_sample", "batch_stat"}),
     "branches": ({"reweight": {"branches": True}}, {"per_sample", "batch_stat"}),
     "kept columns": ({"columns": {"keep": ["note"]}}, MODES),
 }
