@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from metrics.cosine import SCORES_PER_UNIT, Features, unit_rows
-from metrics.pair_counts import COARSE_BINS, COARSE_SHIFT, GRID_POINTS, CellCounts, Rows, count_pairs
+from metrics.pair_counts import COARSE_BINS, GRID_POINTS, CellCounts, Rows, count_pairs, used_counters
 from metrics.score_counts import ScoreCounts
 from metrics.verification import (
     FMR_POINTS,
@@ -217,8 +217,7 @@ def _total(counted: Sequence[CellCounts], n_clusters: int) -> CellCounts:
 
 def _score_counts(counts: CellCounts) -> ScoreCounts:
     # The coarse counts show where to look; most of the eight million counters are never used.
-    bins = np.flatnonzero(counts.ends_by_cluster.any(axis=0))
-    used = slice(int(bins[0]) << COARSE_SHIFT, int(bins[-1]) + 1 << COARSE_SHIFT) if len(bins) else slice(0, 0)
+    used = used_counters(counts.ends_by_cluster)
     observed = used.start + np.flatnonzero(counts.impostor[used])
     return ScoreCounts.from_counts(_score(counts.genuine), _score(observed), counts.impostor[observed])
 

@@ -103,13 +103,20 @@ def _row_blocks(rows: Rows, first: int, second: int) -> SimpleQueue[Block]:
     return blocks
 
 
+def used_counters(ends: NDArray[np.int64]) -> slice:
+    """Return where, among the eight million counters by grid number, those that are not zero can be."""
+    bins = np.flatnonzero(ends.any(axis=0))
+    return slice(int(bins[0]) << COARSE_SHIFT, int(bins[-1]) + 1 << COARSE_SHIFT) if len(bins) else slice(0, 0)
+
+
 def _collect(counters: list["_Counter"], n_clusters: int) -> CellCounts:
     pairs = sum(counter.pairs + counter.flushed_pairs for counter in counters)
     width: type[np.integer[Any]] = np.int32 if pairs <= _FLUSH_AT else np.int64
     impostor: NDArray[np.integer[Any]] = np.zeros(GRID_POINTS, dtype=width)
-    for counter in counters:
-        counter.move_impostors_to(impostor)
     ends = np.sum([counter.take_ends() for counter in counters], axis=0)
+    used = used_counters(ends)
+    for counter in counters:
+        counter.move_impostors_to(impostor, used)
     genuine = np.concatenate([counter.take_genuine() for counter in counters], axis=1)
     keys = genuine[1] * COARSE_BINS + (genuine[0] >> COARSE_SHIFT)
     by_cluster = np.bincount(keys, minlength=n_clusters * COARSE_BINS).reshape(n_clusters, COARSE_BINS)
@@ -181,11 +188,11 @@ class _Counter:
         self.flushed_pairs += self.pairs
         self.pairs = 0
 
-    def move_impostors_to(self, total: NDArray[np.integer[Any]]) -> None:
-        """Add all counts to the total and start again from zero."""
-        total += self.impostor[_MARGIN:].cpu().numpy()
+    def move_impostors_to(self, total: NDArray[np.integer[Any]], used: slice) -> None:
+        """Add all counts to the total, where `used` has all that are not zero, and start again from zero."""
+        total[used] += self.impostor[_MARGIN:][used].cpu().numpy()
         if self.flushed is not None:
-            total += self.flushed.cpu().numpy()
+            total[used] += self.flushed[used].cpu().numpy()
         self.impostor.zero_()
         self.pairs, self.flushed_pairs, self.flushed = 0, 0, None
 

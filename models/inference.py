@@ -17,11 +17,13 @@ from torch.utils.dlpack import from_dlpack
 from models.checkpoint import Checkpoint
 from models.folding import FoldedDualBranch, FoldedSE, fold
 from models.gpu import BlockPipeline, Compute, GraphSlot, products_in
+from models.stacked import StackedDualBranch
 from schemas.errors import BadModelError, SettingsError
 from schemas.models import Normalisation, Precision, Statistic, uses_batch
 from schemas.settings import Device
 
 Rows = NDArray[np.float32]
+Network = FoldedSE | FoldedDualBranch | StackedDualBranch
 
 
 def normalise(x: Tensor, normalisation: Normalisation, mean_norm: float | None = None) -> Tensor:
@@ -84,8 +86,12 @@ class Reweighter:
         self._precision = precision
         self._by_batch = uses_batch(checkpoint.card.mode, statistic)
         self._checkpoint = checkpoint
-        self._network = fold(checkpoint.model, statistic).to(self.device)
-        self.has_branches = isinstance(self._network, FoldedDualBranch)
+        folded = fold(checkpoint.model, statistic)
+        self.has_branches = isinstance(folded, FoldedDualBranch)
+        if self.device.type == "cuda" and isinstance(folded, FoldedDualBranch) and not self._by_batch:
+            self._network: Network = StackedDualBranch(folded).to(self.device)
+        else:
+            self._network = folded.to(self.device)
         self._pipelines: dict[tuple[object, bool], BlockPipeline] = {}
 
     def __call__(self, x: Rows, branches: bool = False) -> dict[str, Rows]:
@@ -112,7 +118,7 @@ class Reweighter:
         return front[0] if x.ndim == 1 else front
 
     @cached_property
-    def _query_network(self) -> FoldedSE | FoldedDualBranch:
+    def _query_network(self) -> Network:
         if not self._by_batch:
             return self._network
         try:
@@ -123,7 +129,7 @@ class Reweighter:
                 "train it again so that one is gathered"
             ) from error
 
-    def _run(self, network: FoldedSE | FoldedDualBranch, x: Rows, branches: bool) -> dict[str, Rows]:
+    def _run(self, network: Network, x: Rows, branches: bool) -> dict[str, Rows]:
         if x.ndim != 2 or x.dtype != np.float32:
             raise ValueError(f"embeddings must be float32 [n, {self.embedding_dim}], not {x.dtype} {list(x.shape)}")
         if x.shape[1] != self.embedding_dim:
@@ -141,7 +147,7 @@ class Reweighter:
             _refuse_non_finite(x, features["front"], self._normalisation)
         return features
 
-    def _outputs(self, network: FoldedSE | FoldedDualBranch, x: Tensor, branches: bool) -> Sequence[Tensor]:
+    def _outputs(self, network: Network, x: Tensor, branches: bool) -> Sequence[Tensor]:
         """Return the features, each `[n, D]`, and the sum of each row of front, `[n]`, in main memory."""
 
         def compute(rows: Tensor) -> tuple[Tensor, ...]:

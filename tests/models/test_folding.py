@@ -4,6 +4,7 @@ from torch import nn
 
 from models.dual_branch import DualBranchEnsemble, DualBranchSENet
 from models.folding import _BLOCK_ROWS, fold
+from models.stacked import StackedDualBranch
 from schemas.errors import BadModelError
 
 
@@ -137,3 +138,14 @@ def test_gpu_agrees_with_cpu(trained):
     with torch.inference_mode():
         on_cpu = folded(x)
         torch.testing.assert_close(folded.cuda()(x.cuda()).cpu(), on_cpu, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_batch_stat", [False, True])
+@pytest.mark.parametrize("options", [{}, {"architecture": "dual_branch_ensemble", "members": 2, "whitening": 0.5}])
+def test_branches_in_one_product_give_the_same(trained, use_batch_stat, options):
+    folded, x = fold(trained(64, use_batch_stat, **options)), torch.randn(300, 64)
+    stacked = StackedDualBranch(folded)
+    with torch.inference_mode():
+        expected = folded(x, return_branches=True)
+        torch.testing.assert_close(stacked(x, return_branches=True), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(stacked(x), expected[0], atol=1e-5, rtol=1e-5)
