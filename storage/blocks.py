@@ -1,4 +1,4 @@
-"""Reading Parquet in blocks whose memory is bounded, also where a small file unpacks to a very large one.
+"""Read Parquet in blocks of bounded memory, also where a small file unpacks to a very large one.
 
 Dictionaries, run lengths and compression let a few kilobytes stand for gigabytes. So the footer decides how many rows
 are decoded at once, and a block that would grow beyond its bound makes the shard a bad one. The footer is trusted, and
@@ -6,7 +6,6 @@ one page is always unpacked whole. What the rows mean is left to `schemas.shards
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -18,29 +17,17 @@ from schemas.features import BLOCK_ROWS
 
 # Column chunks are read through a buffer of this size rather than whole, so a huge row group stays bounded in memory.
 READ_BUFFER = 1 << 20
-# A block may take the bounds below times its rows, or times BLOCK_ROWS where it is shorter.
+# A block may take the two bounds below times its rows, or times BLOCK_ROWS where it is shorter.
 # Numbers a row of an embedding, on average over a block: twice the longest that recognisers commonly give (4,096).
 NUMBERS = 8192
 # Bytes a row, on average over a block, of one column of text or bytes. Ids, names and paths stay far below.
 TEXT_BYTES = 16_384
-# What a column may unpack to before it is looked at: enough for 16,384 rows of 512 numbers.
+# What a column may decode to before it is measured: enough for 16,384 rows of 512 numbers.
 DECODED_BYTES = 32 << 20
 # What one column of a row group may unpack to, unless it takes more than 1/64 of that in the file. Embeddings hardly
 # compress; even those of one bit a number take 1/32.
 UNPACKED_BYTES = 128 << 20
 UNPACKED_RATIO = 64
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """One column of one row group: `values` counts the numbers of lists, `unpacked` the bytes of its pages."""
-
-    group: int
-    rows: int
-    values: int
-    packed: int
-    unpacked: int
-    encodings: tuple[str, ...]
 
 
 def open_parquet(file: Any, **options: Any) -> pq.ParquetFile:
@@ -70,33 +57,30 @@ def read_blocks(file: Any, name: str, columns: Sequence[str], rows: int) -> Iter
     limits = {column: limit for column, kind in kinds.items() if (limit := _row_limit(kind))}
     together = rows
     for column in limits:
-        together = min(together, _rows_at_once(file, parquet, name, column, kinds[column], together))
-    first, held = 0, dict.fromkeys(limits, 0)
+        together = _rows_at_once(file, parquet, name, column, kinds[column], together)
+    first, sizes = 0, dict.fromkeys(limits, 0)
     pending: list[pa.RecordBatch] = []
-    # Not every version of the reader fills a batch across row groups; this makes it certain.
+    # Not every version of the reader fills a batch across row groups, so blocks are cut here.
     for batch in parquet.iter_batches(batch_size=together, columns=list(columns), use_threads=False):
         pending.append(batch)
         for column, limit in limits.items():
-            held[column] += _taken(batch.column(column))
-            if held[column] > limit * max(rows, BLOCK_ROWS):
+            sizes[column] += _size(batch.column(column))
+            if sizes[column] > limit * max(rows, BLOCK_ROWS):
+                largest = max(_size(batch.column(column).slice(row, 1)) for row in range(batch.num_rows))
                 raise BadShardError(
-                    f"{name}: column {column!r} unpacks to {held[column]:,} bytes in the rows from {first:,} on, one "
-                    f"value to {max(map(_taken, _each(batch.column(column)))):,}; at most {limit:,} a row are taken on "
-                    "average. Shorten the values, or leave the column out."
+                    f"{name}: column {column!r} unpacks to {sizes[column]:,} bytes in the rows from {first:,} on, one "
+                    f"value to {largest:,}; at most {limit:,} a row are taken on average. Shorten the values, or leave "
+                    "the column out."
                 )
         while sum(part.num_rows for part in pending) >= rows:
-            whole = _joined(pending)
+            whole = pa.concat_batches(pending) if len(pending) > 1 else pending[0]
             yield first, whole.slice(0, rows)
             first += rows
             rest = whole.slice(rows)
             pending = [rest] if rest.num_rows else []
-            held = {column: _taken(rest.column(column)) if pending else 0 for column in limits}
+            sizes = {column: _size(rest.column(column)) if pending else 0 for column in limits}
     if pending:
-        yield first, _joined(pending)
-
-
-def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+        yield first, pa.concat_batches(pending) if len(pending) > 1 else pending[0]
 
 
 def _kind(schema: pa.Schema, column: str) -> pa.DataType:
@@ -108,34 +92,34 @@ def _kind(schema: pa.Schema, column: str) -> pa.DataType:
 
 def _row_limit(kind: pa.DataType) -> int:
     """Return the bytes that a row may take on average, 0 for columns that cannot take many."""
-    if _is_list(kind):
-        return NUMBERS * _width(kind)
     if pa.types.is_fixed_size_binary(kind):
         return NUMBERS * 4
-    return TEXT_BYTES if _is_text(kind) else 0
+    return NUMBERS * _number_bytes(kind) or (TEXT_BYTES if _is_text(kind) else 0)
 
 
 def _rows_at_once(file: Any, parquet: pq.ParquetFile, name: str, column: str, kind: pa.DataType, rows: int) -> int:
-    """Return how many of `rows` rows may be decoded together, by the largest row that the column may hold."""
+    """Return how many of `rows` rows may be decoded together, by the largest row that the column may have."""
     if pa.types.is_fixed_size_binary(kind):
         return min(rows, max(1, DECODED_BYTES // int(kind.byte_width)))
     if pa.types.is_fixed_size_list(kind):
-        rows = min(rows, max(1, DECODED_BYTES // (int(kind.list_size) * _width(kind))))
-    for chunk in _chunks(parquet, column):
-        unpacked = chunk.values * _width(kind) if _is_list(kind) else chunk.unpacked
-        if unpacked > max(UNPACKED_BYTES, UNPACKED_RATIO * chunk.packed):
+        rows = min(rows, max(1, DECODED_BYTES // (int(kind.list_size) * _number_bytes(kind))))
+    for number, in_group, chunk in _chunks(parquet, column):
+        packed = chunk.total_compressed_size
+        unpacked = chunk.num_values * _number_bytes(kind) or chunk.total_uncompressed_size
+        if unpacked > max(UNPACKED_BYTES, UNPACKED_RATIO * packed):
             raise BadShardError(
-                f"{name}: column {column!r} unpacks from {chunk.packed:,} to {unpacked:,} bytes in row group "
-                f"{chunk.group} of {chunk.rows:,} rows; shorten the values, or write smaller row groups."
+                f"{name}: column {column!r} unpacks from {packed:,} to {unpacked:,} bytes in row group {number} of "
+                f"{in_group:,} rows; shorten the values, or write smaller row groups."
             )
-        largest = -(-unpacked // max(chunk.rows, 1))
-        if _is_text(kind) and unpacked * min(chunk.rows, rows) > DECODED_BYTES:
-            largest = max(largest, _longest_coded(file, parquet, column, chunk))
+        largest = -(-unpacked // in_group)
+        if _is_text(kind) and unpacked * min(in_group, rows) > DECODED_BYTES:
+            largest = max(largest, _longest_coded(file, parquet, column, number, chunk))
         rows = min(rows, max(1, DECODED_BYTES // max(largest, 1)))
     return rows
 
 
-def _chunks(parquet: pq.ParquetFile, column: str) -> Iterator[_Chunk]:
+def _chunks(parquet: pq.ParquetFile, column: str) -> Iterator[tuple[int, int, pq.ColumnChunkMetaData]]:
+    """Yield (number of the row group, its rows, chunk) for the leaves of a column in all row groups with rows."""
     metadata = parquet.metadata
     paths = [parquet.schema.column(at).path for at in range(metadata.num_columns)]
     leaves = [at for at, path in enumerate(paths) if path == column or path.startswith(f"{column}.")]
@@ -147,21 +131,14 @@ def _chunks(parquet: pq.ParquetFile, column: str) -> Iterator[_Chunk]:
         _refuse_encrypted(hollow, number, column)
         if group.num_columns != metadata.num_columns:
             raise OSError(f"row group {number} has {group.num_columns} columns of {metadata.num_columns}")
-        for chunk in map(group.column, leaves):
-            yield _Chunk(
-                number,
-                group.num_rows,
-                chunk.num_values,
-                chunk.total_compressed_size,
-                chunk.total_uncompressed_size,
-                chunk.encodings,
-            )
+        for at in leaves:
+            yield number, group.num_rows, group.column(at)
 
 
 def _refuse_encrypted(hollow: pq.ParquetFile, group: int, column: str) -> None:
     """Raise OSError where the column is encrypted: to ask for its sizes would abort the process (pyarrow 26).
 
-    `hollow` has the footer of the file and no data, so whatever else it raises is of no account.
+    `hollow` has the footer of the file and no data, so any other error of it is ignored.
     """
     try:
         next(hollow.iter_batches(batch_size=1, row_groups=[group], columns=[column], use_threads=False), None)
@@ -170,31 +147,34 @@ def _refuse_encrypted(hollow: pq.ParquetFile, group: int, column: str) -> None:
             raise
 
 
-def _longest_coded(file: Any, parquet: pq.ParquetFile, column: str, chunk: _Chunk) -> int:
+def _longest_coded(file: Any, parquet: pq.ParquetFile, column: str, group: int, chunk: pq.ColumnChunkMetaData) -> int:
     """Return the most bytes of a value that may stand in the file once and in many rows."""
-    if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each value may begin with the whole of the one before
-        return chunk.unpacked
-    coded = open_parquet(file, metadata=parquet.metadata, read_dictionary=[column])
-    batch = next(coded.iter_batches(batch_size=1, row_groups=[chunk.group], columns=[column], use_threads=False))
-    values = batch.column(0)
-    values = values.storage if isinstance(values, pa.ExtensionArray) else values
-    if not pa.types.is_dictionary(values.type):
-        return chunk.unpacked
-    return int(pc.max(_lengths(values.dictionary)).as_py() or 0)
+    if "DELTA_BYTE_ARRAY" not in chunk.encodings:  # there each value may begin with all of the one before
+        coded = open_parquet(file, metadata=parquet.metadata, read_dictionary=[column])
+        batch = next(coded.iter_batches(batch_size=1, row_groups=[group], columns=[column], use_threads=False))
+        values = _plain_storage(batch.column(0))
+        if pa.types.is_dictionary(values.type):
+            return int(pc.max(_lengths(values.dictionary)).as_py() or 0)
+    return int(chunk.total_uncompressed_size)
 
 
-def _taken(column: pa.Array) -> int:
+def _size(column: pa.Array) -> int:
     """Return the bytes that the values of a column take as plain arrays."""
-    column = column.storage if isinstance(column, pa.ExtensionArray) else column
+    column = _plain_storage(column)
     kind = column.type
     if pa.types.is_dictionary(kind):
-        return int(pc.sum(_lengths(column.dictionary).take(column.indices)).as_py() or 0)
-    if pa.types.is_fixed_size_binary(kind):
+        lengths = _lengths(column.dictionary).take(column.indices)
+    elif pa.types.is_fixed_size_binary(kind):
         return len(column) * int(kind.byte_width)
-    if pa.types.is_fixed_size_list(kind):  # a null row takes as much room as the others
-        return len(column) * int(kind.list_size) * _width(kind)
-    lengths, unit = (pc.list_value_length(column), _width(kind)) if _is_list(kind) else (_lengths(column), 1)
-    return int(pc.sum(lengths).as_py() or 0) * unit
+    elif pa.types.is_fixed_size_list(kind):  # a null row takes as much room as the others
+        return len(column) * int(kind.list_size) * _number_bytes(kind)
+    else:
+        lengths = pc.list_value_length(column) if _number_bytes(kind) else _lengths(column)
+    return int(pc.sum(lengths).as_py() or 0) * (_number_bytes(kind) or 1)
+
+
+def _plain_storage(column: pa.Array) -> pa.Array:
+    return column.storage if isinstance(column, pa.ExtensionArray) else column
 
 
 def _lengths(text: pa.Array) -> pa.Array:
@@ -204,25 +184,14 @@ def _lengths(text: pa.Array) -> pa.Array:
     return pc.binary_length(text)
 
 
-def _each(column: pa.Array) -> Iterator[pa.Array]:
-    return (column.slice(row, 1) for row in range(len(column)))
-
-
-def _width(kind: pa.DataType) -> int:
-    return int(kind.value_type.bit_width // 8)
-
-
-def _is_list(kind: pa.DataType) -> bool:
+def _number_bytes(kind: pa.DataType) -> int:
+    """Return the bytes of a number in a list of floats, 0 for any other type."""
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return bool(lists and pa.types.is_floating(kind.value_type))
+    return int(kind.value_type.bit_width // 8) if lists and pa.types.is_floating(kind.value_type) else 0
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-        or pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_binary_view(kind)
-    )
+    return kind in _TEXT
+
+
+_TEXT = {pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()}
