@@ -50,9 +50,9 @@ demo: $(READY) ## make a small store from synthetic shards and query it (DEMO=fo
 	  --model per_sample=$(DEMO)/per_sample.safetensors --model batch_stat=$(DEMO)/batch_stat.safetensors
 	$(BIN)/frontalis query --store $(DEMO)/store --mode per_sample --id $(DEMO_ID) -k 5
 
-# A file of tests stays on one worker, which has a Prefect server of its own.
+# A file of tests stays on one worker, so that what its tests share is made once. Threads of two workers would only fight.
 test: $(READY) ## run all tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY) ## run the tests that start no server, browser or process
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m 'not e2e'

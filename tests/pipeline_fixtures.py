@@ -1,4 +1,7 @@
-"""Stores to do things to, made in this process against the session's Prefect server."""
+"""A source and two models small enough for seconds, and stores made of them in this process.
+
+`run_stages` does the work without Prefect, index and evaluation; `run_pipeline` runs the whole flow against the server.
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,10 +15,131 @@ import torch
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
 from flows.reprocess import reprocess
+from models.architectures import build
+from models.checkpoint import library_versions, save
+from models.se import gather_statistics
+from models.split import split_of, subject_key
+from schemas.models import Mode, ModelCard
 from schemas.settings import PipelineSettings, pipeline
+from schemas.split import SplitRule
 from tasks.outcome import Outcome
+from tasks.plan import Plan, make_plan, prepare_models
+from tasks.publish import Published, publish
+from tasks.reweight import ReweightSpec, ShardResult, reweight_group
+from tasks.synthetic.shards import synthesize
 
+TINY_DIM = 32
+TINY_SUBJECTS = 20
+TINY_SPLIT = SplitRule(salt="tiny", train=0.4, validation=0.1, test=0.5)
 SECRET = "born 1970-01-01 in Gotham"
+
+
+@dataclass(frozen=True)
+class TinyModels:
+    """Checkpoints of both modes for `tiny_source`; `arguments` are the `--model` options of `frontalis reprocess`."""
+
+    per_sample: Path
+    batch_stat: Path
+
+    @property
+    def by_mode(self) -> dict[Mode, str]:
+        return {"per_sample": str(self.per_sample), "batch_stat": str(self.batch_stat)}
+
+    @property
+    def arguments(self) -> list[str]:
+        return [part for mode, path in self.by_mode.items() for part in ("--model", f"{mode}={path}")]
+
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three labelled shards of 20 subjects × 14 rows of 32 numbers. Shared: copy it before you change it."""
+    folder = tmp_path_factory.mktemp("tiny-source") / "shards"
+    synthesize(folder, subjects=TINY_SUBJECTS, per_subject=14, dim=TINY_DIM, shards=3, seed=11)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeCheckpoint) -> TinyModels:
+    """Checkpoints of both modes that move features a little, and have seen half of the subjects of `tiny_source`."""
+    folder = tmp_path_factory.mktemp("tiny-models")
+    return TinyModels(
+        make_checkpoint(folder / "per_sample.safetensors", "per_sample"),
+        make_checkpoint(folder / "batch_stat.safetensors", "batch_stat"),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> MakeCheckpoint:
+    """`make_checkpoint(path, mode, *, dim=32, seed=0, strength=0.02)`: an untrained network, its weights perturbed.
+
+    A small `strength` moves features a little (the gate lets it pass); a large one (1.0) ruins them (rejected).
+    """
+    return _make_checkpoint
+
+
+def _make_checkpoint(
+    path: Path, mode: Mode = "per_sample", *, dim: int = TINY_DIM, seed: int = 0, strength: float = 0.02
+) -> Path:
+    arguments = {"feature_dim": dim, "reduction": 4, "use_batch_stat": mode == "batch_stat"}
+    random = torch.Generator().manual_seed(seed)
+    model = build("dual_branch", arguments).eval()
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights += strength * torch.randn(weights.shape, generator=random)
+    gather_statistics(model, [torch.nn.functional.normalize(torch.randn(256, dim, generator=random))])
+    card = ModelCard(
+        architecture="dual_branch",
+        arguments=arguments,
+        mode=mode,
+        embedding_dim=dim,
+        normalisation="l2",
+        split=TINY_SPLIT,
+        versions=library_versions(),
+    )
+    names = [f"subject-{number:06d}" for number in range(TINY_SUBJECTS)]
+    seen = [subject_key(name, TINY_SPLIT.salt) for name in names if split_of(name, TINY_SPLIT) != "test"]
+    save(card, model, path, torch.tensor(seen).numpy())
+    return path
+
+
+@dataclass(frozen=True)
+class StagesResult:
+    """What the stages up to the commit gave: a run without Prefect, index and evaluation. Unpacks in this order."""
+
+    plan: Plan
+    results: list[ShardResult]
+    published: Published
+
+    def __iter__(self) -> Iterator[object]:
+        return iter((self.plan, self.results, self.published))
+
+
+@pytest.fixture(scope="session")
+def run_stages() -> Callable[[PipelineSettings], StagesResult]:
+    """`run_stages(settings)`: plan, reweight and publish in this process."""
+
+    def run(settings: PipelineSettings) -> StagesResult:
+        models = prepare_models(settings)
+        plan = make_plan(settings, models)
+        spec = ReweightSpec.of(settings, models, plan.schema)
+        results = [result for group in plan.groups for result in reweight_group(group, spec)]
+        return StagesResult(plan, results, publish(settings, plan, results))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pipeline_of(tiny_models: TinyModels) -> Callable[..., PipelineSettings]:
+    """`pipeline_of(source, store, **settings)`: both tiny models unless others are given, no bootstrap, mild gate."""
+
+    def make(source: str | Path, store: str | Path, **settings: object) -> PipelineSettings:
+        values = {"source": str(source), "store": str(store), "models": tiny_models.by_mode}
+        return pipeline(**{**values, "evaluation": {"resamples": 0}, "gate": {"tolerance": 1.0}, **settings})
+
+    return make
 
 
 @dataclass(frozen=True)
@@ -30,28 +154,12 @@ class Person:
     quarantined: int = 3
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
-def quick_settings(tiny_models) -> Callable[..., PipelineSettings]:
-    """`quick_settings(source, store, **settings)`: both tiny models, and no bootstrap."""
-
-    def make(source: str | Path, store: str | Path, **settings: object) -> PipelineSettings:
-        values = {"source": str(source), "store": str(store), "models": tiny_models.by_mode}
-        return pipeline(**{**values, "evaluation": {"resamples": 0}, "gate": {"tolerance": 1.0}, **settings})
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def run_pipeline(prefect_server, quick_settings) -> Iterator[Callable[..., Outcome]]:
+def run_pipeline(prefect_server, pipeline_of) -> Iterator[Callable[..., Outcome]]:
     """`run_pipeline(source, store, **settings)` runs the whole flow in this process."""
 
     def run(source: str | Path, store: str | Path, **settings: object) -> Outcome:
-        state = reprocess(settings=quick_settings(source, store, **settings), return_state=True)
+        state = reprocess(settings=pipeline_of(source, store, **settings), return_state=True)
         outcome = state.result(raise_on_failure=not isinstance(state.data, Outcome))
         assert isinstance(outcome, Outcome)
         return outcome

@@ -205,7 +205,7 @@ class Copies:
 
 @pytest.fixture
 def prepared(
-    source: Path, store: Path, tmp_path: Path, quick_settings, tiny_models, make_checkpoint
+    source: Path, store: Path, tmp_path: Path, pipeline_of, tiny_models, make_checkpoint
 ) -> Callable[[Change], Copies]:
     def prepare(expected: Change) -> Copies:
         shutil.copytree(source, tmp_path / "source")
@@ -218,7 +218,7 @@ def prepared(
             settings["models"] = {mode: path for mode, path in {**tiny_models.by_mode, **changed}.items() if path}
         place = tmp_path / "store"
         # A copied source is a new one to the manifest, which would look at every shard whatever has changed.
-        usual = quick_settings(tmp_path / "source", place)
+        usual = pipeline_of(tmp_path / "source", place)
         assert not make_plan(usual, prepare_models(usual)).work
         expected.change(tmp_path / "source")
         return Copies(tmp_path / "source", place, settings, newest(place), versions_of(place))
@@ -242,11 +242,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_stages_do_what_is_needed_and_no_more(
-    name: str, prepared, tmp_path: Path, run_stages, quick_settings, computed
+    name: str, prepared, tmp_path: Path, run_stages, pipeline_of, computed
 ) -> None:
     expected = CHANGES[name]
     there = prepared(expected)
-    settings = quick_settings(there.source, there.store, **there.settings)
+    settings = pipeline_of(there.source, there.store, **there.settings)
 
     plan, _, published = run_stages(settings)
 
@@ -267,7 +267,7 @@ def test_stages_do_what_is_needed_and_no_more(
         for mode in plan.modes
     }  # fmt: skip
     assert made == (expected.indexes or SHARED)
-    run_stages(quick_settings(there.source, tmp_path / "fresh", **there.settings))
+    run_stages(pipeline_of(there.source, tmp_path / "fresh", **there.settings))
     same = live_rows if expected.grows else live_bytes
     assert same(there.store) == same(tmp_path / "fresh")
 
