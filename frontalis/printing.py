@@ -17,6 +17,7 @@ from rich.text import Text
 from reports.tables import filled
 from reports.text import (
     cell_name,
+    counted,
     interval,
     pairs_remarks,
     percent,
@@ -29,7 +30,6 @@ from schemas.errors import one_line
 from schemas.metrics import ALL, EER, FRONTAL_PROFILE, MAIN_CELLS, RAW, MetricId
 from schemas.releases import Release
 from schemas.reports import Estimate, Evaluation, Population
-from tasks.training.model_card import change_interval
 
 if TYPE_CHECKING:
     from tasks.explain import Explanation
@@ -50,14 +50,14 @@ def print_trained(trained: "Trained", as_json: bool) -> None:
     console = _console()
     subjects = trained.parts[trained.measured_on]
     table = _table(console, f"{trained.card.mode} on {subjects} {trained.measured_on} subjects, in percent")
-    for name in ("pose pair", "mode", "EER", "FNMR @ global FMR 1e-2", "FNMR @ global FMR 1e-3", "EER - raw [95%]"):
+    for name in ("pose pair", "mode", "EER", "FNMR @ global FMR 1e-2", "FNMR @ global FMR 1e-3", "EER − raw, points"):
         table.add_column(name, justify="left" if name in ("pose pair", "mode") else "right")
     shown = (EER, MetricId("fnmr_global@1e-2"), MetricId("fnmr_global@1e-3"))
     for cell in MAIN_CELLS:
         for mode, cells in trained.rates.items():
             if cell in cells:
                 values = [cells[cell][name] for name in shown]
-                change = change_interval(trained.difference.get(cell, {}).get(EER)) if mode != RAW else ""
+                change = _difference(trained.difference.get(cell, {}).get(EER)) if mode != RAW else ""
                 table.add_row(
                     cell_name(cell), mode, *("n/e" if one is None else percent(one) for one in values), change
                 )
@@ -192,7 +192,8 @@ def print_forgotten(forgotten: "Forgotten", store: str, as_json: bool) -> None:
     console = _console()
     if forgotten.rows or forgotten.quarantined:
         quarantined = f" and {forgotten.quarantined:,} in quarantine" if forgotten.quarantined else ""
-        _say(console, f"forgotten  {forgotten.rows:,} rows with features{quarantined}, in {forgotten.shards:,} shards")
+        rows, shards = counted(forgotten.rows, "row"), counted(forgotten.shards, "shard")
+        _say(console, f"forgotten  {rows} with features{quarantined}, in {shards}")
     else:
         _say(console, f"forgotten  no row of this {forgotten.kind} was found; future rows are excluded")
     if forgotten.release:
@@ -216,7 +217,7 @@ def print_vacuumed(vacuumed: "Vacuumed", as_json: bool) -> None:
         _say(console, f"releases   {', '.join(vacuumed.removed_releases)}")
     what = "to remove" if vacuumed.dry_run else "removed  "
     waiting = f"; {vacuumed.waiting:,} more are too recent to remove safely" if vacuumed.waiting else ""
-    _say(console, f"{what}  {len(vacuumed.files):,} files, {vacuumed.bytes / 1e6:,.1f} MB{waiting}")
+    _say(console, f"{what}  {counted(len(vacuumed.files), 'file')}, {vacuumed.bytes / 1e6:,.1f} MB{waiting}")
 
 
 def print_checked(checked: "Checked", as_json: bool) -> None:
@@ -230,13 +231,16 @@ def print_checked(checked: "Checked", as_json: bool) -> None:
         _say(console, f"  fix      {problem.remedy}")
     _say(
         console,
-        f"checked    {len(checked.releases):,} releases, {checked.files:,} files, {checked.bytes / 1e6:,.1f} MB, "
-        f"{checked.rows:,} rows",
+        f"checked    {counted(len(checked.releases), 'release')}, {counted(checked.files, 'file')}, "
+        f"{checked.bytes / 1e6:,.1f} MB, {counted(checked.rows, 'row')}",
     )
     if checked.leftovers:
         size = sum(one.size for one in checked.leftovers) / 1e6
-        _say(console, f"leftovers  {len(checked.leftovers):,} files, {size:,.1f} MB: `frontalis vacuum` removes them")
-    _say(console, f"result     {len(checked.problems) or 'no'} problems")
+        _say(
+            console,
+            f"leftovers  {counted(len(checked.leftovers), 'file')}, {size:,.1f} MB: `frontalis vacuum` removes them",
+        )
+    _say(console, f"result     {counted(len(checked.problems), 'problem') if checked.problems else 'no problems'}")
 
 
 def _evaluation(console: Console, evaluation: Evaluation) -> None:

@@ -32,6 +32,11 @@ def points(difference: float) -> str:
     return minus(np.format_float_positional(value, precision=1, fractional=False, sign=True, trim="-"))
 
 
+def counted(number: int, noun: str) -> str:
+    """Print a number with its noun: `1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _without_rounding(value: float) -> float:
     """No count of pairs makes a rate as small as this; it is the rounding of sums."""
     return 0.0 if abs(value) < 1e-9 else value

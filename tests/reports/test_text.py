@@ -2,6 +2,7 @@ import pytest
 
 from reports.text import (
     cell_name,
+    counted,
     in_words,
     interval,
     metric_name,
@@ -106,3 +107,8 @@ def test_metrics_are_named_with_their_rate_in_percent() -> None:
 def test_visible_writes_out_what_cannot_be_seen(text: str, printed: str) -> None:
     assert visible(text) == printed
     visible(text).encode()
+
+
+@pytest.mark.parametrize(("number", "printed"), [(0, "0 rows"), (1, "1 row"), (2000, "2,000 rows")])
+def test_numbers_agree_with_their_noun(number: int, printed: str) -> None:
+    assert counted(number, "row") == printed
