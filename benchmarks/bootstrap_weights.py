@@ -3,8 +3,8 @@
     python -m benchmarks.bootstrap_weights [--subjects 60] [--experiments 400]
 
 Impostor score of subjects s, t = shift_s + shift_t + noise; so FMR at a threshold has a known truth. Each experiment
-draws subjects anew and asks whether the 95% interval of FMR holds the truth, with the four weights that suggest
-themselves; `metrics.bootstrap` uses the last.
+draws new subjects and asks whether the 95% interval of FMR holds the truth, for four candidate weights;
+`metrics.bootstrap` uses the last.
 """
 
 import argparse

@@ -35,7 +35,7 @@ def wccn(fold: Fold, shrink: float = 3.0) -> Transform:
 def lda(fold: Fold, shrink: float = 3.0, keep: float = 0.25) -> Transform:
     """Fisher's linear discriminants on the same scatter: the better quarter of the directions.
 
-    Half would be no cut: 99.9998% of the variance of these embeddings lies in half of the dimensions.
+    Half would be no cut: 99.9998% of the variance of these embeddings is in half of the dimensions.
     """
     _, centre, within, between = _scatters(fold)
     dim = len(within)

@@ -27,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    print("| subjects | device | median s | min s | max s | FP EER of unseen subjects, raw and trained, % |")
+    print("| subjects | device | median s | min s | max s | FP EER of held-out subjects, raw and trained, % |")
     print("|---:|---|---:|---:|---:|---|")
     with tempfile.TemporaryDirectory() as folder:
         for subjects in options.subjects:

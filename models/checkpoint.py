@@ -1,6 +1,6 @@
-"""A trained network as one `.safetensors` file: weights, the card that rebuilds it, and whom it was trained on.
+"""A trained network as one `.safetensors` file: weights, the card to rebuild it, and hashes of its training subjects.
 
-Nothing in a file is executed, and nothing in it is believed before it is checked. Equal models give equal bytes.
+Nothing in a file is executed, and everything in it is checked before use. Equal models give equal bytes.
 Fetching a file from an object store is left to the caller, who passes the bytes.
 """
 
@@ -86,7 +86,7 @@ def to_bytes(card: ModelCard, model: nn.Module, seen_subjects: NDArray[np.int64]
     subjects without a split, or a metric is not finite (JSON has no NaN; write null).
     """
     if seen_subjects is not None and card.split is None:
-        raise ValueError("seen_subjects without card.split: nobody could look a subject up without the salt")
+        raise ValueError("seen_subjects without card.split: a subject cannot be looked up without the salt")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     _check_weights(weights, _skeleton(card), "the model to save")
     tensors = {_WEIGHTS + name: tensor for name, tensor in weights.items()}
@@ -97,7 +97,7 @@ def to_bytes(card: ModelCard, model: nn.Module, seen_subjects: NDArray[np.int64]
 
 
 def load(source: bytes | str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Checkpoint:
-    """Return the checkpoint in a file or in bytes, safely even when a stranger wrote it.
+    """Return the checkpoint in a file or in bytes, safely even for a hostile file.
 
     Checked in this order: the size, before anything is read; the safetensors header; the card and its arguments; the
     names, shapes and types of all tensors, against a network that has shapes but no memory; that every weight is
@@ -114,9 +114,9 @@ def load(source: bytes | str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) 
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise BadModelError(f"{name}: not a readable safetensors file ({error}); copy it again") from error
     seen = _read_seen(tensors.pop(_SEEN, None), card, name)
-    strangers = [key for key in tensors if not key.startswith(_WEIGHTS)]
-    if strangers:
-        raise BadModelError(f"{name}: unknown tensor {min(strangers)!r}; write checkpoints with `frontalis train`")
+    unknown = [key for key in tensors if not key.startswith(_WEIGHTS)]
+    if unknown:
+        raise BadModelError(f"{name}: unknown tensor {min(unknown)!r}; write checkpoints with `frontalis train`")
     weights = {key.removeprefix(_WEIGHTS): tensor for key, tensor in tensors.items()}
     _check_weights(weights, skeleton, name)
     skeleton.load_state_dict(weights, assign=True)

@@ -23,7 +23,7 @@ def subject_key(subject: str, salt: str) -> int:
 
 
 def split_of(subject: str, rule: SplitRule) -> Part:
-    """Return the part of the split that the subject belongs to; a part with fraction 0 gets nobody.
+    """Return the part of the split that the subject belongs to; a part with fraction 0 stays empty.
 
     The hash is read as a position on [0, 1), which train, validation and test divide in this order.
     """

@@ -1,4 +1,4 @@
-"""What a model says about itself: the card inside a checkpoint, and the arguments each network is built from.
+"""The card inside a checkpoint, and the arguments each network is built from.
 
 Everything here is checked data without torch. The networks, and the check that weights fit the card, are in `models`.
 """

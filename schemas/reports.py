@@ -1,8 +1,8 @@
-"""What an evaluation says: the record between the metrics that were computed and whoever reads them.
+"""Records of an evaluation, the contract between computing metrics and reading them.
 
 `tasks.evaluate` fills these records, the gate and the trend read them, the report and the command line print them, and
-`metrics.json` and the release row hold them as JSON. Values are plain numbers; a figure that cannot be estimated is
-`None` with a reason, never a silent number.
+`metrics.json` and the release row hold them as JSON. Values are plain numbers. A metric that cannot be estimated is
+`None` with a reason.
 """
 
 from datetime import datetime
@@ -27,7 +27,7 @@ class Record(BaseModel):
 
 
 class Estimate(Record):
-    """A figure with its 95% interval (percentile bootstrap over subjects), or the reason why there is none."""
+    """The value of a metric with its 95% interval (percentile bootstrap over subjects), or why there is none."""
 
     value: float | None
     low: float | None = None
@@ -115,7 +115,7 @@ class IdentificationResult(Record):
     fnir: dict[str, Estimate] = Field(description='FNIR keyed by the FPIR point as printed ("1e-2")')
     index_kind: str = Field(default="Flat", description="factory string of the index that was built over this gallery")
     index_rank: dict[str, float | None] = Field(
-        default_factory=dict, description="the same rank-k through that index; empty where it was not asked"
+        default_factory=dict, description="the same rank-k rates through that index; empty where not measured"
     )
     index_recall: dict[str, float | None] = Field(
         default_factory=dict, description="recall@k of that index against exact search"
@@ -123,7 +123,7 @@ class IdentificationResult(Record):
 
 
 class IndexRecall(Record):
-    """The index of a release, and how much of what an exact search finds it finds, measured when it was written."""
+    """The index of a release and its recall against exact search, measured when it was written."""
 
     kind: str = Field(description="its `faiss.index_factory` string")
     rows: int
@@ -137,7 +137,7 @@ Differences = dict[str, dict[MetricId, Estimate]]
 
 
 class ModeResult(Record):
-    """All figures of one mode over one population. `difference` holds mode − raw, paired over the same subjects."""
+    """All metrics of one mode over one population. `difference` holds mode − raw, paired over the same subjects."""
 
     mode: str
     model_digest: str | None
@@ -177,7 +177,9 @@ class Population(Record):
     n_subjects: int
     left_out_subjects: int
     left_out_rows: int
-    sampled_from_subjects: int | None = Field(default=None, description="set where a limit on rows made a sample")
+    sampled_from_subjects: int | None = Field(
+        default=None, description="number of subjects the sample was drawn from; None without a sample"
+    )
     modes: dict[str, ModeResult]
 
 
@@ -212,7 +214,7 @@ class ChannelWeights(Record):
 
 
 class ShardFault(Record):
-    """A shard that could not be used, and what became of its last good features."""
+    """A shard that could not be used, and whether its last good features are kept."""
 
     shard: str
     reason: str

@@ -1,4 +1,4 @@
-"""Explain: which channels a model weighs up and down, and whether those are the ones that tell people apart.
+"""Explain: which channels a model weights up and down, and whether those are the ones that distinguish people.
 
 Given labelled shards, each channel's identity-relatedness (variance between subjects over variance within a subject
 across views) is measured on the raw embeddings and set against the learnt weights. Definitions are those of
@@ -90,7 +90,7 @@ def _rows(checkpoint: Checkpoint, model: str, source: str | None, columns: Colum
         blocks = [block for block in checkpoint.model.modules() if isinstance(block, SEBlock)]
         if not all(block.use_batch_stat and block.gathered for block in blocks):
             raise SettingsError(
-                f"--model {model}: a {checkpoint.card.mode} model weighs each embedding anew; pass --source."
+                f"--model {model}: a {checkpoint.card.mode} model weights each embedding by itself; pass --source."
             )
         # Under a frozen statistic any row gives the one weight vector there is.
         return TrainingRows(np.ones((1, dim), np.float32), np.array(["-"], object), np.array([UNKNOWN]), "")

@@ -74,15 +74,15 @@ def pairs_accuracy(rows: LabelledRows, features: np.ndarray, pairs: Pairs, store
             eer=None,
         )
         scores = pair_scores(features, first[use], second[use])
-        figures: dict[str, float | str | None] = {}
+        metrics: dict[str, float | str | None] = {}
         if 0 < genuine < found.n_pairs:
-            figures["eer"] = verify(scores[same[use]], scores[~same[use]]).eer.rate
+            metrics["eer"] = verify(scores[same[use]], scores[~same[use]]).eer.rate
         if reason := why_not(same[use], folds[use]):
-            figures["reason"] = f"not estimable: {reason}"
+            metrics["reason"] = f"not estimable: {reason}"
         else:
             accuracy = fold_accuracy(scores, same[use], folds[use])
-            figures |= {"accuracy_mean": accuracy.mean, "accuracy_sd": accuracy.sd}
-        results.append(found.model_copy(update=figures))
+            metrics |= {"accuracy_mean": accuracy.mean, "accuracy_sd": accuracy.sd}
+        results.append(found.model_copy(update=metrics))
     return results
 
 

@@ -1,7 +1,7 @@
-"""Where synthetic embeddings come from: subjects, and photographs of them from the front and from the side.
+"""The model of synthetic embeddings: subjects, and photographs of them from the front and from the side.
 
-A universe holds what all subjects have in common: the directions in which identities differ, and what turning the head
-does to any face. So what is learned from some subjects holds for others. Numbers were set so that raw cosine behaves as
+A population holds what all subjects have in common: the directions in which identities differ, and how the view changes
+any face. So what is learned from some subjects holds for others. Numbers were set so that raw cosine behaves as
 measured on real embeddings (`docs/synthetic.md`). Files, ids and bad rows are left to `tasks.synthetic.shards`.
 """
 
@@ -19,10 +19,10 @@ TYPICAL_YAW = 55.0  # degrees, of a profile; its effects are given at this angle
 IDENTITY_LOST = 0.43  # amplitude
 SIDE_IDENTITY = 0.16  # what all profiles of a subject share, but its frontal photographs do not
 COMMON_SHIFT = 0.19  # length of the mean change from front to side
-# of the noise, the part that lies in the few directions common to all subjects: a network can learn to take it away
+# share of the noise in the few directions common to all subjects, which a network can learn to remove
 FRONTAL_TURNING, PROFILE_TURNING = 0.3, 0.65
 
-SUBJECT_SPREAD = 0.25  # logarithmic, how unequally subjects suffer from turning
+SUBJECT_SPREAD = 0.25  # logarithmic, how unequally the view affects subjects
 FRONTAL_SPREAD, PROFILE_SPREAD = 0.7, 0.6  # logarithmic, how unequal photographs are
 UNLIKE_FRONTAL, UNLIKE_PROFILE = 0.001, 0.015  # photographs that show something else
 
@@ -32,7 +32,7 @@ USED_DIRECTIONS = 160
 
 @dataclass(frozen=True)
 class Photographs:
-    """What is known of n photographs: `yaw`, `pitch` `[n]` in degrees, `embedding` float32 `[n, D]`, not normalised."""
+    """n photographs: `yaw`, `pitch` `[n]` in degrees, `embedding` float32 `[n, D]`, not normalised."""
 
     yaw: np.ndarray
     pitch: np.ndarray
@@ -57,7 +57,7 @@ class SyntheticPopulation:
 
     @classmethod
     def draw(cls, dim: int, seed: int) -> "SyntheticPopulation":
-        """Draw the universe of `seed` for embeddings of `dim` numbers, at least 2.
+        """Draw the population of `seed` for embeddings of `dim` numbers, at least 2.
 
         Networks leave many of their numbers redundant: of 512 real ones about 140 directions are in use, of 192 about
         60. Variances fall off exponentially along them, faster for identities than for noise.
@@ -92,16 +92,16 @@ class SyntheticPopulation:
         profile_yaw = np.clip(numbers.normal(TYPICAL_YAW, 9.5, count), 25, 85) * numbers.choice([-1, 1], count)
         yaw = np.where(from_side, profile_yaw, np.clip(numbers.laplace(0, 3.2, count), -15, 15))
         # how far an effect of turning has come: 0 from the front, 1 at the typical profile, and growing slowly beyond
-        turned = np.minimum((np.sin(np.radians(yaw)) / np.sin(np.radians(TYPICAL_YAW))) ** 2, 1.6)[:, None]
-        part = np.minimum(turned, 1)
+        view = np.minimum((np.sin(np.radians(yaw)) / np.sin(np.radians(TYPICAL_YAW))) ** 2, 1.6)[:, None]
+        part = np.minimum(view, 1)
 
-        kept = np.clip(1 - scale * IDENTITY_LOST * suffers * turned, 0, 1)
-        shift = COMMON_SHIFT * turned * np.where(yaw[:, None] < 0, self.left, self.right)
-        face = np.sqrt(MEAN_FACE) * self.mean_face + kept * subject + np.sqrt(turned) * side_subject + shift
+        kept = np.clip(1 - scale * IDENTITY_LOST * suffers * view, 0, 1)
+        shift = COMMON_SHIFT * view * np.where(yaw[:, None] < 0, self.left, self.right)
+        face = np.sqrt(MEAN_FACE) * self.mean_face + kept * subject + np.sqrt(view) * side_subject + shift
 
         blur = numbers.standard_normal((count, 1))
         spread = np.exp((FRONTAL_SPREAD * (1 - part) + PROFILE_SPREAD * part) * blur)
-        frontal_part, profile_part = scale * FRONTAL_NOISE * (1 - part) * spread, scale * PROFILE_NOISE * turned
+        frontal_part, profile_part = scale * FRONTAL_NOISE * (1 - part) * spread, scale * PROFILE_NOISE * view
         blurred = frontal_part * (1 - FRONTAL_TURNING) + profile_part * (1 - PROFILE_TURNING) * spread
         moved = frontal_part * FRONTAL_TURNING + profile_part * PROFILE_TURNING
         latent = face + np.sqrt(blurred) * self.noise * numbers.standard_normal((count, used))
@@ -110,7 +110,7 @@ class SyntheticPopulation:
         something_else = numbers.standard_normal((count, used)) * self.noise
         unlike = numbers.random((count, 1)) < np.where(from_side[:, None], UNLIKE_PROFILE, UNLIKE_FRONTAL)
         latent = _unit(np.where(unlike, something_else, latent))
-        length = FRONTAL_LENGTH + (PROFILE_LENGTH - FRONTAL_LENGTH) * np.minimum(turned, 1.3)
+        length = FRONTAL_LENGTH + (PROFILE_LENGTH - FRONTAL_LENGTH) * np.minimum(view, 1.3)
         length = length * np.exp(0.09 * numbers.standard_normal((count, 1)) - 0.05 * blur)
         return Photographs(yaw, numbers.normal(0, 6, count), ((length * latent) @ self.basis).astype(np.float32))
 

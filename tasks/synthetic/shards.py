@@ -1,7 +1,7 @@
 """Synthetic shards: the input contract filled with embeddings that behave like measured ones, and bad rows on request.
 
-For demonstrations, benchmarks and tests, where real faces have no place. How embeddings arise is told in
-`tasks.synthetic.population`; here subjects are spread over Parquet files.
+For demonstrations, benchmarks and tests, which must not hold real faces. `tasks.synthetic.population` draws the
+embeddings; here subjects are spread over Parquet files.
 """
 
 from collections import defaultdict
@@ -52,14 +52,14 @@ def synthesize(
     shards: int = 8,
     seed: int = 0,
     bad_rows: int = 0,
-    universe: int = 0,
+    population_seed: int = 0,
 ) -> Synthesized:
     """Write `part-000.parquet` … with `subjects` × `per_subject` photographs; two sevenths of them are profiles.
 
-    A subject is drawn from (`seed`, its number) alone and lies in one shard, so neither the number of shards nor bad
-    rows change an embedding. What holds for all subjects, whatever their seed, follows from `universe` and `dim`: a
-    network trained on one seed can be used on another. Written uncompressed, each shard whole or not at all; the same
-    arguments give the same bytes.
+    A subject is drawn from (`seed`, its number) alone and is in one shard, so neither the number of shards nor bad
+    rows change an embedding. What all subjects have in common follows from `population_seed` and `dim`, so a network
+    trained on one seed can be used on another. Shards are uncompressed and appear whole or not at all. Equal arguments
+    give equal bytes.
 
     Args:
         out_dir: folder or `s3://…`.
@@ -68,28 +68,30 @@ def synthesize(
         dim: numbers in an embedding, at least 2.
         shards: files.
         seed: of the subjects.
-        bad_rows: added to the others, of the kinds in `Defect` in turn; each is to be found wrong, and no other row.
+        bad_rows: added to the others, of the kinds in `Defect` in turn; each must be found bad, and no other row.
             An id is repeated only behind the row that has it first, in the order of shards and rows.
-        universe: seed of what all subjects have in common.
+        population_seed: seed of what all subjects have in common.
 
     Raises:
-        SettingsError: a number is out of range, or other Parquet files lie in the folder.
+        SettingsError: a number is out of range, or the folder holds other Parquet files.
     """
-    _check(subjects, per_subject, dim, shards, seed, bad_rows, universe)
+    _check(subjects, per_subject, dim, shards, seed, bad_rows, population_seed)
     folder = Location(str(out_dir))
     places = [folder / f"part-{shard:03d}.parquet" for shard in range(shards)]
     _refuse_other_shards(folder, {place.name for place in places})
-    borders = [shard * subjects // shards for shard in range(shards + 1)]
-    writer = _Writer(SyntheticPopulation.draw(dim, universe), per_subject, seed, _plant(bad_rows, borders, seed))
-    for place, first, last in zip(places, borders[:-1], borders[1:], strict=True):
+    edges = [shard * subjects // shards for shard in range(shards + 1)]
+    writer = _Writer(SyntheticPopulation.draw(dim, population_seed), per_subject, seed, _plant(bad_rows, edges, seed))
+    for place, first, last in zip(places, edges[:-1], edges[1:], strict=True):
         with place.writing() as file:
             writer.write(file, first, last)
     return Synthesized(subjects * per_subject + bad_rows, bad_rows, [place.uri for place in places])
 
 
-def _check(subjects: int, per_subject: int, dim: int, shards: int, seed: int, bad_rows: int, universe: int) -> None:
+def _check(
+    subjects: int, per_subject: int, dim: int, shards: int, seed: int, bad_rows: int, population_seed: int
+) -> None:
     least = {"per_subject": (per_subject, 1), "dim": (dim, 2), "shards": (shards, 1), "bad_rows": (bad_rows, 0)}
-    least |= {"seed": (seed, 0), "universe": (universe, 0)}
+    least |= {"seed": (seed, 0), "population_seed": (population_seed, 0)}
     for name, (value, minimum) in least.items():
         if value < minimum:
             raise SettingsError(f"{name} is {value}; choose at least {minimum}")
@@ -105,17 +107,17 @@ def _refuse_other_shards(folder: Location, names: set[str]) -> None:
         )
 
 
-def _plant(bad_rows: int, borders: list[int], seed: int) -> dict[int, list[tuple[Defect, int]]]:
+def _plant(bad_rows: int, edges: list[int], seed: int) -> dict[int, list[tuple[Defect, int]]]:
     """Return, for a subject, the bad rows to follow its own: the defect, and the subject whose id is repeated."""
     planted = defaultdict(list)
-    numbers = np.random.default_rng([seed, borders[-1], bad_rows])
+    numbers = np.random.default_rng([seed, edges[-1], bad_rows])
     for number in range(bad_rows):
         defect = list(Defect)[number % len(Defect)]
-        first = borders[1] if len(borders) > 2 and defect is Defect.ID_OF_EARLIER_SHARD else 0
-        subject = int(numbers.integers(first, borders[-1]))
+        first = edges[1] if len(edges) > 2 and defect is Defect.ID_OF_EARLIER_SHARD else 0
+        subject = int(numbers.integers(first, edges[-1]))
         earlier = subject
         if first:
-            own_shard = max(border for border in borders if border <= subject)
+            own_shard = max(edge for edge in edges if edge <= subject)
             earlier = int(numbers.integers(0, own_shard))
         planted[subject].append((defect, earlier))
     return planted
@@ -123,14 +125,14 @@ def _plant(bad_rows: int, borders: list[int], seed: int) -> dict[int, list[tuple
 
 @dataclass(frozen=True)
 class _Writer:
-    universe: SyntheticPopulation
+    population: SyntheticPopulation
     per_subject: int
     seed: int
     planted: dict[int, list[tuple[Defect, int]]]
 
     def write(self, file: Any, first: int, last: int) -> None:
         """Write the subjects from `first` to before `last` as one Parquet file."""
-        dim = self.universe.basis.shape[1]
+        dim = self.population.basis.shape[1]
         schema = pa.schema(
             [
                 ("id", pa.string()),
@@ -157,7 +159,7 @@ class _Writer:
         """Yield a subject's photographs, then the bad rows planted behind them."""
         profile = round(self.per_subject * PROFILE_OF_14 / (FRONTAL_OF_14 + PROFILE_OF_14))
         frontal = self.per_subject - profile
-        photographs = self.universe.photograph(np.random.default_rng([self.seed, subject]), frontal, profile)
+        photographs = self.population.photograph(np.random.default_rng([self.seed, subject]), frontal, profile)
         rows = pa.record_batch(
             [
                 pa.array([_id(subject, number) for number in range(self.per_subject)]),

@@ -1,4 +1,4 @@
-"""The model card in words: whom a checkpoint was trained on and how it measured, as Markdown beside the file."""
+"""The model card as Markdown, beside the checkpoint: training data, settings and error rates."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ SHOWN = {
 
 
 def card_markdown(card: ModelCard) -> str:
-    """Return the card of a trained model as Markdown: what it is, its data, its figures beside raw, its versions.
+    """Return the card of a trained model as Markdown: architecture, data, error rates beside raw, versions.
 
     It holds no time and no duration, so that the same training gives the same file.
     """
@@ -32,7 +32,7 @@ def card_markdown(card: ModelCard) -> str:
         f"- subjects: {metrics.get('subjects')}, rows: {metrics.get('rows')}, "
         f"of further views to train on: {metrics.get('augmented_rows')}, left out: {metrics.get('left_out') or 'none'}",
         f"- loss: {metrics.get('loss')}, seed {metrics.get('seed')}",
-        f"- chosen on validation: step {metrics.get('best_step')} (0 would be raw), the learnt change scaled by "
+        f"- selected on validation: step {metrics.get('best_step')} (0 would be raw), the learnt change scaled by "
         f"{metrics.get('change_scaled_by')}; better than raw there: {metrics.get('improved_on_validation')}",
         f"- share of the identity branch: {_alphas(alphas) if isinstance(alphas, list) else 'n/a'}",
         "",

@@ -1,6 +1,6 @@
 """The rows that training reads: labelled, usable, each once, in one float32 array.
 
-`storage.shards` reads shards, `schemas.shards` says what makes a row bad, `tasks.training.train` who is trained on.
+`storage.shards` reads shards, `schemas.shards` defines bad rows, `tasks.training.train` splits the subjects.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from storage.shards import Shard, find_shards, read_schema, stream_blocks
 log = logging.getLogger("frontalis.train")
 
 READ_ROWS = 16_384
-# Neither is the split's, nor the other's: who is read must not decide in which part he falls, or who of these is taken.
+# Different from each other and from the salt of the split, so that the samples and the split are independent.
 _READ_SALT, _TAKE_SALT = "rows that are read", "rows that are taken"
-# They tell of a producer that is broken; a row without a face, or without a name, is nothing special.
+# Signs of a broken producer; a row without an embedding or a subject is ordinary.
 REFUSED = {Reason.NOT_FINITE: "holds NaN or infinity", Reason.WRONG_LENGTH: "has another length than the others"}
 NO_SUBJECT, REPEATED = "no_subject", "read_before"
 
@@ -37,7 +37,7 @@ NO_SUBJECT, REPEATED = "no_subject", "read_before"
 class TrainingRows:
     """Labelled rows: `x` float32 `[N, D]` as stored, subject names, pose classes into `POSE_CLASSES`.
 
-    `digest` stands for all that was read, `skipped` counts the rows left out, by reason.
+    `digest` covers all that was read. `skipped` counts the rows left out, by reason.
     """
 
     x: np.ndarray
@@ -54,7 +54,7 @@ class TrainingRows:
         return TrainingRows(self.x[keep], self.subjects[keep], self.classes[keep], self.digest)
 
     def at_most(self, rows: int) -> "TrainingRows":
-        """Return about so many rows at most: all, or those of a sample of subjects that depends on their names only."""
+        """Return all rows, or about `rows` of them: those of a sample of subjects that depends on their names only."""
         share = rows / max(len(self), 1)
         return self if share >= 1 else self.take(_sampled(self.subjects, share, _TAKE_SALT))
 
@@ -138,7 +138,7 @@ def _blocks(shard: Shard, columns: ColumnNames, labelled: bool, skip_bad_rows: b
         schema = check_shard(shard.key, read_schema(shard)[0], columns)
         if labelled and "subject" not in schema.present:
             raise TrainingError(
-                f"shard {shard.key}: has no column {columns.subject!r}, so nobody knows who is who; name it with "
+                f"shard {shard.key}: has no column {columns.subject!r}, so there are no genuine pairs; name it with "
                 "--column subject=NAME, or train on labelled shards."
             )
         wanted = [columns.embedding, *(getattr(columns, role) for role in schema.present)]
@@ -165,7 +165,7 @@ def _refuse(shard: Shard, first: int, reasons: np.ndarray) -> None:
     for row in np.flatnonzero(reasons != None):  # noqa: E711
         if reasons[row] in REFUSED:
             raise TrainingError(
-                f"shard {shard.key}, row {first + row}: the embedding {REFUSED[reasons[row]]}; mend the shard, or "
+                f"shard {shard.key}, row {first + row}: the embedding {REFUSED[reasons[row]]}; fix the shard, or "
                 "leave out such rows with --skip-bad-rows."
             )
 
@@ -207,4 +207,4 @@ def _sampled(subjects: np.ndarray, share: float, salt: str) -> np.ndarray:
 
 
 def _refusal(error: BadShardError) -> TrainingError:
-    return TrainingError(f"{error} Mend it or leave it out of the training.")
+    return TrainingError(f"{error} Fix it or leave it out of the training.")

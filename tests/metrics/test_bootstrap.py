@@ -67,7 +67,7 @@ class Simulation:
 
 
 def truth(mean: float) -> dict[str, float]:
-    """The figures of infinitely many subjects, in closed form."""
+    """The metrics of infinitely many subjects, in closed form."""
     impostor = NormalDist(0, np.sqrt(2 * IMPOSTOR_SUBJECT**2 + IMPOSTOR_NOISE**2))
     genuine = NormalDist(mean, np.sqrt(GENUINE_SUBJECT**2 + GENUINE_NOISE**2))
     crossing = mean * impostor.stdev / (impostor.stdev + genuine.stdev)
@@ -162,7 +162,7 @@ def faces() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("max_clusters", [512, 30])
-def test_every_estimable_figure_of_every_cell_gets_an_interval_around_it(
+def test_every_estimable_metric_of_every_cell_gets_an_interval_around_it(
     faces: tuple[np.ndarray, np.ndarray, np.ndarray], max_clusters: int
 ) -> None:
     features, subjects, classes = faces

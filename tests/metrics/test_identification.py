@@ -26,16 +26,16 @@ def test_a_list_that_is_cut_off_cannot_tell_a_deep_rank() -> None:
 
 
 def test_fnir_at_fpir_by_hand() -> None:
-    # Ten strangers whose best candidates score 0.0 … 0.9, five mated probes, one of them not found.
-    strangers = np.arange(10) / 10
+    # Ten non-mated probes whose best candidates score 0.0 … 0.9, five mated probes, one of them not found.
+    non_mated = np.arange(10) / 10
     own = np.array([0.95, 0.85, 0.75, 0.3])
     subjects = np.concatenate([np.full(10, 1), np.array([11, 12, 13, 14]), [1]])[:, None]
-    scores = np.concatenate([strangers, own, [0.99]])[:, None]
+    scores = np.concatenate([non_mated, own, [0.99]])[:, None]
     probes = np.concatenate([np.full(10, 99), [11, 12, 13, 14], [15]])
     mated = probes != 99
     result = identify(subjects, scores, probes, mated, ranks=(1,), fpir_points=(0.2, 0.1, 0.01))
     two, one, none = result.points
-    # At most two of ten strangers: the first observed score above 0.7 is the mated 0.75; 0.3 and the lost one miss.
+    # At most two of ten non-mated probes: the first score above 0.7 is the mated 0.75; 0.3 and the lost one miss.
     assert (two.threshold, two.fpir, two.fnir) == (0.75, 0.2, 0.4)
     assert (one.threshold, one.fpir, one.fnir) == (0.85, 0.1, 0.6)
     assert none.fnir is None

@@ -1,4 +1,4 @@
-"""Every figure is compared with a reference that enumerates thresholds one by one, with scikit-learn and with pyeer."""
+"""Every metric is compared with a reference that enumerates thresholds one by one, with scikit-learn and with pyeer."""
 
 import math
 from fractions import Fraction
@@ -171,7 +171,7 @@ def test_eer_agrees_with_the_interpolated_roc_of_scikit_learn() -> None:
     [
         ([0.8, 0.9], [0.1, 0.2], 0.0, 0.8),  # separated: the first score at which nothing is wrong
         ([0.1, 0.2], [0.8, 0.9], 1.0, 0.8),  # reversed
-        ([0.5], [0.5], 0.5, 0.5),  # one tie: the crossing lies above it, where the sum of errors is no smaller
+        ([0.5], [0.5], 0.5, 0.5),  # one tie: the crossing is above it, where the sum of errors is no smaller
         ([0.4, 0.6], [0.3, 0.5], 0.5, 0.5),  # FMR = FNMR = 1/2 at 0.5 exactly
         ([], [0.5], None, None),
         ([0.5], [], None, None),

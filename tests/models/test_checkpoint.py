@@ -182,7 +182,7 @@ def test_file_over_the_limit_is_refused_before_it_is_read(tmp_path, trained):
         load(data, max_bytes=len(data) - 1)
 
 
-# -- files that a stranger made ---------------------------------------------------------------------------------------
+# -- hostile files ----------------------------------------------------------------------------------------------------
 
 
 def forged(tensors: dict[str, torch.Tensor], text: object) -> bytes:

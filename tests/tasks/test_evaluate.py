@@ -1,4 +1,4 @@
-"""Evaluation of published features: independent figures, leaks, samples, duplicates, pairs, the served release."""
+"""Evaluation of published features: independent metrics, leakage, samples, duplicates, pairs, the served release."""
 
 import shutil
 from dataclasses import replace
@@ -106,7 +106,7 @@ def scores_of(source: Path, poses: set[frozenset[str]] | None = None) -> tuple[n
         ("profile-profile", {frozenset(["profile"])}),
     ],
 )
-def test_raw_over_everybody_agrees_with_scikit_learn(evaluation, tiny_source, cell, poses) -> None:
+def test_raw_over_all_subjects_agrees_with_scikit_learn(evaluation, tiny_source, cell, poses) -> None:
     found = evaluation.populations[ALL].modes[RAW].cells[cell]
     same, scores = scores_of(tiny_source, poses)
     assert (found.n_genuine, found.n_impostor) == (same.sum(), (~same).sum())
@@ -146,7 +146,7 @@ def test_model_that_has_seen_everybody_is_reported(tmp_path, tiny_source, make_c
     assert any("fewer than two labelled subjects are held out" in note for note in evaluation.notes)
 
 
-def test_model_that_does_not_tell_is_noted(tmp_path, tiny_source, make_checkpoint) -> None:
+def test_model_without_recorded_subjects_is_noted(tmp_path, tiny_source, make_checkpoint) -> None:
     model = make_checkpoint(tmp_path / "silent.safetensors")
     checkpoint = load(model)
     save(checkpoint.card, checkpoint.model, model, None)
@@ -249,9 +249,7 @@ def test_no_labels_at_all_measure_nothing(tmp_path, tiny_source, tiny_models) ->
     assert evaluation.unlabelled_rows == 280
 
 
-def test_subjects_the_served_model_has_seen_do_not_judge_the_new_one(
-    settings, features, tmp_path, make_checkpoint
-) -> None:
+def test_training_subjects_of_the_served_model_are_not_compared(settings, features, tmp_path, make_checkpoint) -> None:
     before = as_served(settings, features)
     checkpoint = load(make_checkpoint(tmp_path / "served.safetensors"))
     names = pl.read_parquet(Path(settings.source) / "*.parquet")["subject"].unique().sort()
@@ -265,7 +263,7 @@ def test_subjects_the_served_model_has_seen_do_not_judge_the_new_one(
     assert result.difference[ALL]["eer"].value is not None
 
 
-def test_model_that_does_not_tell_whom_it_has_seen_is_marked_and_no_reference(
+def test_model_without_recorded_subjects_is_marked_and_no_reference(
     settings, features, tmp_path, make_checkpoint
 ) -> None:
     checkpoint = load(make_checkpoint(tmp_path / "silent.safetensors"))

@@ -42,7 +42,7 @@ def weights_of(model: Path, branch: str, x: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def people() -> tuple[np.ndarray, list[str], list[str]]:
-    """Ten people in two views, three rows each: even channels tell them apart, odd ones only the view."""
+    """Ten people in two views, three rows each: even channels distinguish them, odd ones only the view."""
     random = np.random.default_rng(4)
     centre, turn = random.standard_normal((10, DIM)), random.standard_normal((10, 2, DIM))
     even = np.arange(DIM) % 2 == 0
@@ -188,7 +188,7 @@ def test_what_cannot_be_explained_is_refused_before_anything_is_written(
     out = str(tmp_path / "out")
     with pytest.raises(SettingsError, match=r"--model .*absent: there is no such file"):
         explain_model(str(tmp_path / "absent"), None, out)
-    with pytest.raises(SettingsError, match=r"a per_sample model weighs each embedding anew; pass --source"):
+    with pytest.raises(SettingsError, match=r"a per_sample model weights each embedding by itself; pass --source"):
         explain_model(str(tiny_models.per_sample), None, out)
     (tmp_path / "noise").write_bytes(b"x" * 100)
     with pytest.raises(BadModelError):

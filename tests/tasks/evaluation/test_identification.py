@@ -1,4 +1,4 @@
-"""Identification of one mode: gallery, probes and strangers as they are meant, the index beside the exact search."""
+"""Identification of one mode: gallery, mated and non-mated probes, the index beside exact search."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_nothing_to_find_is_none() -> None:
 
 
 def test_copies_as_only_second_rows_give_no_search() -> None:
-    """Each subject has one picture, stored twice: nobody can be found but by the bytes of the probe itself."""
+    """Each subject has one picture, stored twice: a search finds only the bytes of the probe itself."""
     random = np.random.default_rng(0)
     features = np.repeat(random.standard_normal((20, 16)).astype(np.float32), 2, axis=0)
     subjects = np.repeat(np.arange(20), 2)
@@ -86,7 +86,7 @@ def test_copies_as_only_second_rows_give_no_search() -> None:
 
 
 def test_a_probe_does_not_find_its_copy() -> None:
-    """Copies of profile probes are enrolled under the label frontal: the figures stay those without the copies."""
+    """Copies of profile probes are enrolled under the label frontal: the rates stay those without the copies."""
     features, subjects, classes, each = people(30, 1.2)
     probes = np.flatnonzero(classes == PROFILE)
     plain = identify_mode(features, subjects, classes, each, IndexSettings(), SETTINGS)

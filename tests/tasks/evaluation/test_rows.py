@@ -1,4 +1,4 @@
-"""Labelled rows: who lies where, samples of whole subjects, and vectors that are those of the files."""
+"""Labelled rows: the subject index, samples of whole subjects, and vectors equal to those in the files."""
 
 from pathlib import Path
 

@@ -9,9 +9,9 @@ FRONTAL = np.tile(np.arange(14) < 10, 500)
 SUBJECT = np.repeat(np.arange(500), 14)
 
 
-def photographs(dim, universe=0, seed=0, subjects=500):
+def photographs(dim, population=0, seed=0, subjects=500):
     """Embeddings `[14 · subjects, dim]` and yaws, 10 frontal and 4 profile photographs of each."""
-    common = SyntheticPopulation.draw(dim, universe)
+    common = SyntheticPopulation.draw(dim, population)
     taken = [common.photograph(np.random.default_rng([seed, subject]), 10, 4) for subject in range(subjects)]
     return np.concatenate([p.embedding for p in taken]), np.concatenate([p.yaw for p in taken])
 
@@ -93,9 +93,9 @@ def test_what_350_subjects_teach_helps_150_others(dim):
     assert equal_error_rate(vectors @ learned, front, front) < 1.1 * equal_error_rate(vectors, front, front)
 
 
-def test_what_one_universe_teaches_does_not_help_in_another(at_512):
+def test_what_one_population_teaches_does_not_help_in_another(at_512):
     learned = whitening(at_512[0], SUBJECT)
-    elsewhere, _ = photographs(512, universe=1)
+    elsewhere, _ = photographs(512, population=1)
     before = equal_error_rate(elsewhere, FRONTAL, ~FRONTAL)
     assert equal_error_rate(elsewhere @ learned, FRONTAL, ~FRONTAL) > 0.97 * before
 

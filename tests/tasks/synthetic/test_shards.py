@@ -121,7 +121,15 @@ def test_two_sevenths_are_profiles(tmp_path, per_subject, profiles):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"subjects": 2}, {"per_subject": 0}, {"dim": 1}, {"shards": 0}, {"bad_rows": -1}, {"seed": -1}, {"universe": -1}],
+    [
+        {"subjects": 2},
+        {"per_subject": 0},
+        {"dim": 1},
+        {"shards": 0},
+        {"bad_rows": -1},
+        {"seed": -1},
+        {"population_seed": -1},
+    ],
     ids=str,
 )
 def test_numbers_out_of_range_are_refused_by_name(tmp_path, wrong):

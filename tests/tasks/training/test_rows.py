@@ -115,7 +115,7 @@ def test_an_embedding_that_is_not_finite_is_refused_unless_asked(tmp_path, value
     x = vectors(5)
     x[3, 2] = value
     shard(tmp_path / "a.parquet", x, list("ppqqr"))
-    with pytest.raises(TrainingError, match="shard a, row 3: the embedding holds NaN or infinity; mend the shard, or"):
+    with pytest.raises(TrainingError, match="shard a, row 3: the embedding holds NaN or infinity; fix the shard, or"):
         read(tmp_path, skip_bad_rows=False)
     assert read(tmp_path).skipped == {"not_finite": 1}
 
@@ -136,7 +136,7 @@ def test_nothing_usable_is_refused(tmp_path):
 @pytest.mark.parametrize("max_rows", [None, 100])
 def test_broken_shard_is_refused_and_missing_source_named(tmp_path, max_rows):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but no more")
-    with pytest.raises(TrainingError, match=r"shard a: .* Mend it or leave it out"):
+    with pytest.raises(TrainingError, match=r"shard a: .* Fix it or leave it out"):
         read(tmp_path, max_rows=max_rows)
     with pytest.raises(SettingsError, match="does not exist"):
         read(tmp_path / "nowhere")

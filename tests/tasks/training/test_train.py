@@ -97,11 +97,13 @@ def test_card_tells_what_was_done(trained):
 
 @pytest.mark.parametrize("mode", ["per_sample", "batch_stat"])
 @pytest.mark.parametrize("architecture", ["dual_branch_ensemble", "dual_branch", "se"])
-def test_equal_training_gives_equal_files_and_another_seed_does_not(tmp_path, synthetic, architecture, mode):
+def test_equal_training_gives_equal_files_and_another_seed_does_not(tmp_path, architecture, mode):
+    x, names = people(subjects=24, each=4)
+    source = write(tmp_path / "s", x, names, pose=["frontal", "profile"] * (len(x) // 2))
     files = []
     for number, seed in enumerate((0, 0, 1)):
         out = tmp_path / f"{number}.safetensors"
-        train_model(settings([synthetic], out, architecture=architecture, mode=mode, seed=seed, resamples=0))
+        train_model(settings([source], out, architecture=architecture, mode=mode, seed=seed, test=0.0, resamples=0))
         files.append((out.read_bytes(), Path(f"{out}.md").read_bytes()))
     assert files[0] == files[1]
     assert files[0] != files[2]
@@ -114,7 +116,7 @@ def test_augment_teaches_only_about_people_in_training(tmp_path, caplog):
     more = write(tmp_path / "more", *people(subjects=80, seed=1))
     with caplog.at_level(logging.INFO, "frontalis.train"):
         trained = train_model(settings([source], tmp_path / "m.safetensors", augment=(str(more),)))
-    # Persons 60 to 79 are nobody's, those in validation or test would leak.
+    # Persons 60 to 79 are not in the source, those in validation or test would leak.
     assert trained.card.metrics["augmented_rows"] == 6 * trained.parts["train"]
     plain = train_model(settings([source], tmp_path / "p.safetensors"))
     assert plain.card.training_data != trained.card.training_data
@@ -192,9 +194,9 @@ def test_data_that_cannot_support_a_model_is_refused(tmp_path, rows, changes, me
 def test_augment_of_other_people_or_of_another_network_is_refused(tmp_path):
     source = write(tmp_path / "source", *people())
     x, names = people(seed=1)
-    strangers = write(tmp_path / "strangers", x, [f"no {name}" for name in names])
+    others = write(tmp_path / "others", x, [f"no {name}" for name in names])
     longer = write(tmp_path / "longer", *people(dim=20))
-    for other, message in ((strangers, "no row of a training subject"), (longer, "have 20 numbers, the sources 16")):
+    for other, message in ((others, "no row of a training subject"), (longer, "have 20 numbers, the sources 16")):
         with pytest.raises(TrainingError, match=f"--augment: .*{message}"):
             train_model(settings([source], tmp_path / "m.safetensors", augment=(str(other),)))
 
