@@ -75,7 +75,7 @@ class ShardRecord:
         )
 
 
-ENTRY_SCHEMA = pa.schema(
+RECORD_SCHEMA = pa.schema(
     [
         *(pa.field(name, pa.string()) for name in ("key", "uri")),
         *(pa.field(name, pa.int64()) for name in ("size", "mtime_ns")),
@@ -106,24 +106,24 @@ class Manifest:
 
     def __init__(self, store: Location) -> None:
         self.store = store
-        self.entries: dict[str, ShardRecord] = {}
+        self.records: dict[str, ShardRecord] = {}
 
     def load(self) -> "Manifest":
-        """Read the entries; a missing or damaged manifest is an empty one."""
+        """Read the records; a missing or damaged manifest is an empty one."""
         try:
             table = from_parquet((self.store / SHARD_RECORDS).read_bytes())
-            self.entries = {row["key"]: ShardRecord(**row) for row in table.to_pylist()}
+            self.records = {row["key"]: ShardRecord(**row) for row in table.to_pylist()}
         except (FileNotFoundError, FrontalisError, pa.ArrowException, OSError, TypeError, KeyError):
-            self.entries = {}
+            self.records = {}
         return self
 
-    def save(self, entries: Mapping[str, ShardRecord]) -> None:
+    def save(self, records: Mapping[str, ShardRecord]) -> None:
         """Replace all records, and delete the row keys that none of them references."""
-        if dict(entries) == self.entries:
+        if dict(records) == self.records:
             return
-        rows = [asdict(entries[key]) for key in sorted(entries)]
-        (self.store / SHARD_RECORDS).write_bytes(to_parquet(pa.Table.from_pylist(rows, schema=ENTRY_SCHEMA)))
-        self.entries = dict(entries)
+        rows = [asdict(records[key]) for key in sorted(records)]
+        (self.store / SHARD_RECORDS).write_bytes(to_parquet(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)))
+        self.records = dict(records)
         needed = set(self.paths())
         for file in (self.store / ROW_KEYS).files():
             if f"{ROW_KEYS}/{file.name}" not in needed:
@@ -131,12 +131,12 @@ class Manifest:
 
     def paths(self) -> list[str]:
         """Return the files that the records reference, relative to the store."""
-        return [SHARD_RECORDS, *(_keys_path(entry) for entry in self.entries.values())]
+        return [SHARD_RECORDS, *(_keys_path(record) for record in self.records.values())]
 
-    def row_keys(self, entry: ShardRecord) -> RowKeys | None:
+    def row_keys(self, record: ShardRecord) -> RowKeys | None:
         """Return the row keys of a shard, or None where they are lost."""
         try:
-            table = from_parquet((self.store / _keys_path(entry)).read_bytes(1 << 34))
+            table = from_parquet((self.store / _keys_path(record)).read_bytes(1 << 34))
             return RowKeys(table["key"].to_numpy(), table["check"].to_numpy())
         except (FileNotFoundError, FrontalisError, pa.ArrowException, OSError, KeyError):
             return None
@@ -171,7 +171,7 @@ class Manifest:
             check[~left_out] = id_checks(known)
             keys.append(key)
             checks.append(check)
-        entry = ShardRecord(
+        record = ShardRecord(
             key=shard.key,
             uri=shard.uri,
             size=shard.size,
@@ -187,22 +187,22 @@ class Manifest:
         )
         if not still_same(shard):
             raise BadShardError(f"shard {shard.key}: {shard.uri} was rewritten while it was read; run again.")
-        self.write_keys(entry, _concatenated(keys), _concatenated(checks))
-        return entry
+        self.write_keys(record, _concatenated(keys), _concatenated(checks))
+        return record
 
-    def write_keys(self, entry: ShardRecord, keys: np.ndarray, checks: np.ndarray) -> None:
+    def write_keys(self, record: ShardRecord, keys: np.ndarray, checks: np.ndarray) -> None:
         """Write the row keys of a shard, under a name that follows from its content and basis."""
         content = to_parquet(pa.table({"key": keys, "check": checks}))
-        (self.store / _keys_path(entry)).write_bytes(content)
+        (self.store / _keys_path(record)).write_bytes(content)
 
 
-def mark_repeats(entries: Mapping[str, ShardRecord], keys: Mapping[str, RowKeys]) -> dict[str, ShardRecord]:
-    """Return the entries with `duplicates` and `collisions` set: rows whose key is that of an earlier row.
+def mark_repeats(records: Mapping[str, ShardRecord], keys: Mapping[str, RowKeys]) -> dict[str, ShardRecord]:
+    """Return the records with `duplicates` and `collisions` set: rows whose key is that of an earlier row.
 
     Earlier means: in a shard whose key sorts before, or above in the same shard. Equal checks make a duplicate id,
     different ones a collision of two ids.
     """
-    order = sorted(entries)
+    order = sorted(records)
     frame = pl.concat(
         [
             pl.DataFrame(
@@ -230,48 +230,48 @@ def mark_repeats(entries: Mapping[str, ShardRecord], keys: Mapping[str, RowKeys]
         found.setdefault((shard, same), []).append(row)
     return {
         name: replace(
-            entries[name], duplicates=found.get((number, True), []), collisions=found.get((number, False), [])
+            records[name], duplicates=found.get((number, True), []), collisions=found.get((number, False), [])
         )
         for number, name in enumerate(order)
     }
 
 
 def find_misfits(
-    entries: Mapping[str, ShardRecord], columns: ColumnNames, dim: int, id_type: str | None
+    records: Mapping[str, ShardRecord], columns: ColumnNames, dim: int, id_type: str | None
 ) -> dict[str, BadShardError]:
     """Return an error for each shard that does not fit the models or the other shards.
 
     Args:
-        entries: readable shards.
+        records: readable shards.
         columns: column names, for the message.
         dim: length of the embeddings that the models want.
         id_type: type of the store's ids; None for a new store, which takes what most rows have.
     """
     misfits = {
         key: BadShardError(
-            f"shard {key}: column {columns.embedding!r} has {entry.dim} numbers a row, the models want {dim}; pass "
+            f"shard {key}: column {columns.embedding!r} has {record.dim} numbers a row, the models want {dim}; pass "
             "models trained on such embeddings."
         )
-        for key, entry in entries.items()
-        if entry.dim not in (None, dim)
+        for key, record in records.items()
+        if record.dim not in (None, dim)
     }
     rows = Counter[str]()
-    for key, entry in entries.items():
+    for key, record in records.items():
         if key not in misfits:
-            rows[entry.id_type] += entry.rows
+            rows[record.id_type] += record.rows
     wanted = id_type or max(sorted(rows), key=rows.__getitem__, default=None)
     return misfits | {
         key: BadShardError(
-            f"shard {key}: the ids are {entry.id_type}, the store holds {wanted}; cast the column, since a store "
+            f"shard {key}: the ids are {record.id_type}, the store holds {wanted}; cast the column, since a store "
             "has one type of id."
         )
-        for key, entry in entries.items()
-        if key not in misfits and entry.id_type != wanted
+        for key, record in records.items()
+        if key not in misfits and record.id_type != wanted
     }
 
 
-def _keys_path(entry: ShardRecord) -> str:
-    return row_keys_path(entry.content, entry.basis)
+def _keys_path(record: ShardRecord) -> str:
+    return row_keys_path(record.content, record.basis)
 
 
 def _concatenated(parts: list[np.ndarray]) -> np.ndarray:

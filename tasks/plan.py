@@ -49,7 +49,7 @@ class Plan:
 
     base: Snapshot
     schema: pa.Schema
-    entries: Mapping[str, ShardRecord]
+    records: Mapping[str, ShardRecord]
     inputs: Mapping[str, str]
     models: Mapping[str, ModelRef]
     wanted: Mapping[str, FeatureKey]
@@ -141,14 +141,14 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
     shards = find_shards(Location(settings.source))
     dim = next(iter(models.values())).dim
     contract = Contract(settings.columns, Tombstones(store), dim, None if known is None else _id_type(known))
-    entries, errors = update_manifest(manifest, shards, contract)
-    if not entries:
+    records, errors = update_manifest(manifest, shards, contract)
+    if not records:
         raise next(iter(errors.values()))
-    manifest.save(entries)
+    manifest.save(records)
     digests = {RAW: raw_digest(settings, dim), **{mode: model.digest for mode, model in models.items()}}
-    inputs = {key: entry.input_digest for key, entry in entries.items() if entry.rows}
+    inputs = {key: record.input_digest for key, record in records.items() if record.rows}
     if not inputs:
-        raise SettingsError(f"source {settings.source}: its {len(entries)} shards hold no row.")
+        raise SettingsError(f"source {settings.source}: its {len(records)} shards hold no row.")
     keys = [FeatureKey(mode, shard, inputs[shard], model) for shard in inputs for mode, model in digests.items()]
     wanted = {key.path: key for key in keys}
     found = {shard.key: shard for shard in shards}
@@ -160,26 +160,26 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
         if not kept:  # those of another model cannot stand beside the new ones
             wanted = {path: key for path, key in wanted.items() if key.shard != shard}
             inputs.pop(shard, None)
-    reused, missing = _find_reusable(store, base, wanted.values(), entries)
+    reused, missing = _find_reusable(store, base, wanted.values(), records)
     work = [
         ShardWork(
             shard=found[shard],
             input_digest=inputs[shard],
-            rows=entries[shard].rows,
-            duplicates=tuple(entries[shard].duplicates),
-            collisions=tuple(entries[shard].collisions),
-            forgotten=bool(entries[shard].forgotten),
+            rows=records[shard].rows,
+            duplicates=tuple(records[shard].duplicates),
+            collisions=tuple(records[shard].collisions),
+            forgotten=bool(records[shard].forgotten),
             keys={key.mode: key for key in lacking},
             quarantine=FeatureKey(RAW, shard, inputs[shard], digests[RAW]).quarantine_path,
         )
         for shard, lacking in _by_shard(missing).items()
         if shard not in errors
     ]
-    readable = [found[key] for key in sorted(entries) if key not in errors]
+    readable = [found[key] for key in sorted(records) if key not in errors]
     return Plan(
         base=base,
         schema=_schema(known, settings.columns, readable),
-        entries=entries,
+        records=records,
         inputs=inputs,
         models=dict(models),
         wanted=wanted,
@@ -202,9 +202,9 @@ class Contract:
 def update_manifest(
     manifest: Manifest, shards: Sequence[Shard], contract: Contract
 ) -> tuple[dict[str, ShardRecord], dict[str, BadShardError]]:
-    """Return the entry of every usable shard and the error of every other one.
+    """Return the record of every usable shard and the error of every other one.
 
-    A shard that has not changed since the last run is not opened. A bad shard keeps its last good entry, so that its
+    A shard that has not changed since the last run is not opened. A bad shard keeps its last good record, so that its
     features stay as they are; one that never was good owns no id.
     """
     columns, tombstones = contract.columns, contract.tombstones
@@ -223,28 +223,28 @@ def update_manifest(
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             seen = dict(zip((shard.key for shard in some), pool.map(count, some), strict=True))
         errors.update({key: error for key, error in seen.items() if isinstance(error, BadShardError)})
-        return {key: entry for key, entry in seen.items() if isinstance(entry, ShardRecord)}
+        return {key: record for key, record in seen.items() if isinstance(record, ShardRecord)}
 
-    before = {key: entry for key, entry in manifest.entries.items() if key in found}
-    unchanged = {key: entry for key, entry in before.items() if entry.describes(found[key], basis)}
+    before = {key: record for key, record in manifest.records.items() if key in found}
+    unchanged = {key: record for key, record in before.items() if record.describes(found[key], basis)}
     fresh = count_all([shard for shard in shards if shard.key not in unchanged])
     misfits = find_misfits({**unchanged, **fresh}, columns, contract.dim, contract.id_type)
     errors |= misfits
-    last_good = {key: entry for key, entry in before.items() if key in errors and key not in unchanged}
-    usable = {key: entry for key, entry in {**unchanged, **fresh}.items() if key not in misfits}
-    entries = {**usable, **last_good}
-    if entries == manifest.entries:
-        return entries, errors
-    keys = {key: manifest.row_keys(entry) for key, entry in entries.items()}
+    last_good = {key: record for key, record in before.items() if key in errors and key not in unchanged}
+    usable = {key: record for key, record in {**unchanged, **fresh}.items() if key not in misfits}
+    records = {**usable, **last_good}
+    if records == manifest.records:
+        return records, errors
+    keys = {key: manifest.row_keys(record) for key, record in records.items()}
     lost = count_all([found[key] for key, row_keys in keys.items() if row_keys is None and key not in errors])
-    entries |= lost
-    keys |= {key: manifest.row_keys(entry) for key, entry in lost.items()}
+    records |= lost
+    keys |= {key: manifest.row_keys(record) for key, record in lost.items()}
     whole = {key: row_keys for key, row_keys in keys.items() if row_keys is not None}
-    return {**entries, **mark_repeats({key: entries[key] for key in whole}, whole)}, errors
+    return {**records, **mark_repeats({key: records[key] for key in whole}, whole)}, errors
 
 
 def manifest_basis(columns: ColumnNames, tombstones: Tombstones) -> str:
-    """Return the digest of what a manifest entry depends on beside the file."""
+    """Return the digest of what a manifest record depends on beside the file."""
     return digest_of(columns.model_dump_json().encode(), tombstones.digest.encode())[:12]
 
 
@@ -267,7 +267,7 @@ def group_work(work: Sequence[ShardWork], group_rows: int, workers: int) -> list
 
 
 def _find_reusable(
-    store: Location, base: Snapshot, wanted: Iterable[FeatureKey], entries: Mapping[str, ShardRecord]
+    store: Location, base: Snapshot, wanted: Iterable[FeatureKey], records: Mapping[str, ShardRecord]
 ) -> tuple[list[LiveFile], list[FeatureKey]]:
     """Separate wanted files that are complete on disk, though not live yet, from those to compute.
 
@@ -283,7 +283,7 @@ def _find_reusable(
     for key in wanted:
         live = base.files.get(key.path)
         if live is not None and on_disk.get(key.path) == live.size:
-            if key.mode == RAW and entries[key.shard].unaccounted(live.rows, bad_rows.get(key.quarantine_path, 0)):
+            if key.mode == RAW and records[key.shard].unaccounted(live.rows, bad_rows.get(key.quarantine_path, 0)):
                 missing.append(key)
             continue
         twin = by_digests.get((key.mode, key.input, key.model))
@@ -299,7 +299,7 @@ def _find_reusable(
             (place / twin.path).copy_to(place / key.path)
             on_disk[key.path] = on_disk[twin.path]
         rows = complete_rows(place / key.path) if live is None and key.path in on_disk else None
-        lost = key.mode == RAW and entries[key.shard].unaccounted(rows or 0, bad_rows.get(key.quarantine_path, 0))
+        lost = key.mode == RAW and records[key.shard].unaccounted(rows or 0, bad_rows.get(key.quarantine_path, 0))
         if rows is None or lost:
             missing.append(key)
         else:

@@ -108,11 +108,11 @@ def data_quality(
     for shard, by_mode in rows.items():
         if set(by_mode) != set(plan.modes) or len(set(by_mode.values())) != 1:
             raise StoreError(f"shard {shard}: modes hold different rows ({by_mode}); run `frontalis verify --store …`.")
-        lost = plan.entries[shard].unaccounted(by_mode[RAW], quarantined[shard])
+        lost = plan.records[shard].unaccounted(by_mode[RAW], quarantined[shard])
         if shard not in faulty and lost:
             raise StoreError(f"shard {shard}: {lost}; run `frontalis verify --store …`.")
-        read += by_mode[RAW] + quarantined[shard] + plan.entries[shard].forgotten_rows
-        forgotten += plan.entries[shard].forgotten_rows
+        read += by_mode[RAW] + quarantined[shard] + plan.records[shard].forgotten_rows
+        forgotten += plan.records[shard].forgotten_rows
     reasons = read_table(table, quarantine.files.values(), ["reason"])["reason"].to_pylist()
     return DataQuality(
         shards=len(rows),

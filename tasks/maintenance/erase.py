@@ -159,51 +159,51 @@ class _UpdatedManifest:
 
     def __init__(self, manifest: Manifest, columns: ColumnNames, before: Tombstones, now: Tombstones) -> None:
         self.manifest = manifest
-        self.entries = dict(manifest.entries)
+        self.records = dict(manifest.records)
         self.old_basis, self.new_basis = manifest_basis(columns, before), manifest_basis(columns, now)
         self.keys: dict[str, RowKeys] = {}
 
     def forget(self, shard: str, hits: Hits, known_input: str) -> str:
-        """Take rows out of a shard's entry, and return the input digest of what is left.
+        """Take rows out of a shard's record, and return the input digest of what is left.
 
-        Where the entry does not describe what is stored, the digest is one that no plan asks for: the next run computes
-        the shard again.
+        Where the record does not describe what is stored, the digest is one that no plan asks for: the next run
+        computes the shard again.
         """
-        entry = self.entries.get(shard)
-        keys = self.manifest.row_keys(entry) if entry is not None else None
-        if entry is None or keys is None or entry.input_digest != known_input:
-            self.entries.pop(shard, None)
+        record = self.records.get(shard)
+        keys = self.manifest.row_keys(record) if record is not None else None
+        if record is None or keys is None or record.input_digest != known_input:
+            self.records.pop(shard, None)
             return input_digest(known_input, (), hits.marks)
-        repeats = {*entry.duplicates, *entry.collisions}
+        repeats = {*record.duplicates, *record.collisions}
         owners = np.flatnonzero(np.isin(keys.keys, id_keys(hits.ids))) if len(hits.ids) else np.zeros(0, np.int64)
         at = sorted({*(int(row) for row in owners if row not in repeats), *hits.quarantined})
-        left = [row for row in entry.duplicates if row not in at]
-        entry = replace(
-            entry,
+        left = [row for row in record.duplicates if row not in at]
+        record = replace(
+            record,
             duplicates=left,
-            collisions=[row for row in entry.collisions if row not in at],
-            forgotten=sorted({*entry.forgotten, *hits.marks}),
-            forgotten_rows=entry.forgotten_rows + hits.rows,
+            collisions=[row for row in record.collisions if row not in at],
+            forgotten=sorted({*record.forgotten, *hits.marks}),
+            forgotten_rows=record.forgotten_rows + hits.rows,
         )
         without = RowKeys(keys.keys.copy(), keys.checks.copy())
         without.keys[at] = without.checks[at] = NO_KEY
-        self.entries[shard], self.keys[shard] = entry, without
-        return entry.input_digest
+        self.records[shard], self.keys[shard] = record, without
+        return record.input_digest
 
     def save(self, live: Mapping[str, LiveFile]) -> None:
-        """Keep entries that describe a live file, under the new basis; the next run reads the other shards."""
+        """Keep records that describe a live file, under the new basis; the next run reads the other shards."""
         kept = {
-            shard: entry
-            for shard, entry in self.entries.items()
-            if entry.basis == self.old_basis
+            shard: record
+            for shard, record in self.records.items()
+            if record.basis == self.old_basis
             and shard in live
-            and entry.input_digest == _input_of({RAW: live[shard]}, shard)
+            and record.input_digest == _input_of({RAW: live[shard]}, shard)
         }
-        keys = {shard: self.keys.get(shard) or self.manifest.row_keys(entry) for shard, entry in kept.items()}
+        keys = {shard: self.keys.get(shard) or self.manifest.row_keys(record) for shard, record in kept.items()}
         whole = {shard: one for shard, one in keys.items() if one is not None}
         kept = {shard: replace(kept[shard], basis=self.new_basis) for shard in whole}
-        for shard, entry in kept.items():
-            self.manifest.write_keys(entry, whole[shard].keys, whole[shard].checks)
+        for shard, record in kept.items():
+            self.manifest.write_keys(record, whole[shard].keys, whole[shard].checks)
         self.manifest.save(mark_repeats(kept, whole))
 
 

@@ -126,13 +126,13 @@ class _Check:
 
     def _sums(self, features: Snapshot, quarantine: Snapshot) -> None:
         """Add up the rows of every shard of which the manifest knows how many were read for these files."""
-        entries = Manifest(self.store).load().entries
+        records = Manifest(self.store).load().records
         for key, file in feature_keys(features).items():
-            entry = entries.get(key.shard)
-            if key.mode != RAW or entry is None or entry.input_digest != key.input:
+            record = records.get(key.shard)
+            if key.mode != RAW or record is None or record.input_digest != key.input:
                 continue
             bad = quarantine.files.get(key.quarantine_path)
-            lost = entry.unaccounted(file.rows, bad.rows if bad is not None else 0)
+            lost = record.unaccounted(file.rows, bad.rows if bad is not None else 0)
             if lost is not None:
                 self._wrong(f"shard {key.shard}", lost, "run `frontalis reprocess` with this source and these models")
 

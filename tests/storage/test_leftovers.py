@@ -186,14 +186,14 @@ def test_what_others_put_beside_the_store_is_left_alone(store: Location) -> None
 def test_row_keys_are_needed_while_the_manifest_references_them(store: Location) -> None:
     kept = publish(store, 1, "a")
     manifest = Manifest(store)
-    entry = ShardRecord("a", "/a", 1, 1, "1", "ba", "c0", 1, 4, "string")
+    record = ShardRecord("a", "/a", 1, 1, "1", "ba", "c0", 1, 4, "string")
     put(store, "manifest/keys/c0-ba.parquet")
     put(store, "manifest/keys/d7-ba.parquet")
     assert names(find_leftovers(store, [kept])) == [
         "manifest/keys/c0-ba.parquet",
         "manifest/keys/d7-ba.parquet",
     ]
-    manifest.save({"a": entry})
+    manifest.save({"a": record})
     put(store, "manifest/keys/d7-ba.parquet")
     assert names(find_leftovers(store, [kept])) == ["manifest/keys/d7-ba.parquet"]
 

@@ -24,7 +24,7 @@ from storage.shards import find_shards
 COLUMNS = ColumnNames()
 
 
-def entry(key: str, rows: int = 1, dim: int | None = 4, id_type: str = "string") -> ShardRecord:
+def record(key: str, rows: int = 1, dim: int | None = 4, id_type: str = "string") -> ShardRecord:
     return ShardRecord(key, f"/{key}.parquet", 1, 1, "1-1", "basis", f"content-{key}", rows, dim, id_type)
 
 
@@ -34,7 +34,7 @@ def marked(shards: dict[str, Sequence[tuple[int, int]]]) -> dict[str, tuple[list
         name: RowKeys(np.array([key for key, _ in rows], np.int64), np.array([check for _, check in rows], np.int64))
         for name, rows in shards.items()
     }
-    found = mark_repeats({name: entry(name, len(rows)) for name, rows in shards.items()}, keys)
+    found = mark_repeats({name: record(name, len(rows)) for name, rows in shards.items()}, keys)
     return {name: (one.duplicates, one.collisions) for name, one in found.items()}
 
 
@@ -61,8 +61,8 @@ def test_repeats_are_those_of_a_naive_reading(shards: dict[str, list[tuple[int, 
 
 def test_marks_of_an_earlier_run_do_not_stay() -> None:
     keys = {"a": RowKeys(np.array([1]), np.array([1]))}
-    stale = replace(entry("a"), duplicates=[0], collisions=[0])
-    assert mark_repeats({"a": stale}, keys) == {"a": entry("a")}
+    stale = replace(record("a"), duplicates=[0], collisions=[0])
+    assert mark_repeats({"a": stale}, keys) == {"a": record("a")}
     assert mark_repeats({}, {}) == {}
 
 
@@ -160,7 +160,7 @@ def test_what_is_saved_is_loaded_and_keys_without_an_entry_go(source: Path, mani
     first = replace(count(manifest, source), duplicates=[1], forgotten=["m"], forgotten_rows=3)
     manifest.save({"a": first})
     loaded = Manifest(manifest.store).load()
-    assert loaded.entries == {"a": first}
+    assert loaded.records == {"a": first}
     assert sorted(loaded.paths()) == [file.name for file in manifest.store.files()]
     write(source, "a", ["y"])
     second = count(loaded, source)
@@ -172,10 +172,10 @@ def test_what_is_saved_is_loaded_and_keys_without_an_entry_go(source: Path, mani
 
 def test_an_unchanged_manifest_is_not_written(source: Path, manifest: Manifest) -> None:
     write(source, "a", ["x"])
-    entries = {"a": count(manifest, source)}
-    manifest.save(entries)
+    records = {"a": count(manifest, source)}
+    manifest.save(records)
     before = (manifest.store / SHARD_RECORDS).entry()
-    Manifest(manifest.store).load().save(entries)
+    Manifest(manifest.store).load().save(records)
     assert (manifest.store / SHARD_RECORDS).entry() == before
 
 
@@ -196,13 +196,13 @@ def test_a_damaged_manifest_is_an_empty_one(source: Path, manifest: Manifest, da
     manifest.save({"a": found})
     for name in manifest.paths():
         damage(Path((manifest.store / name).path))
-    assert Manifest(manifest.store).load().entries == {}
+    assert Manifest(manifest.store).load().records == {}
     assert manifest.row_keys(found) is None
 
 
 def test_shards_of_another_length_do_not_fit() -> None:
-    entries = {"a": entry("a"), "b": entry("b", dim=None), "c": entry("c", dim=8)}
-    misfits = find_misfits(entries, ColumnNames(embedding="face"), 4, None)
+    records = {"a": record("a"), "b": record("b", dim=None), "c": record("c", dim=8)}
+    misfits = find_misfits(records, ColumnNames(embedding="face"), 4, None)
     assert list(misfits) == ["c"]
     assert "shard c: column 'face' has 8 numbers a row, the models want 4" in str(misfits["c"])
 
@@ -219,15 +219,15 @@ def test_shards_of_another_length_do_not_fit() -> None:
     ],
 )
 def test_a_new_store_takes_the_ids_that_most_rows_have(kinds, store: str | None, wanted: list[str]) -> None:
-    entries = {name: entry(name, rows, id_type=kind) for name, (rows, kind) in kinds.items()}
-    misfits = find_misfits(entries, COLUMNS, 4, store)
+    records = {name: record(name, rows, id_type=kind) for name, (rows, kind) in kinds.items()}
+    misfits = find_misfits(records, COLUMNS, 4, store)
     assert list(misfits) == wanted
     assert all("a store has one type of id" in str(error) for error in misfits.values())
 
 
 def test_a_shard_of_another_length_has_no_say_in_the_type_of_ids() -> None:
-    entries = {"a": entry("a", 5), "b": entry("b", 500, dim=8, id_type="int64")}
-    assert list(find_misfits(entries, COLUMNS, 4, None)) == ["b"]
+    records = {"a": record("a", 5), "b": record("b", 500, dim=8, id_type="int64")}
+    assert list(find_misfits(records, COLUMNS, 4, None)) == ["b"]
 
 
 COUNT = """
