@@ -1,6 +1,7 @@
-"""The arrows between the folders that docs/architecture.md draws, read from the import statements."""
+"""What docs/architecture.md says of folders and imports is true, and every page names files and links that exist."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,3 +72,29 @@ def test_no_product_file_imports_tests_or_benchmarks() -> None:
 def test_each_folder_of_the_layout_is_checked() -> None:
     packages = {file.parent.name for file in ROOT.glob("*/__init__.py")}
     assert packages - {"tests", "benchmarks"} == set(ALLOWED)
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    rows = re.findall(r"^\| `([\w/]+)/` \| (.*) \|$", (ROOT / "docs/architecture.md").read_text("utf-8"), re.MULTILINE)
+    named = {folder: set(re.findall(r"`([a-z_]+)`", text)) for folder, text in rows}
+    found: dict[str, set[str]] = {}
+    for folder in ALLOWED:
+        for file in (ROOT / folder).rglob("[a-z]*.py"):
+            found.setdefault(str(file.parent.relative_to(ROOT)), set()).add(file.stem)
+    assert named == found
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_and_links_of_a_page_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    files = re.findall(r"`((?:\w+/)+\w+\.(?:py|md|j2|toml|yaml))`", text)
+    assert [name for name in files if not (ROOT / name).exists() and name != "deployments/pipeline.toml"] == []
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\((?!http)([^)]+)\)", text)):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
+        slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in slugs, f"{target}#{anchor}"
