@@ -27,6 +27,8 @@ def pose_cell(first: str, second: str) -> str:
     >>> pose_cell("profile", "frontal")
     'frontal-profile'
     """
+    if unknown := {first, second} - set(POSE_CLASSES):
+        raise ValueError(f"{min(unknown)!r} is no pose class; use {', '.join(POSE_CLASSES)}")
     return "-".join(sorted((first, second), key=POSE_CLASSES.index))
 
 
