@@ -22,7 +22,7 @@ DIGEST_BYTES = 16
 # Rows that are read, re-weighted and written at once. The last bit of a matrix product may depend on it, so another
 # value would need another FILE_FORMAT.
 BLOCK_ROWS = 4096
-FILE_FORMAT = "sealed"  # part of every file name, since equal names hold equal bytes
+FILE_FORMAT = "sealed"  # the format with digests of the file itself; part of the digests in every file name
 DIGESTS = "(?P<input>[0-9a-f]+)-(?P<model>[0-9a-f]+)"
 _NAME = re.compile(rf"(mode=(?P<mode>[^/]+)/)?shard=(?P<shard>[^/]+)/{DIGESTS}\.parquet")
 
