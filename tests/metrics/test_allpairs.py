@@ -96,7 +96,9 @@ def crowd() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return people(5000, 400, seed=0)
 
 
-@pytest.mark.parametrize(("n_rows", "with_duplicates"), [(1500, False), (5000, True)])
+@pytest.mark.parametrize(
+    ("n_rows", "with_duplicates"), [(1500, False), pytest.param(5000, True, marks=pytest.mark.e2e)]
+)
 def test_thousands_of_rows_equal_sorting_millions_of_scores(
     crowd: tuple[np.ndarray, np.ndarray, np.ndarray], n_rows: int, with_duplicates: bool
 ) -> None:

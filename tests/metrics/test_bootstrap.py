@@ -79,6 +79,7 @@ def truth(mean: float) -> dict[str, float]:
     }
 
 
+@pytest.mark.e2e
 def test_95_percent_intervals_cover_the_truth_in_95_of_100_experiments() -> None:
     known, other = truth(0.1), truth(0.11)
     covered: dict[str, list[bool]] = {}

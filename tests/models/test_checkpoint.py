@@ -69,6 +69,7 @@ def test_loaded_model_can_be_trained_on(trained):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.e2e
 def test_equal_models_give_equal_bytes_in_any_process(trained):
     model = trained(DIM, False)
     first = to_bytes(card(), model, keys("adam", "zoe"))

@@ -267,6 +267,7 @@ print(json.dumps({"grown": after - before, "rows": rows}))
 """
 
 
+@pytest.mark.e2e
 def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
     """A row group of 512 MB adds less than 200 MB to what a shard of two blocks takes."""
     dim, rows = 512, 250_000

@@ -255,7 +255,9 @@ class TestUpdate:
         assert set(found[0].tolist()) == set(keys[100:].tolist())
         assert (found[100:, :10] == keys[900:, None]).any(axis=1).mean() > 0.9
 
-    @pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs", "IVF16,PQ8", "IVF16,SQ8", "IVF16,Flat", "Flat", "HNSW8"])
+    @pytest.mark.parametrize("factory", [
+        "IVF16,PQ8x4fs", pytest.param("IVF16,PQ8", marks=pytest.mark.e2e), "IVF16,SQ8", "IVF16,Flat", "Flat", "HNSW8",
+    ])  # fmt: skip
     def test_keys_of_every_kind_are_those_of_the_rows(self, factory):
         keys, vectors = make_rows(900, 32)
         assert built(keys, vectors, factory).keys().tolist() == sorted(keys.tolist())

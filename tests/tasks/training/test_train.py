@@ -95,6 +95,7 @@ def test_card_tells_what_was_done(trained):
     assert "frontal-profile" in Path(f"{trained.out}.md").read_text()
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("mode", ["per_sample", "batch_stat"])
 @pytest.mark.parametrize("architecture", ["dual_branch_ensemble", "dual_branch", "se"])
 def test_equal_training_gives_equal_files_and_another_seed_does_not(tmp_path, architecture, mode):
@@ -162,6 +163,7 @@ def test_model_that_is_no_better_than_raw_says_so_loudly(tmp_path, caplog):
     assert "NO STEP WAS BETTER THAN RAW" in caplog.text
 
 
+@pytest.mark.e2e
 def test_interrupted_training_writes_what_it_has_and_says_so(tmp_path, synthetic, caplog):
     steps = itertools.count()
     trained = train_model(
