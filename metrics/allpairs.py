@@ -136,6 +136,14 @@ def all_pairs(
     on a few cores (see `count_pairs`).
 
     Raises ValueError for shapes that do not fit together, codes without a name, zero or non-finite rows.
+
+    >>> rows, subjects = np.array([[1.0, 0.0], [0.8, 0.6], [0.6, -0.8]]), np.array([0, 0, 1])
+    >>> found = all_pairs(rows, subjects, classes=np.array([0, 1, 1]), class_names=("frontal", "profile"))
+    >>> cell = found.cells["frontal-profile"].verification
+    >>> cell.n_genuine, cell.n_impostor
+    (1, 1)
+    >>> found.overall.verification.auc
+    1.0
     """
     n_rows = len(features)
     subjects = _codes("subjects", subjects, n_rows)

@@ -1,8 +1,8 @@
-"""What a score is: the cosine of two features in float32, on a fixed grid.
+"""The score of a pair: the cosine of two features in float32, on a fixed grid.
 
 A score is clipped to [-1, 1] and rounded to a multiple of 2^-22 (2.4e-7). The summation order of a float32 matrix
-product already moves a cosine by as much, so nothing is lost; but with the grid a tie is a tie whatever the block size,
-all scores fit into a table of 2^23 + 1 counters, and statistics of billions of pairs are exact without sorting them.
+product already moves a cosine by as much. With the grid a tie is a tie whatever the block size, all scores fit into a
+table of 2^23 + 1 counters, and statistics of billions of pairs are exact without sorting them.
 """
 
 from typing import Any
@@ -22,6 +22,9 @@ def unit_rows(features: Features, device: str = "cpu", order: NDArray[np.integer
     With `order`, row i of the copy is row `order[i]` of `features`.
 
     Raises ValueError for another shape, and for a row that is zero or not finite: such rows belong into quarantine.
+
+    >>> unit_rows(np.array([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
     """
     if features.ndim != 2:
         raise ValueError(f"features have shape {tuple(features.shape)}; pass [rows, dimension]")
@@ -57,7 +60,17 @@ def pair_scores(
 ) -> NDArray[np.float32]:
     """Return the score of row `first[i]` with row `second[i]` of `features`, float32 `[pairs]`.
 
+        score(x, y) = x·y / (|x| |y|), clipped to [-1, 1] and rounded to a multiple of 2^-22
+
+    Args:
+        features: `[N, D]`, any float type, not normalised.
+        first: integer row numbers `[pairs]`.
+        second: integer row numbers `[pairs]`.
+
     Raises ValueError as `unit_rows` does, or when the two lists of row numbers differ in length.
+
+    >>> pair_scores(np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]), np.array([0, 0]), np.array([1, 2]))
+    array([1., 0.], dtype=float32)
     """
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(f"row numbers have shapes {first.shape} and {second.shape}; pass two lists of one length")
