@@ -29,7 +29,7 @@ from reports.text import (
 from schemas.errors import one_line
 from schemas.metrics import ALL, EER, FRONTAL_PROFILE, MAIN_CELLS, RAW, MetricId
 from schemas.releases import Release
-from schemas.reports import Estimate, Evaluation, Population
+from schemas.reports import Estimate, Evaluation, IdentificationResult, PairsResult, Population
 
 if TYPE_CHECKING:
     from tasks.explain import Explanation
@@ -255,20 +255,40 @@ def _evaluation(console: Console, evaluation: Evaluation) -> None:
 
 
 def _population(console: Console, population: Population, evaluation: Evaluation) -> None:
-    left_out = f", {population.left_out_subjects:,} excluded" if population.left_out_subjects else ""
+    _error_rates(console, population, evaluation)
+    modes = population.modes
+    for mode, result in modes.items():
+        exact = ", ".join(f"FMR {fmr}: {'n/e' if at is None else repr(at)}" for fmr, at in result.thresholds.items())
+        _say(console, f"score >=   {mode}, global {exact}")
+    for mode, result in modes.items():
+        for other, differences in result.versus_modes.items():
+            for cell in (ALL, FRONTAL_PROFILE):
+                if cell in differences:
+                    eer = _difference(differences[cell].get(EER))
+                    _say(console, f"modes      {mode} − {other}, {cell_name(cell)} EER, points: {eer}")
+    for mode, result in modes.items():
+        for one in result.pairs:
+            _say(console, f"pairs      {mode}, {_pairs_file(one)}")
+        if result.identification is not None:
+            _say(console, f"1:N        {mode}, {_identification(result.identification)}")
+    console.print()
+
+
+def _error_rates(console: Console, population: Population, evaluation: Evaluation) -> None:
+    excluded = f", {population.left_out_subjects:,} excluded" if population.left_out_subjects else ""
     if population.sampled_from_subjects:
-        left_out += f", sampled from {population.sampled_from_subjects:,}"
-    title = f"{population_name(population)}: {population.n_subjects:,} subjects{left_out}, "
+        excluded += f", sampled from {population.sampled_from_subjects:,}"
+    title = f"{population_name(population)}: {population.n_subjects:,} subjects{excluded}, "
     table = _table(console, title + f"{population.n_rows:,} rows, {evaluation.release}")
-    points_shown = [fmr for fmr in ("1e-2", "1e-3") if fmr in evaluation.fmrs]
     columns = {EER: "EER %"}
-    columns |= {MetricId.at("fnmr_global", fmr): f"FNMR % @ global FMR {fmr}" for fmr in points_shown}
+    for fmr in ("1e-2", "1e-3"):
+        if fmr in evaluation.fmrs:
+            columns[MetricId.at("fnmr_global", fmr)] = f"FNMR % @ global FMR {fmr}"
     compared = {EER: "EER − raw, points", MetricId("fnmr_global@1e-3"): "FNMR @ 1e-3 − raw, points"}
     compared = {metric: name for metric, name in compared.items() if metric in columns and len(population.modes) > 1}
     for name in ["pose pair", "mode", *columns.values(), *compared.values(), "genuine", "impostor"]:
         table.add_column(name, justify="left" if name in ("pose pair", "mode") else "right")
-    cells = filled(population)
-    for cell in sorted(cells, key=lambda name: MAIN_CELLS.index(name) if name in MAIN_CELLS else len(MAIN_CELLS)):
+    for cell in sorted(filled(population), key=(*MAIN_CELLS, *filled(population)).index):
         for mode, result in population.modes.items():
             in_cell = result.cells[cell]
             table.add_row(
@@ -282,37 +302,26 @@ def _population(console: Console, population: Population, evaluation: Evaluation
         table.add_section()
     console.print(table)
     _say(console, "FNMR is at one threshold per mode for all pose pairs: the global FMR is over all impostor pairs")
-    for mode, result in population.modes.items():
-        exact = ", ".join(f"FMR {fmr}: {'n/e' if at is None else repr(at)}" for fmr, at in result.thresholds.items())
-        _say(console, f"score >=   {mode}, global {exact}")
-    for mode, result in population.modes.items():
-        for other, differences in result.versus_modes.items():
-            for cell in (ALL, FRONTAL_PROFILE):
-                if cell in differences:
-                    eer = _difference(differences[cell].get(EER))
-                    _say(console, f"modes      {mode} − {other}, {cell_name(cell)} EER, points: {eer}")
-    for mode, result in population.modes.items():
-        for one in result.pairs:
-            accuracy = (
-                one.reason or "not estimable"
-                if one.accuracy_mean is None or one.accuracy_sd is None
-                else f"{one.n_folds}-fold accuracy {100 * one.accuracy_mean:.2f} ± {100 * one.accuracy_sd:.2f}%"
-            )
-            remarks = "".join(f"; {remark}" for remark in pairs_remarks(one))
-            _say(console, f"pairs      {mode}, {one.protocol}: {accuracy} over {one.n_pairs:,} pairs{remarks}")
-        found = result.identification
-        if found is not None:
-            ranks = ", ".join(f"rank-{rank} {_rate(rate)}%" for rank, rate in found.rank.items())
-            misses = "; ".join(
-                f"FNIR @ FPIR {fpir} {'n/e' if rate.value is None else f'{_with_interval(rate)}%'}"
-                for fpir, rate in found.fnir.items()
-            )
-            _say(
-                console,
-                f"1:N        {mode}, {found.gallery} gallery ({found.n_gallery_subjects:,} subjects), {found.probes} "
-                f"probes ({found.n_mated:,} mated, {found.n_non_mated:,} non-mated): {ranks}; {misses}",
-            )
-    console.print()
+
+
+def _pairs_file(one: PairsResult) -> str:
+    accuracy = one.reason or "not estimable"
+    if one.accuracy_mean is not None and one.accuracy_sd is not None:
+        accuracy = f"{one.n_folds}-fold accuracy {100 * one.accuracy_mean:.2f} ± {100 * one.accuracy_sd:.2f}%"
+    remarks = "".join(f"; {remark}" for remark in pairs_remarks(one))
+    return f"{one.protocol}: {accuracy} over {one.n_pairs:,} pairs{remarks}"
+
+
+def _identification(found: IdentificationResult) -> str:
+    ranks = ", ".join(f"rank-{rank} {_rate(rate)}%" for rank, rate in found.rank.items())
+    misses = "; ".join(
+        f"FNIR @ FPIR {fpir} {'n/e' if rate.value is None else f'{_with_interval(rate)}%'}"
+        for fpir, rate in found.fnir.items()
+    )
+    return (
+        f"{found.gallery} gallery ({found.n_gallery_subjects:,} subjects), {found.probes} probes "
+        f"({found.n_mated:,} mated, {found.n_non_mated:,} non-mated): {ranks}; {misses}"
+    )
 
 
 def _with_interval(estimate: Estimate | None) -> str:
