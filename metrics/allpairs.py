@@ -6,6 +6,7 @@ and the counts by subject that `bootstrap` resamples. Which class a row belongs 
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,18 +172,21 @@ def all_pairs(
         duplicate=duplicates[order],
         n_clusters=int(cluster_of_subject.max(initial=-1)) + 1,
     )
-    on_gpu = torch.device(device).type == "cuda"
-    counted = list(count_pairs(rows, 1 if on_gpu else workers or torch.get_num_threads()))
+    threads = workers or torch.get_num_threads()
+    counted = list(count_pairs(rows, 1 if rows.unit.is_cuda else threads))
 
     total = _total([counts for _, _, counts in counted], rows.n_clusters)
     scores = _score_counts(total)
     verification = summarise(scores, fmr_points)
-    cells = {}
-    if class_names:
-        for first, second, counts in counted:
-            name = f"{class_names[first]}-{class_names[second]}"
-            cell_scores = _score_counts(counts)
-            cells[name] = _cell(name, counts, cell_scores, summarise(cell_scores, fmr_points), verification.points)
+
+    def cell_of(counted: tuple[int, int, CellCounts]) -> tuple[str, Cell]:
+        first, second, counts = counted
+        name = f"{class_names[first]}-{class_names[second]}"
+        cell_scores = _score_counts(counts)
+        return name, _cell(name, counts, cell_scores, summarise(cell_scores, fmr_points), verification.points)
+
+    with ThreadPoolExecutor(threads) as pool:  # NumPy works on the long tables without holding the interpreter
+        cells = dict(pool.map(cell_of, counted if class_names else []))
     _, copies = np.unique(duplicates, return_counts=True)
     return AllPairs(
         overall=_cell(ALL, total, scores, verification, verification.points),

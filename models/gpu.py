@@ -88,6 +88,7 @@ class GraphSlot(Slot):
     """
 
     def __init__(self, compute: Compute, dim: int, precision: Precision) -> None:
+        self._compute = compute  # the recording refers to the memory of its weights
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._staging = torch.empty(GPU_BLOCK_ROWS, dim, pin_memory=True)
         self._rows = torch.zeros(GPU_BLOCK_ROWS, dim, device="cuda")

@@ -4,6 +4,9 @@ A GPU computes a few large products faster than many small ones, and is slowed d
 numbers; the CPU is not. The result is that of `FoldedDualBranch` but for the last bits.
 """
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -12,6 +15,8 @@ from torch.nn import functional
 
 from models.dual_branch import Branches
 from models.folding import FoldedDualBranch, FoldedProjection, FoldedWhitening
+
+log = logging.getLogger("frontalis.models")
 
 _gate = torch.cuda.jiterator._create_jit_fn(
     "template <typename T> T gate(T logit, T x) { return x / (T(1) + std::exp(-logit)); }"
@@ -52,9 +57,8 @@ class StackedDualBranch(nn.Module):
     def forward(self, x: Tensor, return_branches: bool = False) -> Tensor | Branches:
         """Return front, or (front, identity, pose), for `[n, D]` embeddings; each `[n, D]`."""
         hidden = self._hidden(x)
-        front = _project(self.front, hidden, x)
-        if self.whitening is not None:
-            front = _mix(self.whitening, front, x)
+        change = functional.linear(hidden, self.front.project, self.front.project_bias)
+        front = x + change if self.whitening is None else _mix(self.whitening, change, x)
         if not return_branches:
             return front
         half = hidden.shape[1] // 2
@@ -76,10 +80,57 @@ def _project(projection: FoldedProjection, hidden: Tensor, x: Tensor) -> Tensor:
     return x + functional.linear(hidden, projection.project, projection.project_bias)
 
 
-def _mix(whitening: FoldedWhitening, front: Tensor, x: Tensor) -> Tensor:
-    """Do as `Whitening.mix` in fewer passes."""
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    y = torch.addcmul(functional.linear(x, whitening.weight), length, whitening.offset, value=-1)
-    scale = whitening.strength * torch.linalg.vector_norm(front, dim=1, keepdim=True)
-    scale /= torch.linalg.vector_norm(y, dim=1, keepdim=True).clamp_min(1e-12)
-    return torch.addcmul(front, y, scale)
+def _mix(whitening: FoldedWhitening, change: Tensor, x: Tensor) -> Tensor:
+    """Do as `Whitening.mix` with front = x + change; on a GPU in one pass, which takes a quarter of the time."""
+    product = functional.linear(x, whitening.weight)
+    kernel = _mix_kernel() if x.is_cuda else None
+    if kernel is None:
+        return whitening.mix(x + change, x, product)
+    mixed = torch.empty_like(x)
+    kernel(
+        grid=(-(-len(x) // _ROWS_OF_A_BLOCK), 1, 1),
+        block=(32 * _ROWS_OF_A_BLOCK, 1, 1),
+        args=[x, change.float(), product.float(), whitening.offset, whitening.strength, *x.shape, mixed],
+    )
+    return mixed
+
+
+_ROWS_OF_A_BLOCK = 8
+_MIX = r"""
+__device__ float sum_of_warp(float x) {
+    for (int apart = 16; apart; apart /= 2) x += __shfl_xor_sync(~0u, x, apart);
+    return x;
+}
+
+extern "C" __global__ void mix(  // a warp computes a row, all [rows, dim] but offset [dim]
+    const float* x, const float* change, const float* product, const float* offset, double strength,
+    int rows, int dim, float* mixed)
+{
+    const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (row >= rows) return;
+    const long long start = (long long)row * dim;
+    x += start; change += start; product += start; mixed += start;
+
+    float xx = 0, ff = 0, yy = 0;
+    for (int i = threadIdx.x % 32; i < dim; i += 32) xx += x[i] * x[i];
+    const float length = sqrtf(sum_of_warp(xx));
+    for (int i = threadIdx.x % 32; i < dim; i += 32) {
+        const float front = x[i] + change[i], y = product[i] - length * offset[i];
+        ff += front * front;
+        yy += y * y;
+    }
+    const float scale = float(strength) * sqrtf(sum_of_warp(ff)) / fmaxf(sqrtf(sum_of_warp(yy)), 1e-12f);
+    for (int i = threadIdx.x % 32; i < dim; i += 32)
+        mixed[i] = x[i] + change[i] + scale * (product[i] - length * offset[i]);
+}
+"""
+
+
+@functools.cache
+def _mix_kernel() -> Callable[..., None] | None:
+    try:
+        kernel: Callable[..., None] = torch.cuda._compile_kernel(_MIX, "mix")
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
+        log.warning("this torch compiles no CUDA kernel (%s); re-weighting takes more steps", error)
+        return None
+    return kernel

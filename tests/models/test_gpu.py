@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from models import stacked
 from models.checkpoint import Checkpoint, load, to_bytes
 from models.gpu import GPU_BLOCK_ROWS, BlockPipeline
 from models.inference import Reweighter
 from schemas.errors import SettingsError
 from schemas.models import ModelCard, Precision
 
-DIM = 8
+DIM, DIM_ON_GPU = 8, 256
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -86,17 +87,21 @@ def test_a_lower_precision_needs_a_gpu(checkpoint: Callable[..., Checkpoint]) ->
         Reweighter(checkpoint(), precision="tf32")
 
 
+ENSEMBLE = {"architecture": "dual_branch_ensemble", "members": 2, "whitening": 0.5}
+
+
 @pytest.fixture
 def checkpoint(trained: Callable[..., torch.nn.Module]) -> Callable[..., Checkpoint]:
-    def make(use_batch_stat: bool = False) -> Checkpoint:
+    def make(use_batch_stat: bool = False, architecture: str = "dual_branch", **arguments: object) -> Checkpoint:
+        arguments["use_batch_stat"] = use_batch_stat
         card = ModelCard(
-            architecture="dual_branch",
-            arguments={"feature_dim": 256, "use_batch_stat": use_batch_stat},
+            architecture=architecture,
+            arguments={"feature_dim": DIM_ON_GPU, **arguments},
             mode="batch_stat" if use_batch_stat else "per_sample",
-            embedding_dim=256,
+            embedding_dim=DIM_ON_GPU,
             normalisation="l2",
         )
-        return load(to_bytes(card, trained(256, use_batch_stat)))
+        return load(to_bytes(card, trained(DIM_ON_GPU, architecture=architecture, **arguments)))
 
     return make
 
@@ -104,11 +109,16 @@ def checkpoint(trained: Callable[..., torch.nn.Module]) -> Callable[..., Checkpo
 @pytest.mark.gpu
 @NEEDS_GPU
 @pytest.mark.parametrize("use_batch_stat", [False, True])
+@pytest.mark.parametrize("model", [{}, ENSEMBLE])
 @pytest.mark.parametrize(("precision", "error"), [("float32", 2e-6), ("tf32", 3e-3), ("bf16", 3e-2)])
 def test_rows_get_the_same_bits_in_any_company(
-    checkpoint: Callable[..., Checkpoint], use_batch_stat: bool, precision: Precision, error: float
+    checkpoint: Callable[..., Checkpoint],
+    use_batch_stat: bool,
+    model: dict[str, object],
+    precision: Precision,
+    error: float,
 ) -> None:
-    saved, x = checkpoint(use_batch_stat), np.random.default_rng(0).standard_normal((30_000, 256), dtype=np.float32)
+    saved, x = checkpoint(use_batch_stat, **model), embeddings(30_000)
     reweighter = Reweighter(saved, device="cuda", precision=precision)
     on_cpu, on_gpu = Reweighter(saved, device="cpu")(x, branches=True), reweighter(x, branches=True)
     for name, features in on_cpu.items():
@@ -123,8 +133,23 @@ def test_rows_get_the_same_bits_in_any_company(
 
 @pytest.mark.gpu
 @NEEDS_GPU
+def test_without_a_kernel_it_takes_more_steps(
+    checkpoint: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, x = checkpoint(**ENSEMBLE), embeddings(5000)
+    with_kernel = Reweighter(saved, device="cuda")(x)["front"]
+    monkeypatch.setattr(stacked, "_mix_kernel", lambda: None)
+    np.testing.assert_allclose(Reweighter(saved, device="cuda")(x)["front"], with_kernel, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
 def test_a_batch_is_one_block_of_its_own_size(checkpoint: Callable[..., Checkpoint]) -> None:
-    saved, x = checkpoint(use_batch_stat=True), np.random.default_rng(0).standard_normal((9000, 256), dtype=np.float32)
+    saved, x = checkpoint(use_batch_stat=True), embeddings(9000)
     for rows in (x, x[:100]):
         on_gpu, on_cpu = (Reweighter(saved, "batch", device)(rows)["front"] for device in ("cuda", "cpu"))
         np.testing.assert_allclose(on_gpu, on_cpu, atol=1e-5, rtol=1e-5)
+
+
+def embeddings(n_rows: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((n_rows, DIM_ON_GPU), dtype=np.float32)
