@@ -96,15 +96,16 @@ def to_bytes(card: ModelCard, model: nn.Module, seen_subjects: NDArray[np.int64]
     return safetensors.torch.save(tensors, {_CARD: text})
 
 
-def load(source: bytes | str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Checkpoint:
+def load(source: bytes | str | os.PathLike[str], *, name: str | None = None, max_bytes: int = MAX_BYTES) -> Checkpoint:
     """Return the checkpoint in a file or in bytes, safely even for a hostile file.
 
     Checked in this order: the size, before anything is read; the safetensors header; the card and its arguments; the
     names, shapes and types of all tensors, against a network that has shapes but no memory; that every weight is
     finite. Whatever fails raises `BadModelError`, which says what and names the way out. A missing file raises it too.
+    Messages call the checkpoint `name`, by default its path.
     """
-    name = "the given bytes" if isinstance(source, bytes) else os.fspath(source)
-    data = source if isinstance(source, bytes) else _read(name, max_bytes)
+    data = source if isinstance(source, bytes) else _read(os.fspath(source), max_bytes)
+    name = name or ("the given bytes" if isinstance(source, bytes) else os.fspath(source))
     if len(data) > max_bytes:
         raise BadModelError(f"{name}: {len(data):,} bytes, more than the limit of {max_bytes:,}; raise max_bytes")
     card = _read_card(data, name)

@@ -83,10 +83,7 @@ def prepare_models(settings: PipelineSettings) -> dict[str, ModelRef]:
             content = place.read_bytes()
         except FileNotFoundError as error:
             raise SettingsError(f"model {mode}={uri}: there is no such file; `frontalis train` makes one.") from error
-        try:
-            checkpoint = load(content)
-        except BadModelError as error:
-            raise BadModelError(f"model {mode}={uri}: {str(error).removeprefix('the given bytes: ')}") from error
+        checkpoint = load(content, name=f"model {mode}={uri}")
         if checkpoint.card.mode != mode:
             raise BadModelError(
                 f"model {mode}={uri}: was trained for {checkpoint.card.mode}; pass it as {checkpoint.card.mode}={uri}."

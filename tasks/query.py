@@ -196,15 +196,11 @@ def _through_model(store: Location, release: Release, mode: str, matrix: np.ndar
     if mode == RAW:
         return matrix
     # Only new embeddings need a network: a query by id must not wait for torch to load.
-    from models.checkpoint import load
     from models.inference import Reweighter
+    from tasks.checkpoints import stored_checkpoint
 
     model = release.models[mode]
-    try:
-        content = (store / model.path).read_bytes()
-    except FileNotFoundError as error:
-        raise StoreError(f"{store.uri}/{model.path}: the model of {release.release} is missing.") from error
-    return Reweighter(load(content), statistic=model.statistic).query(matrix)
+    return Reweighter(stored_checkpoint(store, model), statistic=model.statistic).query(matrix)
 
 
 def _as_id(value: str, ids: pa.Table) -> str | int:

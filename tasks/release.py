@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 import torch
 
-from models.checkpoint import Checkpoint, library_versions, load
+from models.checkpoint import Checkpoint, library_versions
 from models.explain import agreement, member_weights, summarise, top_channels
 from models.inference import normalise
 from reports.html import draw, render_report
@@ -36,6 +36,7 @@ from storage.features import features_table, matrix_of, read_rows
 from storage.layout import REPORT_METRICS, REPORT_PAGE, REPORT_PLOTS, report_folder
 from storage.location import Location
 from storage.tables import Snapshot
+from tasks.checkpoints import stored_checkpoint
 from tasks.gate import gated
 
 SAMPLE_ROWS = 2048
@@ -156,7 +157,7 @@ def release_weights(store: Location, release: Release) -> list[ChannelWeights]:
     sample = _raw_sample(store, release)
     weights = []
     for mode in measured_modes(release.models)[1:]:
-        checkpoint = load((store / release.models[mode].path).read_bytes())
+        checkpoint = stored_checkpoint(store, release.models[mode])
         weights += model_weights(checkpoint, mode, sample) if len(sample) else []
     return weights
 

@@ -19,12 +19,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from models.checkpoint import load
 from models.inference import Reweighter
 from schemas.errors import BadModelError, BadShardError, FrontalisError, clipped
 from schemas.features import BLOCK_ROWS, QUARANTINE_SCHEMA, VECTOR, VECTOR_COLUMNS, FeatureKey, file_schema
 from schemas.metrics import RAW
-from schemas.models import Precision, Statistic, uses_batch
+from schemas.models import Precision, uses_batch
 from schemas.releases import ModelRef
 from schemas.reports import ShardFault
 from schemas.settings import ColumnNames, Device, PipelineSettings
@@ -35,6 +34,7 @@ from storage.location import Location
 from storage.shards import read_schema, still_same, stream_blocks
 from storage.tables import LiveFile
 from storage.tombstones import Tombstones
+from tasks.checkpoints import stored_checkpoint
 from tasks.plan import ShardWork
 
 log = logging.getLogger("frontalis.reweight")
@@ -316,14 +316,12 @@ def _block_rows(spec: ReweightSpec, mode: str) -> int:
 
 
 def _network(spec: ReweightSpec, mode: str) -> Reweighter:
-    model = spec.models[mode]
-    return _load_network(spec.store, model.path, model.statistic, spec.device, spec.precision)
+    return _reweighter(spec.store, spec.models[mode], spec.device, spec.precision)
 
 
 @functools.lru_cache(maxsize=8)
-def _load_network(store: str, path: str, statistic: Statistic, device: Device, precision: Precision) -> Reweighter:
-    checkpoint = load((Location(store) / path).read_bytes())
-    return Reweighter(checkpoint, statistic, device, precision)
+def _reweighter(store: str, model: ModelRef, device: Device, precision: Precision) -> Reweighter:
+    return Reweighter(stored_checkpoint(Location(store), model), model.statistic, device, precision)
 
 
 @contextlib.contextmanager

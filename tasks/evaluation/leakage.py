@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from models.checkpoint import load
-from schemas.errors import BadModelError, StoreError
+from schemas.errors import BadModelError
 from schemas.releases import ModelRef
 from storage.location import Location
+from tasks.checkpoints import stored_checkpoint
 
 
 def training_subjects(
@@ -30,9 +30,7 @@ def training_subjects(
     unknown = {}
     for mode, model in models.items():
         try:
-            seen |= load((store / model.path).read_bytes()).has_seen(names)
-        except FileNotFoundError as error:
-            raise StoreError(f"{store.uri}/{model.path}: the model is missing.") from error
+            seen |= stored_checkpoint(store, model).has_seen(names)
         except BadModelError as error:
             unknown[mode] = str(error)
     return seen, unknown

@@ -1,5 +1,6 @@
 """Accuracy over a pairs file: given pairs in folds, the threshold of a fold chosen on the others."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from metrics.verification import verify
 from schemas.errors import SettingsError, StoreError
 from schemas.features import digest_of
 from schemas.reports import PairsResult
-from storage.location import Location
+from storage.location import FileEntry, Location
 from storage.parquet import from_parquet
 from tasks.evaluation.rows import LabelledRows
 
@@ -99,9 +100,16 @@ def _repeats(ends: np.ndarray, same: np.ndarray, subjects_differ: np.ndarray) ->
 def read_pairs(uri: str) -> Pairs:
     """Read a pairs file: columns protocol, fold, id_a, id_b (text or integer) and same (bool).
 
+    A file that has not changed is read once a process.
+
     Raises:
         SettingsError: no such file, or a column is missing or of another type.
     """
+    return _read_pairs(uri, Location(uri).entry())
+
+
+@functools.lru_cache(maxsize=1)
+def _read_pairs(uri: str, _: FileEntry | None) -> Pairs:
     try:
         content = Location(uri).read_bytes()
         table = from_parquet(content)

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from models.checkpoint import load
 from models.inference import Reweighter
 from schemas.features import (
     BLOCK_ROWS,
@@ -43,6 +42,7 @@ from storage.location import Location
 from storage.manifest import NO_KEY, Manifest, RowKeys, mark_repeats
 from storage.tables import NO_TABLE, FileTable, LiveFile, Snapshot
 from storage.tombstones import Tombstones
+from tasks.checkpoints import stored_checkpoint
 from tasks.plan import manifest_basis
 
 
@@ -302,7 +302,7 @@ def _replace(table: FileTable, live: Snapshot, files: Mapping[str, LiveFile]) ->
 
 
 def _network(store: Location, model: ModelRef) -> Reweighter:
-    return Reweighter(load((store / model.path).read_bytes()), statistic=model.statistic)
+    return Reweighter(stored_checkpoint(store, model), statistic=model.statistic)
 
 
 def _quarantine_of(table: FileTable, release: Release) -> Snapshot:

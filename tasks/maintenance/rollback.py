@@ -1,6 +1,5 @@
 """Roll back: serve an older release at once."""
 
-from models.checkpoint import load
 from schemas.errors import SettingsError, StoreError
 from schemas.releases import Release
 from storage.features import features_table
@@ -8,6 +7,7 @@ from storage.location import Location
 from storage.releases import Releases
 from storage.tombstones import Tombstones
 from storage.vectors.store import open_ids, open_index
+from tasks.checkpoints import stored_checkpoint
 from tasks.maintenance.erased_releases import holds_forgotten
 
 
@@ -47,7 +47,4 @@ def check_complete(store: Location, release: Release) -> None:
         open_index(store, index)
         open_ids(store, index)
     for model in release.models.values():
-        try:
-            load((store / model.path).read_bytes())
-        except FileNotFoundError as error:
-            raise StoreError(f"{store.uri}/{model.path}: is missing, so {release.release} is not served.") from error
+        stored_checkpoint(store, model)
