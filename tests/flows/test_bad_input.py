@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bad:
-    """The shard is bad: it is named with why, and the other shards go on."""
+    """The shard is bad: it is named with the reason, and the other shards are used."""
 
     says: str
 
@@ -122,7 +122,7 @@ def truncated(path: Path) -> None:
 
 
 def flipped(path: Path) -> None:
-    """Damage the vectors but neither the ids nor the footer; the page checksum tells."""
+    """Damage the vectors but neither the ids nor the footer; the page checksum finds it."""
     pq.write_table(shard(), path, compression="none", use_dictionary=False, write_page_checksum=True)
     content = bytearray(path.read_bytes())
     at = content.find(vectors().tobytes()[:64])
@@ -394,10 +394,10 @@ def test_refusal(name: str, tmp_path: Path, run_stages, pipeline_of, tiny_models
 def test_the_document_says_the_same() -> None:
     lines = (Path(__file__).parents[2] / "docs" / "bad-input.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")][1:]
-    told = {name: (outcome, says) for name, outcome, says in rows}
-    assert list(told) == [*CASES, *REFUSALS]
+    said = {name: (outcome, says) for name, outcome, says in rows}
+    assert list(said) == [*CASES, *REFUSALS]
     for name, case in CASES.items():
-        outcome, says = told[name]
+        outcome, says = said[name]
         if isinstance(case.outcome, Row):
             assert (outcome, set(says.split(", "))) == ("quarantined row", {f"`{one}`" for one in case.outcome.reasons})
         elif isinstance(case.outcome, Bad):
@@ -408,7 +408,7 @@ def test_the_document_says_the_same() -> None:
             assert outcome == "accepted"
             assert case.outcome.warns in says
     for name, (_, error, says) in REFUSALS.items():
-        assert told[name] == (f"refused (`{error.__name__}`)", f"… {says} …")
+        assert said[name] == (f"refused (`{error.__name__}`)", f"… {says} …")
 
 
 def _check_table(store: Path, published: object, plan: object) -> None:

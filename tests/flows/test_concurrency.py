@@ -1,4 +1,4 @@
-"""Two at once: runs, a run and readers, a run and a rollback. One wins, nobody sees a half, and the other is told."""
+"""Two at once: runs, a run and readers, a run and a rollback. One wins, the other is refused, readers see one release."""
 
 import json
 import signal
@@ -65,7 +65,7 @@ def test_the_second_run_is_refused_or_waits(prefect_server, plain_source, tiny_m
 def test_readers_never_fail_or_see_a_half_while_runs_publish(
     prefect_server, plain_source, make_checkpoint, tmp_path
 ) -> None:
-    """Every answer is one of a promoted release as a whole; here each release is told by its features."""
+    """Every answer is one of a promoted release as a whole; here each release is known by its features."""
     store = tmp_path / "store"
     env = prefect_server.env
     ids = None

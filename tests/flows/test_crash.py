@@ -104,7 +104,7 @@ class Run:
         return paths(self.store) - self.old
 
     def stage(self) -> str:
-        """Return the stage the run is in, judged by the files that have appeared."""
+        """Return the stage the run is in, by the files that have appeared."""
         new = self.new()
         if any(path.startswith("releases/") or path.endswith("/index.html") for path in new):
             return "publish"

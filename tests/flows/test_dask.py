@@ -96,7 +96,7 @@ def test_a_bad_row_that_shall_fail_the_run_is_named_by_the_run_too(
     runner = {"kind": "dask", "address": cluster}
     done = reprocess(prefect_server.env, tmp_path, tmp_path / "bad", tiny_models, runner, on_bad_rows="fail")
     assert done.returncode == 2, done.stderr
-    assert "not_finite; mend it" in done.stderr.splitlines()[-1]
+    assert "not_finite; fix it" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "store" / "releases").exists()
 
 

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only, damaged or gone, and a clock set back: a clear word, the old release, a rerun mends.
+"""Disks that are full, read-only, damaged or gone, a clock set back: an error, the old release served, a rerun repairs.
 
 Mounts need root; where they are not allowed their tests skip.
 """
@@ -31,7 +31,7 @@ from tasks.query import answer
 
 @pytest.fixture(scope="module")
 def one_night(run_pipeline, plain_source, tmp_path_factory) -> Path:
-    store = tmp_path_factory.mktemp("night") / "store"
+    store = tmp_path_factory.mktemp("run") / "store"
     assert run_pipeline(plain_source, store).status == "promoted"
     return store
 
@@ -167,7 +167,7 @@ def test_a_damaged_file_under_its_final_name_is_not_reused(
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_flipped_bits_in_feature_files_are_never_indexed(store, run_pipeline, plain_source, seed) -> None:
-    """A bit in the pages, one in a page header and one in the footer of each mode; a run that reads them mends them."""
+    """A bit in the pages, in a page header and in the footer of each mode; a run that reads them repairs them."""
     good = files(store)
     chance = random.Random(seed)
     for mode in ("raw", "per_sample", "batch_stat"):
@@ -202,10 +202,10 @@ def test_readers_leave_a_damaged_file_where_it_is(store) -> None:
     assert {file: file.read_bytes() for file in before} == before
 
 
-def test_lost_files_of_the_served_release_are_told_and_do_not_stop_the_nights(
+def test_lost_files_of_the_served_release_are_noted_and_do_not_stop_the_runs(
     run_pipeline, tiny_source, new_models, tmp_path
 ) -> None:
-    """With nothing left to compare with, the new release waits for an operator, who is told what to set."""
+    """With nothing left to compare with, the new release waits for an operator; the message says what to set."""
     source, store = tmp_path / "source", tmp_path / "store"
     shutil.copytree(tiny_source, source)
     first = run_pipeline(source, store)
@@ -238,10 +238,10 @@ def test_a_bad_shard_whose_last_good_files_are_lost_is_left_out(store, run_pipel
     for file in store.glob("features/mode=raw/shard=part-002/*.parquet"):
         file.unlink()
     pq.write_table(pq.read_table(source / "part-001.parquet").slice(1), source / "part-001.parquet")
-    with pytest.raises(CompletedWithBadShardsError) as told:
+    with pytest.raises(CompletedWithBadShardsError) as raised:
         run_pipeline(source, store)
-    assert [(fault.shard, fault.kept) for fault in told.value.outcome.data.bad_shards] == [("part-002", False)]
-    assert told.value.outcome.status == "promoted"
+    assert [(fault.shard, fault.kept) for fault in raised.value.outcome.data.bad_shards] == [("part-002", False)]
+    assert raised.value.outcome.status == "promoted"
     assert {path.split("/")[1] for path in files(store)} == {"shard=part-000", "shard=part-001"}
 
 
@@ -261,7 +261,7 @@ def test_a_flipped_bit_in_an_index_is_never_served(store, run_pipeline, plain_so
 
 
 def test_a_clock_set_back(store, run_pipeline, plain_source, new_models, monkeypatch) -> None:
-    """Releases are ordered by number, versions by Delta: what the clock says is told and decides nothing."""
+    """Releases are ordered by number, versions by Delta: the clock is recorded and decides nothing."""
 
     class Yesterday(datetime):
         @classmethod

@@ -103,7 +103,7 @@ def test_forgetting_that_ends_between_its_commits(published, run_stages, pipelin
     assert (check(str(store)).problems, check(str(store)).leftovers) == ([], [])
 
 
-def test_bad_rows_that_are_nowhere_are_told_and_found_again(pipeline_of, run_stages, person, tmp_path) -> None:
+def test_bad_rows_that_are_nowhere_are_reported_and_found_again(pipeline_of, run_stages, person, tmp_path) -> None:
     settings = pipeline_of(person.source, tmp_path / "store")
     run_stages(settings)
     before = live(tmp_path / "store")

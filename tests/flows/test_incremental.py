@@ -1,7 +1,7 @@
-"""A night costs what changed: for each kind of change, what is computed, committed and done to the indexes.
+"""A run costs what changed: for each kind of change, what is computed, committed and done to the indexes.
 
-What a night leaves must be, byte for byte, what a new store would get from the same source: that is the reference here.
-Which files a plan wants is tested closer by in `tests/tasks/test_plan.py`.
+The reference is a new store from the same source: it must hold the same, byte for byte. Which files a plan wants in
+special cases is tested in `tests/tasks/test_plan.py`.
 """
 
 import os
@@ -40,10 +40,10 @@ Change = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Change:
-    """A change, and what the night after it does: `computed` has shard → modes, `indexes` mode → how it was made.
+    """A change, and what the next run does: `computed` has shard → modes, `indexes` mode → how it was made.
 
-    `commits` and `quarantine_commits` are new Delta versions; without any index the night publishes no release.
-    `grows` tells that a column joins the schema: at its end here, among the others in a new store.
+    `commits` and `quarantine_commits` are new Delta versions; without any index the run publishes no release.
+    `grows`: a column joins the schema: at its end here, among the others in a new store.
     """
 
     change: Change = lambda source: None
@@ -114,7 +114,7 @@ CHANGES: dict[str, Change] = {
         quarantine_commits=1,
         indexes=UPDATED,
     ),
-    "a bad row mended": Change(
+    "a bad row fixed": Change(
         lambda source: edit(source, "part-001", 0.1),
         computed={"part-001": ALL},
         commits=1,
@@ -146,6 +146,12 @@ CHANGES: dict[str, Change] = {
         commits=1,
         indexes=SHARED | {"batch_stat": "built"},
     ),
+    "another precision": Change(
+        settings={"reweight": {"precision": "tf32"}},
+        computed={key: {"per_sample", "batch_stat"} for key in KEYS},
+        commits=1,
+        indexes=SHARED | {"per_sample": "built", "batch_stat": "built"},
+    ),
     "branches too": Change(
         settings={"reweight": {"branches": True}},
         computed={key: {"per_sample", "batch_stat"} for key in KEYS},
@@ -162,6 +168,7 @@ CHANGES: dict[str, Change] = {
         indexes=BUILT,
         grows=True,
     ),
+    "another batch size, where features do not depend on it": Change(settings={"reweight": {"batch_size": 8}}),
     "more workers in smaller groups": Change(settings={"reweight": {"group_rows": 1}, "runner": {"workers": 3}}),
     "another evaluation": Change(settings={"evaluation": {"resamples": 0, "seed": 1}}, indexes=SHARED),
     "another gate": Change(settings={"gate": {"tolerance": 0.9}}, indexes=SHARED),
@@ -194,7 +201,7 @@ def store(source: Path, run_pipeline, tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Copies:
-    """Copies of source and store after a change, and the settings of that night."""
+    """Copies of source and store after a change, and the settings of the next run."""
 
     source: Path
     store: Path
@@ -293,7 +300,7 @@ def test_whole_flow_does_what_its_stages_do(name: str, prepared, run_pipeline, c
     assert made == expected.indexes
 
 
-def test_whole_night_without_a_change_opens_no_shard(
+def test_whole_run_without_a_change_opens_no_shard(
     source: Path, store: Path, run_pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -313,7 +320,7 @@ def test_whole_night_without_a_change_opens_no_shard(
 def test_any_row_of_changes_ends_as_a_new_store_would(
     seed: int, source: Path, tmp_path: Path, run_stages, pipeline_of
 ) -> None:
-    """Renamed, returned, swapped, bad and mended shards in any order, with ids that move between them."""
+    """Renamed, returned, swapped, bad and repaired shards in any order, with ids that move between them."""
     folder, chance = tmp_path / "source", random.Random(seed)
     folder.mkdir()
     for key in KEYS[:6]:

@@ -1,4 +1,4 @@
-"""The whole job on S3 (moto's server on the loopback): source and store, nights, kills, two writers, forgetting.
+"""The whole job on S3 (moto's server on the loopback): source and store, repeated runs, kills, two writers, forgetting.
 
 FRONTALIS_KILLS says how many runs are killed (2 by default, at most 12).
 """
@@ -123,7 +123,7 @@ def test_a_query_is_answered(first_night, shards) -> None:
     assert len(found.results[0].neighbours) == 5
 
 
-def test_a_second_night_opens_nothing_and_a_changed_shard_is_computed(run_pipeline, store, shards) -> None:
+def test_a_second_run_opens_nothing_and_a_changed_shard_is_computed(run_pipeline, store, shards) -> None:
     assert run_pipeline(shards, store).status == "unchanged"
     before = names(store)
     source = f"{store}-shards"
@@ -276,7 +276,7 @@ def test_an_upload_that_is_interrupted_is_whole_or_absent(s3) -> None:
     assert Location("s3://faces/interrupted").size() in (None, size)
 
 
-def test_what_is_written_lies_there_and_nothing_beside_it(s3) -> None:
+def test_what_is_written_is_there_and_nothing_beside_it(s3) -> None:
     place = Location("s3://faces/written")
     for name, content in (("empty", b""), ("deep/small", b"abc"), ("large", bytes(range(256)) * 50_000)):
         (place / name).write_bytes(content)

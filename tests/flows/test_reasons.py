@@ -1,4 +1,4 @@
-"""Reasons: what is told of a bad shard, in the releases and the report, names the row and never a person."""
+"""The reason of a bad shard, in the releases and the report, names the row and never a person."""
 
 import re
 from pathlib import Path
@@ -60,5 +60,5 @@ def test_no_reason_quotes_a_person(name: str, tmp_path: Path, run_stages, pipeli
     data = run_stages(pipeline_of(source, tmp_path / "store", columns={"keep": ["note"]})).published.data
     [fault] = data.bad_shards
     assert re.search(says, fault.reason), fault.reason
-    told = data.model_dump_json()
-    assert not any(word in told for word in (*NAME.split(), "odd-"))
+    said = data.model_dump_json()
+    assert not any(word in said for word in (*NAME.split(), "odd-"))

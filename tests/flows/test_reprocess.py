@@ -1,4 +1,4 @@
-"""The whole night in a real flow: what is served, what is rejected, what is done again, what Prefect shows."""
+"""The whole job as a real flow: what is served, what is rejected, what is computed again, what Prefect shows."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ def history(store: Path):
     return Releases(Location(str(store))).all()
 
 
-def test_first_night_publishes_everything(run_tiny, tmp_path) -> None:
+def test_first_run_publishes_everything(run_tiny, tmp_path) -> None:
     outcome = run_tiny()
     assert (outcome.status, outcome.shards_computed, outcome.rows_computed) == ("promoted", 3, 280)
     store = tmp_path / "store"
@@ -57,7 +57,7 @@ def test_first_night_publishes_everything(run_tiny, tmp_path) -> None:
     assert counts["len"].to_list() == [280, 280, 280]
 
 
-def test_second_night_does_nothing(run_tiny, tmp_path) -> None:
+def test_second_run_does_nothing(run_tiny, tmp_path) -> None:
     run_tiny()
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*") if file.is_file()}
     outcome = run_tiny()
@@ -68,7 +68,7 @@ def test_second_night_does_nothing(run_tiny, tmp_path) -> None:
     assert len(history(tmp_path / "store")) == 1
 
 
-def test_ruined_model_is_kept_back_and_the_old_release_goes_on_being_served(
+def test_ruined_model_is_rejected_and_the_old_release_stays_served(
     run_tiny, tmp_path, tiny_models, make_checkpoint
 ) -> None:
     first = run_tiny()
@@ -107,7 +107,7 @@ def test_release_without_labels_does_not_replace_a_measured_one(
     assert "without a measurement" in forced.reason
 
 
-def test_store_without_any_labels_goes_on_being_served(run_pipeline, plain_source, tiny_models, tmp_path) -> None:
+def test_store_without_any_labels_is_served_run_after_run(run_pipeline, plain_source, tiny_models, tmp_path) -> None:
     store = tmp_path / "store"
     for models in (tiny_models.by_mode, {"per_sample": str(tiny_models.per_sample)}):
         outcome = run_pipeline(plain_source, store, models=models)
@@ -128,7 +128,7 @@ def test_model_trained_on_everybody_does_not_replace_a_measured_one(
     assert "no model has seen" in outcome.reason
 
 
-def test_model_that_does_not_tell_whom_it_has_seen_does_not_replace_a_measured_one(
+def test_model_with_unknown_training_subjects_does_not_replace_a_measured_one(
     run_tiny, tmp_path, tiny_models, make_checkpoint
 ) -> None:
     run_tiny()
@@ -172,7 +172,7 @@ def test_pairs_are_checked_first_and_their_content_counts(run_tiny, tmp_path) ->
         assert run_tiny(evaluation={"resamples": 0, "pairs": str(pairs)}).status == status
 
 
-def test_releases_tell_which_figure_each_was_judged_by(run_tiny, tmp_path) -> None:
+def test_releases_show_the_gated_metric_of_each(run_tiny, tmp_path) -> None:
     run_tiny()
     run_tiny(gate={"cell": "all", "metric": "fnmr@1e-2", "tolerance": 1.0})
     lines = [line for line in printed(tmp_path / "store").splitlines() if line.startswith("r0000")]
@@ -187,7 +187,7 @@ def printed(store: Path) -> str:
     return text.getvalue()
 
 
-def test_roll_back_serves_the_old_release_and_a_later_night_goes_on_from_there(
+def test_roll_back_serves_the_old_release_and_later_runs_start_from_there(
     run_tiny, tmp_path, tiny_models, make_checkpoint
 ) -> None:
     first = run_tiny()
@@ -199,7 +199,7 @@ def test_roll_back_serves_the_old_release_and_a_later_night_goes_on_from_there(
     assert answer(store, "per_sample", ids=["000000-000"], k=1).release == first.release
     third = run_tiny()
     assert third.status == "promoted"
-    assert (third.shards_computed, third.shards_reused) == (0, 3)  # the files of the first night still lie there
+    assert (third.shards_computed, third.shards_reused) == (0, 3)  # the files of the first run are still there
     assert [release.serving for release in history(tmp_path / "store")] == [False, False, True]
 
 

@@ -67,11 +67,11 @@ def test_the_name_of_a_bad_shard_cannot_forge_a_line(reprocess, tiny_source: Pat
     for file in source.glob("part-*"):
         file.unlink()
     alone = reprocess(source, tmp_path / "other", code=2)
-    for told in (beside_others.stdout, alone.stderr):
-        assert r"a\u001b[31mPWN\nfrontalis: all is well.parquet cannot be read as Parquet" in told
-    for told in (beside_others.stderr, alone.stdout):
-        assert "\x1b" not in told
-        assert "frontalis: all" not in told
+    for said in (beside_others.stdout, alone.stderr):
+        assert r"a\u001b[31mPWN\nfrontalis: all is well.parquet cannot be read as Parquet" in said
+    for said in (beside_others.stderr, alone.stdout):
+        assert "\x1b" not in said
+        assert "frontalis: all" not in said
 
 
 def test_bad_row_and_fail_publishes_nothing(reprocess, tiny_source: Path, tmp_path: Path, tiny_models) -> None:

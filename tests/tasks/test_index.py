@@ -1,4 +1,4 @@
-"""Indexes of a release: carried on, they find what one built anew finds; what is damaged is never served."""
+"""Indexes of a release: an updated one finds what a new one finds; a damaged one is never served."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,7 +126,7 @@ def test_updated_index_finds_what_a_new_one_finds(
     assert not any(name.startswith("e-") for row in ids for name in row)
 
 
-def test_many_changes_build_it_anew(source: Path, features_of, store: Location) -> None:
+def test_many_changes_build_it_again(source: Path, features_of, store: Location) -> None:
     before = features_of()
     first = index_mode(store, "r1", "raw", before, LISTS, None)
     for name in "abc":

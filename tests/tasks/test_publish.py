@@ -28,7 +28,7 @@ def write(path: Path, name: str, seed: int = 0, zeros: int = 0) -> None:
 
 
 def spoil(path: Path) -> None:
-    """Damage the vectors alone, so that only reading them tells."""
+    """Damage the vectors alone, so that only reading them finds it."""
     content = bytearray(path.read_bytes())
     vectors = np.array(pq.ParquetFile(path).read()["embedding"].to_pylist(), np.float32)
     content[content.find(vectors[5].tobytes()) + 2] ^= 1

@@ -223,7 +223,7 @@ def test_shard_rewritten_after_the_plan_leaves_no_file(tmp_path: Path, pipeline_
     assert not list((tmp_path / "store" / "features").rglob("mode=*/*/*"))
 
 
-def test_one_bad_shard_does_not_stop_its_group_unless_told_to(tmp_path: Path, pipeline_of) -> None:
+def test_one_bad_shard_does_not_stop_its_group_unless_it_should(tmp_path: Path, pipeline_of) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for shard in "abc":

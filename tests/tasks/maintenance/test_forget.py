@@ -188,7 +188,7 @@ def test_forgetting_twice_changes_nothing_more(published, person) -> None:
     assert Releases(Location(str(store))).serving().release == first.release
 
 
-def test_the_log_tells_what_and_never_whom(published, person) -> None:
+def test_the_log_holds_what_and_never_whom(published, person) -> None:
     store = published()
     forget(str(store), subject=person.subject)
     forget(str(store), id_="no-such-id")
@@ -226,7 +226,7 @@ def test_forgetting_works_without_a_census(published, run_pipeline, person) -> N
     assert check(str(store)).problems == []
 
 
-def test_what_was_kept_back_is_not_served_by_forgetting(published, run_pipeline, person, make_checkpoint, tmp_path):
+def test_what_was_rejected_is_not_served_by_forgetting(published, run_pipeline, person, make_checkpoint, tmp_path):
     store = published()
     bad = {"per_sample": str(make_checkpoint(tmp_path / "bad.safetensors", strength=3.0))}
     settings = {"models": bad, "evaluation": {"resamples": 50}, "gate": {"tolerance": 0.0}}
@@ -313,10 +313,10 @@ def test_on_the_command_line(published, person) -> None:
         assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
         return done.stdout if code in (0, 1) else done.stderr
 
-    told = shell("forget", "--subject", person.subject)
-    assert f"{person.rows} rows with features and {person.quarantined} in quarantine, in 2 shards" in told
-    assert f"erased     {first}" in told
-    assert not any(secret in told for secret in person.secrets)
+    said = shell("forget", "--subject", person.subject)
+    assert f"{person.rows} rows with features and {person.quarantined} in quarantine, in 2 shards" in said
+    assert f"erased     {first}" in said
+    assert not any(secret in said for secret in person.secrets)
     assert "no row of this id was found" in shell("forget", "--id", "nobody")
     listed = shell("vacuum", "--dry-run")
     assert f"indexes/{first}/raw/index.faiss" in listed

@@ -28,7 +28,7 @@ def history(store: Path) -> Releases:
     return Releases(Location(str(store)))
 
 
-def test_the_next_night_makes_the_older_release_unfit(published, run_pipeline, person) -> None:
+def test_the_next_run_makes_the_older_release_unfit(published, run_pipeline, person) -> None:
     store = published()
     first = history(store).serving().release
     killed_after_its_tombstone(store, person.subject)
@@ -44,7 +44,7 @@ def test_the_next_night_makes_the_older_release_unfit(published, run_pipeline, p
     assert not [file for file in store.rglob("*") if file.is_file() and person.photograph.encode() in file.read_bytes()]
 
 
-def test_a_release_that_is_kept_back_leaves_the_old_one_until_forgetting_is_done(
+def test_a_rejected_release_leaves_the_old_one_until_forgetting_is_done(
     published, run_pipeline, person, tiny_models, make_checkpoint, tmp_path, caplog
 ) -> None:
     store = published()
@@ -73,7 +73,7 @@ def test_a_rollback_looks_before_any_run_has(published, run_pipeline, person, tm
     assert clean(str(store), keep=100).kept_releases == [without]
 
 
-def test_a_night_without_change_looks_once(published, run_pipeline, person, tmp_path) -> None:
+def test_a_run_without_change_checks_once(published, run_pipeline, person, tmp_path) -> None:
     store = published()
     others = source_of_others(person, tmp_path / "others")
     run_pipeline(others, store, columns=KEEP)

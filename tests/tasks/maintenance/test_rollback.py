@@ -16,7 +16,7 @@ from tasks.query import answer
 
 @pytest.fixture(scope="module")
 def two_nights(run_pipeline, plain_source, make_checkpoint, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("nights")
+    folder = tmp_path_factory.mktemp("runs")
     for number in range(2):
         model = make_checkpoint(folder / f"{number}.safetensors", seed=number)
         assert run_pipeline(plain_source, folder / "store", models={"per_sample": str(model)}).status == "promoted"
@@ -66,7 +66,7 @@ def test_an_unknown_release_is_refused_with_those_there_are(store) -> None:
         ("models/{file}.safetensors", "delete"),
     ],
 )
-def test_an_incomplete_release_is_refused_and_the_other_goes_on(store, pattern, damage) -> None:
+def test_an_incomplete_release_is_refused_and_the_other_stays_served(store, pattern, damage) -> None:
     first, second = Releases(Location(str(store))).all()
     model = first.models["per_sample"]
     pattern = pattern.format(release=first.release, model=model.digest, file=model.file_digest)

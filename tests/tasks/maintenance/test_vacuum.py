@@ -22,7 +22,7 @@ from tasks.query import answer
 @pytest.fixture(scope="module")
 def four_nights(run_pipeline, plain_source, make_checkpoint, tmp_path_factory) -> Path:
     """Four promoted releases, each with features of its own."""
-    folder = tmp_path_factory.mktemp("nights")
+    folder = tmp_path_factory.mktemp("runs")
     for number in range(4):
         model = make_checkpoint(folder / f"{number}.safetensors", seed=number)
         assert run_pipeline(plain_source, folder / "store", models={"per_sample": str(model)}).status == "promoted"
@@ -69,14 +69,14 @@ def test_the_last_releases_stay_servable_and_the_others_go(store) -> None:
 
 def test_a_dry_run_lists_and_removes_nothing(store) -> None:
     before, releases = files_of(store), history(store)
-    told = clean(str(store), keep=1, dry_run=True)
+    listed = clean(str(store), keep=1, dry_run=True)
     assert {name: size for name, size in files_of(store).items() if name != ".lock"} == {
         name: size for name, size in before.items() if name != ".lock"
     }
     assert history(store) == releases
     done = clean(str(store), keep=1)
-    assert set(told.files) <= set(done.files)
-    assert {name for name in set(done.files) - set(told.files) if not name.startswith("releases/")} == set()
+    assert set(listed.files) <= set(done.files)
+    assert {name for name in set(done.files) - set(listed.files) if not name.startswith("releases/")} == set()
 
 
 def test_what_is_served_stays_whatever_its_age(store) -> None:
@@ -188,7 +188,7 @@ def test_kept_are_the_served_the_promoted_and_the_newest(four_nights) -> None:
 
 
 def test_a_folder_that_is_no_store_is_left_alone(tmp_path) -> None:
-    """Its names may even look like ours: without a history nothing tells what is needed."""
+    """Its names may even look like ours: without a history nothing shows what is needed."""
     for name in ("models/resnet.bin", "reports/2025/q1.pdf", "notes/.tmp-mywork", f"models/{'ab' * 32}.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")

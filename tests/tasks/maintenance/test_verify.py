@@ -1,4 +1,4 @@
-"""Verify: every kind of damage is found, named, and mended by what it says; a sound store is sound."""
+"""Verify: every kind of damage is found, named, and repaired by its remedy; a sound store has no problem."""
 
 import re
 import shutil
@@ -93,7 +93,7 @@ def test_damage_is_found_and_named(published, pattern, damage) -> None:
         ("models/*.safetensors", "garbage"),
     ],
 )
-def test_the_remedy_mends(published, run_pipeline, person, pattern, damage) -> None:
+def test_the_remedy_repairs(published, run_pipeline, person, pattern, damage) -> None:
     """Done as the remedy says: delete what it says to delete, run reprocess."""
     store = published()
     hurt(store, pattern, damage)
@@ -111,13 +111,13 @@ def test_the_remedy_mends(published, run_pipeline, person, pattern, damage) -> N
     assert check(str(store)).problems == []
 
 
-def test_a_missing_report_is_told(published) -> None:
+def test_a_missing_report_is_reported(published) -> None:
     store = published()
     shutil.rmtree(store / "reports")
     assert [problem.what for problem in check(str(store)).problems] == ["its report is missing"]
 
 
-def test_a_forgotten_row_that_is_still_there_is_told(published, person) -> None:
+def test_a_forgotten_row_that_is_still_there_is_reported(published, person) -> None:
     store = published()
     tombstones = Tombstones(Location(str(store)))
     tombstones.add([tombstones.mark("subject", person.subject)])
@@ -139,7 +139,7 @@ def test_nothing_served_though_something_could_be(published) -> None:
     assert f"rollback --store {store} {releases[0].release}" in problem.remedy
 
 
-def test_index_and_features_that_disagree_are_told(published) -> None:
+def test_index_and_features_that_disagree_are_reported(published) -> None:
     store = published()
     history = Releases(Location(str(store)))
     releases = history.all()
@@ -149,7 +149,7 @@ def test_index_and_features_that_disagree_are_told(published) -> None:
     assert "1 rows in the record" in problem.what
 
 
-def test_a_lost_log_is_told(published) -> None:
+def test_a_lost_log_is_reported(published) -> None:
     store = published()
     for file in (store / "features/_delta_log").iterdir():
         file.write_text("{")
