@@ -1,4 +1,4 @@
-"""Two at once: runs, a run and readers, a run and a rollback. One wins, the other is refused, readers see one release."""
+"""Two at once: runs, a run and a rollback. One wins, the other is refused, readers see one release."""
 
 import json
 import signal

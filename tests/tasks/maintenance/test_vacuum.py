@@ -20,7 +20,7 @@ from tasks.query import answer
 
 
 @pytest.fixture(scope="module")
-def four_nights(run_pipeline, plain_source, make_checkpoint, tmp_path_factory) -> Path:
+def four_releases(run_pipeline, plain_source, make_checkpoint, tmp_path_factory) -> Path:
     """Four promoted releases, each with features of its own."""
     folder = tmp_path_factory.mktemp("runs")
     for number in range(4):
@@ -30,8 +30,8 @@ def four_nights(run_pipeline, plain_source, make_checkpoint, tmp_path_factory) -
 
 
 @pytest.fixture
-def store(four_nights, tmp_path) -> Path:
-    shutil.copytree(four_nights, tmp_path / "store")
+def store(four_releases, tmp_path) -> Path:
+    shutil.copytree(four_releases, tmp_path / "store")
     return tmp_path / "store"
 
 
@@ -170,8 +170,8 @@ def test_nothing_goes_when_a_kept_release_cannot_be_read(store) -> None:
     assert not any(release.vacuumed for release in history(store))
 
 
-def test_kept_are_the_served_the_promoted_and_the_newest(four_nights) -> None:
-    first = history(four_nights)[0]
+def test_kept_are_the_served_the_promoted_and_the_newest(four_releases) -> None:
+    first = history(four_releases)[0]
 
     def release(number: int, *, promoted: bool = True, serving: bool = False, erased: bool = False):
         gate = first.gate.model_copy(update={"promoted": promoted})
