@@ -125,7 +125,7 @@ def test_model_trained_on_everybody_does_not_replace_a_measured_one(
     save(checkpoint.card, checkpoint.model, tmp_path / "everybody.safetensors", keys)
     outcome = run_tiny(models={**tiny_models.by_mode, "per_sample": str(tmp_path / "everybody.safetensors")})
     assert outcome.status == "rejected"
-    assert "no model has seen" in outcome.reason
+    assert "fewer than two labelled held-out subjects" in outcome.reason
 
 
 def test_model_with_unknown_training_subjects_does_not_replace_a_measured_one(
