@@ -7,7 +7,7 @@ from prefect.utilities.annotations import opaque
 from flows.progress import show_progress
 from reports.html import markdown_table
 from schemas.reports import Evaluation
-from schemas.settings import EvaluationSettings, PipelineSettings
+from schemas.settings import EvaluationSettings, PipelineSettings, checked
 from storage.features import features_table
 from storage.location import Location
 from storage.releases import Releases
@@ -33,13 +33,13 @@ def evaluate(
     show_progress()
     history = Releases.of(Location(store))
     record = history.servable(release) if release else history.serving()
-    settings = PipelineSettings.model_validate({**record.settings, "store": store})
-    changed = {key: value for key, value in {"pairs": pairs, "resamples": resamples}.items() if value is not None}
-    evaluation: EvaluationSettings = settings.evaluation.model_copy(update=changed)
+    settings = checked(PipelineSettings, {**record.settings, "store": store})
+    given = {name: value for name, value in {"pairs": pairs, "resamples": resamples}.items() if value is not None}
+    evaluation = checked(EvaluationSettings, {**dict(settings.evaluation), **given})
     features = features_table(history.store).snapshot(record.features_version)
     result: Evaluation = evaluate_task(
-        store, record.release, opaque(features), record.models, evaluation, settings.index
-    ).model_copy(update={"indexes": {mode: index.audit for mode, index in record.indexes.items()}})
+        history.store, record.release, opaque(features), record.models, evaluation, settings.index
+    ).replaced(indexes={mode: index.audit for mode, index in record.indexes.items()})
     create_markdown_artifact(
         markdown=f"# {record.release}\n\n{markdown_table(result)}",
         key="frontalis-evaluation",

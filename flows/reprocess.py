@@ -112,7 +112,7 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
     served = next((release for release in earlier if release.serving), None)
     features = release_features(store, served)
     evaluation: Evaluation = evaluate_task(
-        settings.store,
+        store,
         name,
         opaque(published.features),
         models,

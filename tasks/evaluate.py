@@ -38,7 +38,7 @@ log = logging.getLogger("frontalis.evaluate")
 
 
 def evaluate(
-    store_uri: str,
+    store: Location,
     release: str,
     features: Snapshot,
     models: Mapping[str, ModelRef],
@@ -49,7 +49,7 @@ def evaluate(
     """Measure every mode of a features snapshot. There is no population where fewer than two subjects are labelled.
 
     Args:
-        store_uri: the store.
+        store: the store.
         release: name of the release, for the record.
         features: the files of the features table.
         models: mode → model; its training subjects are left out.
@@ -62,7 +62,6 @@ def evaluate(
         StoreError: a feature file or a model is missing or damaged; for the served release that is a note instead.
     """
     pairs = read_pairs(settings.pairs) if settings.pairs else None
-    store = Location(store_uri)
     modes = measured_modes(models)
     labelled = read_subject_index(store, features)
     seen, unknown = training_subjects(store, labelled.names, models)

@@ -70,7 +70,7 @@ def _final_files(
         )
         if kept:
             wanted |= {key.path: key for key in last_good}
-        faults.append(result.fault.model_copy(update={"kept": kept}))
+        faults.append(result.fault.replaced(kept=kept))
     return wanted, faults
 
 

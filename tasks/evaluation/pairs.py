@@ -83,7 +83,7 @@ def pairs_accuracy(rows: LabelledRows, features: np.ndarray, pairs: Pairs, store
         else:
             accuracy = fold_accuracy(scores, same[use], folds[use])
             metrics |= {"accuracy_mean": accuracy.mean, "accuracy_sd": accuracy.sd}
-        results.append(found.model_copy(update=metrics))
+        results.append(found.replaced(**metrics))
     return results
 
 

@@ -168,7 +168,7 @@ def _release_without(
         for mode, old in served.indexes.items()
     }
     measured = checked(EvaluationSettings, {**dict(settings.evaluation), **({} if pairs else {"pairs": None})})
-    evaluation = evaluate(store.uri, name, erased.features, served.models, measured, settings.index)
+    evaluation = evaluate(store, name, erased.features, served.models, measured, settings.index)
     evaluation = evaluation.replaced(notes=[*evaluation.notes, *notes])
     release = build_release(
         settings,

@@ -20,6 +20,7 @@ from schemas.metrics import ALL, HELD_OUT, RAW
 from schemas.releases import Release
 from schemas.reports import DataQuality, Evaluation, GateDecision
 from schemas.settings import EvaluationSettings, PipelineSettings, pipeline
+from storage.location import Location
 from storage.tables import Snapshot
 from tasks.evaluate import evaluate
 from tasks.index import Previous
@@ -79,7 +80,7 @@ def evaluation(settings, features) -> Evaluation:
 
 def measure(settings: PipelineSettings, features: Snapshot, evaluation: EvaluationSettings = FEW, served=None):
     return evaluate(
-        settings.store, "r00001-test", features, prepare_models(settings), evaluation, IndexSettings(), served
+        Location(settings.store), "r00001-test", features, prepare_models(settings), evaluation, IndexSettings(), served
     )
 
 
@@ -270,7 +271,7 @@ def test_model_without_recorded_subjects_is_marked_and_no_reference(
     save(checkpoint.card, checkpoint.model, Path(settings.store) / "models" / "silent.safetensors")
     models = prepare_models(settings)
     silent = {**models, "per_sample": models["per_sample"].model_copy(update={"path": "models/silent.safetensors"})}
-    found = evaluate(settings.store, "r00001-test", features, silent, FEW, IndexSettings())
+    found = evaluate(Location(settings.store), "r00001-test", features, silent, FEW, IndexSettings())
     modes = found.populations[HELD_OUT].modes
     assert [mode for mode, result in modes.items() if not result.training_subjects_known] == ["per_sample"]
     assert any("mode per_sample: the checkpoint does not record" in note for note in found.notes)
