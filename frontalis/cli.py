@@ -1,7 +1,8 @@
-"""The command line: every flow from a shell, results on stdout, progress on stderr.
+"""The command line: results on stdout, progress on stderr.
 
-Options are read here and handed to `flows`; what is printed is laid out in `frontalis.printing`. Heavy libraries are
-imported by the command that needs them, so that `--help` and a mistyped option answer at once.
+Options are read here and passed to `flows` or, where a command needs no Prefect, to `tasks`. `frontalis.printing`
+prints the results. Heavy libraries are imported by the command that needs them, so that `--help` and a mistyped option answer
+at once.
 """
 
 import logging
@@ -42,7 +43,7 @@ _kept: dict[str, str] = {}
 
 
 def _command(kept: str) -> Callable[[Function], Function]:
-    """Register a command and what an interrupt leaves of its work, in words."""
+    """Register a command, and say what an interrupt leaves of its work."""
 
     def register(function: Function) -> Function:
         _kept[function.__name__] = kept
@@ -60,7 +61,7 @@ def _start(
     log_to_stderr()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     logging.getLogger("frontalis").setLevel(logging.WARNING if quiet else logging.INFO)
-    # Prefect's own log would repeat ours and hide it; the server keeps its record of the run all the same.
+    # Prefect's own log would repeat ours; the server keeps its record of the run all the same.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     # Nothing leaves the machine, usage statistics included.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -77,7 +78,7 @@ def synth(
     dim: Annotated[int, typer.Option(min=2)] = 512,
     shards: Annotated[int, typer.Option(min=1)] = 8,
     seed: int = 0,
-    bad_rows: Annotated[int, typer.Option(min=0, help="Plant about so many bad rows of several kinds.")] = 0,
+    bad_rows: Annotated[int, typer.Option(min=0, help="Add about this many bad rows of several kinds.")] = 0,
 ) -> None:
     """Make synthetic shards that behave like measured embeddings."""
     from tasks.synthetic.shards import synthesize
@@ -94,13 +95,13 @@ def train(
     sources: Annotated[list[str], typer.Argument(help="Folders of labelled shards.")],
     out: Annotated[str, typer.Option(help="Checkpoint to write (.safetensors); its card goes beside it.")],
     mode: Annotated[str, typer.Option(help="per_sample or batch_stat.")] = "per_sample",
-    augment: Annotated[list[str] | None, typer.Option(help="Further views of the same subjects; repeat.")] = None,
+    augment: Annotated[list[str] | None, typer.Option(help="More views of the same subjects; repeat.")] = None,
     architecture: Annotated[str | None, typer.Option(help="dual_branch_ensemble (default), dual_branch or se.")] = None,
     loss: Annotated[str | None, typer.Option(help="global_threshold (default), supcon or triplet.")] = None,
     seed: int = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="360 by default; the last one is kept, or raw.")] = None,
-    validation: Annotated[float | None, typer.Option(help="Share of subjects that choose the model; 0.1.")] = None,
-    test: Annotated[float | None, typer.Option(help="Share of subjects that only measure it; 0.1.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; 360 by default.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of subjects for model selection (0.1).")] = None,
+    test: Annotated[float | None, typer.Option(help="Share of subjects for the measurement (0.1).")] = None,
     column: Columns = None,
     skip_bad_rows: Annotated[
         bool,
@@ -110,7 +111,7 @@ def train(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train one checkpoint and measure it on subjects it has not seen."""
+    """Train one checkpoint and measure it on held-out subjects."""
     from flows.train import train as flow
     from frontalis.printing import print_trained
     from storage.location import Location
@@ -141,9 +142,9 @@ def train(
 @_command(kept="complete files are kept; run the same command again to continue")
 def reprocess(
     source: Annotated[str | None, typer.Option(help="Folder of shards, or s3://…")] = None,
-    store: Annotated[str | None, typer.Option(help="The store.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="mode=FILE; repeat for each mode.")] = None,
-    config: Annotated[str | None, typer.Option(help="pipeline.toml; the other options win over it.")] = None,
+    store: Annotated[str | None, typer.Option(help="The store: a folder or s3://bucket/prefix.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="MODE=FILE; repeat for each mode.")] = None,
+    config: Annotated[str | None, typer.Option(help="pipeline.toml; other options override it.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Parquet of pairs with folds, to measure accuracy on.")] = None,
     keep_columns: Annotated[list[str] | None, typer.Option(help="Further column to pass through; repeat.")] = None,
     column: Columns = None,
@@ -151,7 +152,7 @@ def reprocess(
     wait: Annotated[float | None, typer.Option(min=0, help="Seconds to wait for another run.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring the store up to date, measure, and serve the result if it is good."""
+    """Bring the store up to date, measure, and serve the result if the gate promotes it."""
     from schemas.settings import load_pipeline, pipeline
 
     given: dict[str, Any] = {"source": source, "store": store, "wait": wait, "models": _models(model) or None}
@@ -194,7 +195,7 @@ def evaluate(
     release: Annotated[str | None, typer.Option(help="A release by name; the one served by default.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Parquet of pairs: protocol, fold, id_a, id_b, same.")] = None,
     resamples: Annotated[
-        int | None, typer.Option(min=0, help="Bootstrap resamples, 0: no intervals; as the release by default.")
+        int | None, typer.Option(min=0, help="Bootstrap resamples; 0 gives no intervals. By default as in the release.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -216,7 +217,7 @@ def query(
     vectors: Annotated[str | None, typer.Option(help="New embeddings: .npy or .parquet.")] = None,
     k: Annotated[int, typer.Option("-k", help="Neighbours a query.")] = 10,
     release: Annotated[str | None, typer.Option(help="A release by name; the one served by default.")] = None,
-    include_self: Annotated[bool, typer.Option(help="With --id: let a row find itself.")] = False,
+    include_self: Annotated[bool, typer.Option(help="With --id: include the row itself.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the nearest stored rows of an id or of new embeddings."""
@@ -231,12 +232,12 @@ def query(
 def explain(
     model: Annotated[str, typer.Option(help="Checkpoint file.")],
     out: Annotated[str, typer.Option(help="Folder for plots and tables.")],
-    source: Annotated[str | None, typer.Option(help="Shards to weigh; needed for per_sample models.")] = None,
+    source: Annotated[str | None, typer.Option(help="Folder of shards; needed for per_sample models.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Top channels to list.")] = 10,
     column: Columns = None,
     as_json: AsJson = False,
 ) -> None:
-    """Plot and list the channels that a model weighs most."""
+    """Plot and list the channels to which a model gives the largest weights."""
     from frontalis.printing import print_explanation
     from schemas.settings import ColumnNames, checked
     from tasks.explain import explain_model
@@ -259,7 +260,7 @@ def releases(store: Store, as_json: AsJson = False) -> None:
 def rollback(
     store: Store, release: Annotated[str, typer.Argument(help="The release to serve.")], as_json: AsJson = False
 ) -> None:
-    """Serve an older release from now on: its features, indexes and models together."""
+    """Serve an older release: its features, indexes and models together."""
     from tasks.maintenance.rollback import roll_back
 
     served = roll_back(store, release)
@@ -293,11 +294,11 @@ def forget(
 @_command(kept="run the same command again to remove the rest")
 def vacuum(
     store: Store,
-    keep: Annotated[int, typer.Option(help="How many releases stay ready to be served.")] = 10,
+    keep: Annotated[int, typer.Option(help="How many promoted releases to keep.")] = 10,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be removed, and remove nothing.")] = False,
     grace_hours: Annotated[
         float | None,
-        typer.Option(min=0, help="Leave files younger than this; 0 locally, 24 on object storage, which has no lock."),
+        typer.Option(min=0, help="Keep files younger than this; 0 locally, 24 on object storage, which has no lock."),
     ] = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for another run.")] = 0.0,
     as_json: AsJson = False,
@@ -311,7 +312,7 @@ def vacuum(
 
 @_command(kept="nothing was changed")
 def verify(store: Store, as_json: AsJson = False) -> None:
-    """Check every file of the store against what its releases say."""
+    """Check every file of the store against its releases."""
     from frontalis.printing import print_checked
     from tasks.maintenance.verify import check
 
