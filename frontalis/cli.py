@@ -1,8 +1,8 @@
 """The command line: results on stdout, progress on stderr.
 
 Options are read here and passed to `flows` or, where a command needs no Prefect, to `tasks`. `frontalis.printing`
-prints the results. Heavy libraries are imported by the command that needs them, so that `--help` and a mistyped option answer
-at once.
+prints the results. Heavy libraries are imported by the command that needs them, so that `--help` and a mistyped option
+answer at once.
 """
 
 import logging
