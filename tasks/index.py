@@ -22,6 +22,7 @@ from storage.layout import IDS_FILE, INDEX_FILE, index_folder
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
 from storage.tables import FileTable, LiveFile, Snapshot
+from storage.vectors.exact import unit_rows
 from storage.vectors.index import Batch, VectorIndex, build, choose_factory, rebuild_reason
 from storage.vectors.recall import Recall, audit_recall
 from storage.vectors.store import IDS_LIMIT, ids_digest, open_ids, open_index
@@ -229,7 +230,7 @@ def _recall(index: VectorIndex, table: FileTable, files: Mapping[str, LiveFile])
         if sum(map(len, queries)) >= AUDIT_QUERIES:
             break
         for _, vectors in _batches(table, [file]):
-            unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            unit = unit_rows(vectors, index.dim)
             # A third of the way, so that no two rows are equally near; a lone row has no neighbour.
             usable = 2 * unit[:-1] + unit[1:] if len(unit) > 1 else unit
             queries.append(usable[np.linspace(0, len(usable) - 1, min(share, len(usable))).astype(int)])
