@@ -140,7 +140,7 @@ def test_files_are_listed_by_name_and_hidden_ones_on_request(place: Location, tm
     assert (place / "nowhere").files() == []
 
 
-def test_a_whole_listing_misses_no_link_that_leads_nowhere(place: Location, tmp_path: Path) -> None:
+def test_a_whole_listing_misses_no_broken_link(place: Location, tmp_path: Path) -> None:
     (place / "a.parquet").write_bytes(b"x")
     for name in ("_hidden", "b.parquet"):
         (tmp_path / name).symlink_to(tmp_path / "nowhere")

@@ -18,7 +18,7 @@ def store(tmp_path: Path) -> Location:
     return Location(str(tmp_path))
 
 
-def test_nobody_is_forgotten_at_first(store: Location) -> None:
+def test_there_are_no_tombstones_at_first(store: Location) -> None:
     tombstones = Tombstones(store)
     assert not tombstones
     assert tombstones.digest == "none"
@@ -78,7 +78,7 @@ def test_the_list_grows_and_its_digest_follows_it(store: Location) -> None:
     assert again.digest == digests[-1]
 
 
-def test_the_list_names_nobody_and_each_store_has_its_own_salt(tmp_path: Path) -> None:
+def test_the_list_contains_no_names_and_each_store_has_its_own_salt(tmp_path: Path) -> None:
     marks = []
     for name in ("one", "two"):
         tombstones = Tombstones(Location(str(tmp_path / name)))
