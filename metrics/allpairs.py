@@ -123,8 +123,8 @@ def all_pairs(
     Args:
         features: `[N, D]`, any float type; rows are L2-normalised here, so they need not be.
         subjects: integer codes `[N]`; a pair is genuine when both codes are equal.
-        classes: integer codes `[N]` into `class_names`. Class a with class b makes the cell "a-b" (order of
-            `class_names`). None: no cells, only the total.
+        classes: integer codes `[N]` into `class_names`; None: no cells, only the total.
+        class_names: names of the classes. Class a with class b makes the cell "a-b", in this order.
         duplicates: integer codes `[N]`; rows with the same code (same id, same bytes) never form a pair.
         fmr_points: the false match rates asked for.
         max_clusters: more subjects than this are assigned to so many clusters, at random but reproducibly, and the

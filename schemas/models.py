@@ -61,8 +61,10 @@ class DualBranchArguments(_Arguments):
 
 
 class DualBranchEnsembleArguments(DualBranchArguments):
-    """Arguments of `models.dual_branch.DualBranchEnsemble`: how many members, what each is built from, and how much of
-    the whitened row is mixed in."""
+    """Arguments of `models.dual_branch.DualBranchEnsemble`.
+
+    How many members, what each is built from, and how much of the whitened row is mixed in.
+    """
 
     members: Annotated[int, Field(ge=1, le=MAX_MEMBERS)] = 3
     hidden_dim: Dim | None = 128

@@ -217,31 +217,34 @@ class Location:
 
     def _walk(self) -> Iterator[FileEntry]:
         if self.is_local:
-            # os.scandir gives ctime and inode, which a rewrite with the same size and mtime cannot keep.
-            stack: list[tuple[Path, frozenset[tuple[int, int]]]] = [(Path(self.path), frozenset())]
-            root = len(self.path) + 1
-            while stack:
-                folder, above = stack.pop()
-                try:
-                    itself = folder.stat()
-                    children = list(os.scandir(folder))
-                except FileNotFoundError:
-                    continue
-                if (itself.st_dev, itself.st_ino) in above:
-                    continue
-                below = above | {(itself.st_dev, itself.st_ino)}
-                for child in children:
-                    if child.is_dir():
-                        stack.append((Path(child.path), below))
-                    elif child.is_file():
-                        yield _local_entry(child.path[root:], child.stat())
-                    elif child.is_symlink() and not Path(child.path).exists():
-                        yield FileEntry(child.path[root:], NOWHERE, 0, "")
+            yield from self._walk_local()
             return
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         for info in self.fs.get_file_info(selector):
             if info.type == pafs.FileType.File:
                 yield FileEntry(info.path[len(self.path) + 1 :], info.size, info.mtime_ns or 0, "")
+
+    def _walk_local(self) -> Iterator[FileEntry]:
+        # os.scandir gives ctime and inode, which a rewrite with the same size and mtime cannot keep.
+        stack: list[tuple[Path, frozenset[tuple[int, int]]]] = [(Path(self.path), frozenset())]
+        root = len(self.path) + 1
+        while stack:
+            folder, above = stack.pop()
+            try:
+                itself = folder.stat()
+                children = list(os.scandir(folder))
+            except FileNotFoundError:
+                continue
+            if (itself.st_dev, itself.st_ino) in above:
+                continue
+            below = above | {(itself.st_dev, itself.st_ino)}
+            for child in children:
+                if child.is_dir():
+                    stack.append((Path(child.path), below))
+                elif child.is_file():
+                    yield _local_entry(child.path[root:], child.stat())
+                elif child.is_symlink() and not Path(child.path).exists():
+                    yield FileEntry(child.path[root:], NOWHERE, 0, "")
 
     def etag(self) -> str:
         """Return what object storage says of the content (its ETag); empty for local files."""

@@ -23,6 +23,6 @@ def stored_checkpoint(store: Location, model: ModelRef) -> Checkpoint:
 
 
 @functools.lru_cache(maxsize=8)
-def _load(uri: str, entry: FileEntry) -> Checkpoint:
+def _load(uri: str, _entry: FileEntry) -> Checkpoint:
     """Read a checkpoint again only where its size, time or version has changed."""
     return load(Location(uri).read_bytes())

@@ -73,10 +73,11 @@ def answer(
     Args:
         store: local path or s3://…
         mode: `per_sample`, `batch_stat` or `raw`.
-        ids: stored ids; a row does not find itself unless `include_self`.
+        ids: stored ids.
         vectors: `.npy` (`[D]` or `[n, D]`) or `.parquet` (an `embedding` column, optionally `id`) of raw embeddings.
         k: neighbours a query, 1 to 10,000.
         release: a release by name; None takes the one that is served.
+        include_self: whether a row that is asked for by id may find itself.
 
     Raises:
         SettingsError: no store there, an unknown mode, id, release or file, or vectors of another length, not finite

@@ -21,7 +21,7 @@ from tasks.reweight import ReweightSpec, ShardResult, reweight_group
 T = TypeVar("T")
 
 
-async def is_transient(task: Task[..., Any], run: object, state: State[Any]) -> bool:
+async def is_transient(_task: Task[..., Any], _run: object, state: State[Any]) -> bool:
     """Return whether a retry can help: not for refusals, but for a store that failed to answer."""
     try:
         await state.aresult()
