@@ -62,7 +62,7 @@ def validation_score(pairs: AllPairs, raw: AllPairs) -> float:
         harm  = Σ max(0, r) over EER and FNMR at global FMR 1e-3 of frontal–frontal pairs
         score = gain + harm / 4
 
-    One rate alone is a poor guide: the EER goes on falling long after FNMR at low FMR has begun to rise. Without
+    One rate alone is a poor guide: the EER keeps falling long after FNMR at low FMR has begun to rise. Without
     frontal–profile pairs the gain is over all pairs. Rates that are not estimable on these subjects are skipped.
     """
     cell, base = deciding_cells(pairs, raw)

@@ -48,7 +48,7 @@ def test_each_deployment_names_a_flow_and_parameters_that_it_has(deployment) -> 
     named_in_description = set(re.findall(r"--param (\w+)=", deployment["description"]))
     assert named_in_description <= schema.properties.keys()
     missing = set(schema.required or []) - deployment.get("parameters", {}).keys()
-    assert missing <= named_in_description, "what must be passed by hand is told in the description"
+    assert missing <= named_in_description, "what must be passed by hand is named in the description"
 
 
 def test_only_the_nightly_run_is_scheduled_and_never_beside_itself() -> None:

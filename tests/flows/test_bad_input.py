@@ -1,4 +1,4 @@
-"""What becomes of every kind of bad input: a quarantined row, a bad shard, a refusal, or nothing at all.
+"""How every kind of bad input is handled: a quarantined row, a bad shard, a refusal, or nothing at all.
 
 `docs/bad-input.md` is the same table in words.
 """

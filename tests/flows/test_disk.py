@@ -30,15 +30,15 @@ from tasks.query import answer
 
 
 @pytest.fixture(scope="module")
-def one_night(run_pipeline, plain_source, tmp_path_factory) -> Path:
+def one_run(run_pipeline, plain_source, tmp_path_factory) -> Path:
     store = tmp_path_factory.mktemp("run") / "store"
     assert run_pipeline(plain_source, store).status == "promoted"
     return store
 
 
 @pytest.fixture
-def store(one_night, tmp_path) -> Path:
-    shutil.copytree(one_night, tmp_path / "store")
+def store(one_run, tmp_path) -> Path:
+    shutil.copytree(one_run, tmp_path / "store")
     return tmp_path / "store"
 
 
@@ -80,12 +80,12 @@ def mounted(*words: str, at: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("free_kb", [8, 120, 400])
-def test_a_full_disk(one_night, run_pipeline, plain_source, new_models, tmp_path, free_kb) -> None:
+def test_a_full_disk(one_run, run_pipeline, plain_source, new_models, tmp_path, free_kb) -> None:
     """The disk fills at different moments: with the models, the features, or the indexes and the report."""
     disk = tmp_path / "disk"
     disk.mkdir()
     with mounted("-t", "tmpfs", "-o", "size=64m", "tmpfs", at=disk):
-        shutil.copytree(one_night, disk / "store")
+        shutil.copytree(one_run, disk / "store")
         before, id_ = served(disk / "store"), some_id(disk / "store")
         status = os.statvfs(disk)
         used = (status.f_blocks - status.f_bfree) * status.f_frsize
@@ -101,11 +101,11 @@ def test_a_full_disk(one_night, run_pipeline, plain_source, new_models, tmp_path
         assert (check(str(disk / "store")).problems, check(str(disk / "store")).leftovers) == ([], [])
 
 
-def test_a_full_disk_on_the_command_line(one_night, plain_source, new_models, prefect_server, tmp_path) -> None:
+def test_a_full_disk_on_the_command_line(one_run, plain_source, new_models, prefect_server, tmp_path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     with mounted("-t", "tmpfs", "-o", "size=64m", "tmpfs", at=disk):
-        shutil.copytree(one_night, disk / "store")
+        shutil.copytree(one_run, disk / "store")
         status = os.statvfs(disk)
         used = (status.f_blocks - status.f_bfree) * status.f_frsize
         subprocess.run(["mount", "-o", f"remount,size={used // 1024 + 60}k", str(disk)], check=True)

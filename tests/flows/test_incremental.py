@@ -107,7 +107,7 @@ CHANGES: dict[str, Change] = {
     "one shard changed": Change(
         lambda source: edit(source, "part-005"), computed={"part-005": ALL}, commits=1, indexes=UPDATED
     ),
-    "one row turned bad": Change(
+    "one row became bad": Change(
         lambda source: edit(source, "part-005", float("nan")),
         computed={"part-005": ALL},
         commits=1,

@@ -77,7 +77,7 @@ def shards(s3, plain_source) -> str:
 
 
 @pytest.fixture(scope="module")
-def first_night(run_pipeline, shards) -> str:
+def first_run(run_pipeline, shards) -> str:
     """A store with one release."""
     outcome = run_pipeline(shards, "s3://faces/store")
     assert (outcome.status, outcome.shards_computed) == ("promoted", 3)
@@ -85,11 +85,11 @@ def first_night(run_pipeline, shards) -> str:
 
 
 @pytest.fixture
-def store(first_night, request) -> str:
+def store(first_run, request) -> str:
     """A copy of that store, for one test."""
     name = f"s3://faces/copy-{abs(hash(request.node.nodeid))}"
-    for entry in Location(first_night).files(hidden=True):
-        (Location(first_night) / entry.name).copy_to(Location(name) / entry.name)
+    for entry in Location(first_run).files(hidden=True):
+        (Location(first_run) / entry.name).copy_to(Location(name) / entry.name)
     return name
 
 
@@ -102,24 +102,24 @@ def features(store: str) -> dict[str, bytes]:
     return {path: (table.place / path).read_bytes() for path in table.snapshot().files}
 
 
-def test_the_store_is_the_one_that_a_local_disk_gets(first_night, run_pipeline, plain_source, tmp_path) -> None:
+def test_the_store_is_the_one_that_a_local_disk_gets(first_run, run_pipeline, plain_source, tmp_path) -> None:
     run_pipeline(plain_source, tmp_path / "store")
-    assert features(first_night) == features(str(tmp_path / "store"))
-    checked = check(first_night)
+    assert features(first_run) == features(str(tmp_path / "store"))
+    checked = check(first_run)
     assert (checked.problems, checked.leftovers) == ([], [])
 
 
-def test_other_tools_read_it(first_night, s3) -> None:
-    options = {**Location(first_night).delta_options, "aws_region": s3["AWS_REGION"]}
-    frame = pl.scan_delta(f"{first_night}/features", storage_options=options).collect()
+def test_other_tools_read_it(first_run, s3) -> None:
+    options = {**Location(first_run).delta_options, "aws_region": s3["AWS_REGION"]}
+    frame = pl.scan_delta(f"{first_run}/features", storage_options=options).collect()
     assert frame.group_by("mode").len()["len"].n_unique() == 1
     assert set(frame["mode"]) == {"raw", "per_sample", "batch_stat"}
 
 
-def test_a_query_is_answered(first_night, shards) -> None:
-    first = features_table(Location(first_night))
+def test_a_query_is_answered(first_run, shards) -> None:
+    first = features_table(Location(first_run))
     some = read_table(first, list(first.snapshot().files.values())[:1], ["id"])["id"][0].as_py()
-    found = answer(first_night, "per_sample", ids=[some], k=5)
+    found = answer(first_run, "per_sample", ids=[some], k=5)
     assert len(found.results[0].neighbours) == 5
 
 

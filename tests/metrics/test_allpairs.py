@@ -201,7 +201,7 @@ def test_arguments_that_do_not_fit_are_refused(change: dict[str, np.ndarray | in
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="real embeddings are not here (../shared/data)")
-def test_raw_embeddings_of_real_faces_give_the_published_figures() -> None:
+def test_raw_embeddings_of_real_faces_give_the_published_rates() -> None:
     import polars as pl
 
     table = pl.read_parquet(REAL / "*.parquet", columns=["subject", "pose", "embedding"])

@@ -18,7 +18,7 @@ def test_ranks_by_hand() -> None:
     assert (result.n_mated, result.n_non_mated) == (4, 0)
 
 
-def test_a_list_that_is_cut_off_cannot_tell_a_deep_rank() -> None:
+def test_a_list_that_is_cut_off_cannot_show_a_deep_rank() -> None:
     subjects, scores = np.array([[1, 1, 2]]), np.array([[0.9, 0.8, 0.7]])
     result = identify(subjects, scores, np.array([5]), np.array([True]), ranks=(1, 2, 3), fpir_points=())
     assert [rank.rate for rank in result.ranks] == [0.0, 0.0, None]
@@ -44,9 +44,9 @@ def test_fnir_at_fpir_by_hand() -> None:
 
 def test_without_probes_of_a_kind_nothing_is_claimed() -> None:
     lists = np.array([[1], [1]]), np.array([[0.5], [0.5]])
-    only_strangers = identify(*lists, np.array([7, 8]), np.zeros(2, dtype=bool), fpir_points=(0.5,))
-    assert {rank.reason for rank in only_strangers.ranks} == {"no mated probe"}
-    assert only_strangers.points[0].reason == "no mated probe"
+    only_non_mated = identify(*lists, np.array([7, 8]), np.zeros(2, dtype=bool), fpir_points=(0.5,))
+    assert {rank.reason for rank in only_non_mated.ranks} == {"no mated probe"}
+    assert only_non_mated.points[0].reason == "no mated probe"
     only_mated = identify(*lists, np.array([1, 1]), np.ones(2, dtype=bool), fpir_points=(0.5,))
     assert only_mated.points[0].fnir is None
     assert only_mated.ranks[0].rate == 1.0
@@ -54,7 +54,7 @@ def test_without_probes_of_a_kind_nothing_is_claimed() -> None:
     assert tied.points[0].reason == "FPIR 0.5 needs 2 non-mated probes or more; found 1"
 
 
-def test_a_tie_of_strangers_above_all_mated_scores_is_not_estimable() -> None:
+def test_a_tie_of_impostors_above_all_mated_scores_is_not_estimable() -> None:
     subjects, scores = np.full((4, 1), 1), np.array([[0.9], [0.9], [0.9], [0.5]])
     result = identify(
         subjects, scores, np.array([7, 8, 9, 1]), np.array([False, False, False, True]), fpir_points=(0.5,)
@@ -64,7 +64,7 @@ def test_a_tie_of_strangers_above_all_mated_scores_is_not_estimable() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_figures_equal_looking_at_every_subject(seed: int) -> None:
+def test_rates_equal_looking_at_every_subject(seed: int) -> None:
     random = np.random.default_rng(seed)
     gallery_subjects = random.integers(0, 6, 12)
     gallery, probes = random.integers(-2, 3, (12, 3)) + 0.5, random.integers(-2, 3, (20, 3)) + 0.5
@@ -180,7 +180,7 @@ def test_intervals_are_those_of_searches_with_resampled_subjects() -> None:
     np.testing.assert_allclose((by_fpir[0.1].low, by_fpir[0.1].high), np.quantile(fnirs, [0.025, 0.975]))
 
 
-def test_interval_of_a_rate_that_the_strangers_cannot_show_is_none() -> None:
+def test_interval_of_a_rate_that_the_non_mated_probes_cannot_show_is_none() -> None:
     _, by_fpir = identify_intervals(*people(0), resamples=50, fpir_points=(1e-3,))
     assert (by_fpir[1e-3].value, by_fpir[1e-3].low) == (None, None)
     assert "needs 1000 non-mated probes" in by_fpir[1e-3].reason

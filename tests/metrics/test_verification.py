@@ -116,7 +116,7 @@ def test_a_target_that_is_no_rate_is_refused(target: float) -> None:
 
 
 @pytest.mark.parametrize("decimals", [1, 2, 9])
-def test_operating_points_lie_on_the_roc_of_scikit_learn(decimals: int) -> None:
+def test_operating_points_are_on_the_roc_of_scikit_learn(decimals: int) -> None:
     genuine, impostor = simulated(decimals=decimals)
     truth = np.r_[np.ones(len(genuine)), np.zeros(len(impostor))]
     fpr, tpr, _ = roc_curve(truth, np.r_[genuine, impostor], drop_intermediate=False)

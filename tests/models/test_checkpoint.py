@@ -238,7 +238,7 @@ def test_garbage_is_refused(data):
         load(data)
 
 
-def test_header_whose_offsets_lie_is_refused():
+def test_header_with_false_offsets_is_refused():
     _, honest_card = honest()
     for shape, offsets in (([2], [0, 2**40]), ([2**40], [0, 8]), ([2], [8, 0]), ([-1], [0, 8])):
         header = {

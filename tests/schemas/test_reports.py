@@ -27,7 +27,7 @@ def population(cell: CellResult) -> Population:
     return Population(name="all", n_rows=9, n_subjects=3, left_out_subjects=0, left_out_rows=0, modes={"raw": mode})
 
 
-def test_figures_and_reasons_come_back_from_json_as_they_were() -> None:
+def test_values_and_reasons_come_back_from_json_as_they_were() -> None:
     before = population(CELL)
     text = before.model_dump_json()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

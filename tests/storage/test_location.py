@@ -187,7 +187,7 @@ def test_links_to_folders_are_followed(place: Location, tmp_path: Path) -> None:
         ("s3://bucket/a", "a", False),
     ],
 )
-def test_places_that_lie_in_one_another(tmp_path: Path, monkeypatch, one: str, two: str, overlap: bool) -> None:
+def test_nested_places(tmp_path: Path, monkeypatch, one: str, two: str, overlap: bool) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.chdir(tmp_path)

@@ -32,7 +32,7 @@ def only(source: Path):
     return shard
 
 
-def test_shards_are_ordered_by_key_wherever_they_lie(tmp_path: Path) -> None:
+def test_shards_are_ordered_by_key_wherever_they_are(tmp_path: Path) -> None:
     for name in ("b.parquet", "a.PQ", "day 1/a.parquet", "_log/x.parquet", ".x.parquet", "part.parquet.tmp", "z.csv"):
         write(tmp_path / name, rows=1)
     found = find_shards(Location(str(tmp_path)))

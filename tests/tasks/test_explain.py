@@ -76,7 +76,7 @@ def test_files_hold_the_weights_of_every_channel(tiny_models, people, tmp_path: 
     assert all(Path(file).stat().st_size for file in found.files)
 
 
-def test_channels_that_tell_people_apart_come_first(tiny_models, people, tmp_path: Path) -> None:
+def test_channels_that_distinguish_people_come_first(tiny_models, people, tmp_path: Path) -> None:
     x, subjects, poses = people
     source = shard(tmp_path / "source", x, subject=subjects, pose=poses)
     found = explain_model(str(tiny_models.per_sample), source, str(tmp_path / "out"), k=DIM // 2)

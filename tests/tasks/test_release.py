@@ -1,4 +1,4 @@
-"""What the report of a release is made of: weights over its own rows, the trend of one figure, where all came from."""
+"""What the report of a release is made of: weights over its own rows, the trend of one metric, provenance."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -133,7 +133,7 @@ def reported(settings, release, report_input: ReportInput, monkeypatch: pytest.M
     return write
 
 
-def test_page_figures_and_plots_are_written_below_the_release(
+def test_page_metrics_and_plots_are_written_below_the_release(
     settings, release: Release, report_input: ReportInput
 ) -> None:
     evaluation = report_input.evaluation.model_copy(update={"release": release.release})
@@ -141,15 +141,15 @@ def test_page_figures_and_plots_are_written_below_the_release(
     folder = Path(settings.store) / "reports/r00003-0123abcd"
     page = (folder / "index.html").read_text()
     assert release.release in page
-    figures = json.loads((folder / "metrics.json").read_text())
-    assert Release.model_validate(figures["release"]) == release
-    assert Evaluation.model_validate(figures["evaluation"]) == evaluation
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert Release.model_validate(metrics["release"]) == release
+    assert Evaluation.model_validate(metrics["evaluation"]) == evaluation
     plots = {file.name for file in (folder / "plots").iterdir()}
     assert {Path(name).suffix for name in plots} == {".svg", ".png"}
     assert all((folder / "plots" / name).stat().st_size for name in plots)
 
 
-def test_the_trend_holds_only_the_same_figure_this_release_last(reported, release: Release) -> None:
+def test_the_trend_holds_only_the_same_metric_this_release_last(reported, release: Release) -> None:
     other = {"gated_name": "all-pairs EER"}
     earlier = [older(release, back, **(other if back % 3 == 0 else {})) for back in range(9, 0, -1)]
     report = reported(earlier)

@@ -36,7 +36,7 @@ def test_an_exact_index_has_all_neighbours():
 
 
 @pytest.mark.parametrize("factory", ["IVF32,Flat", "IVF32,SQ4", "HNSW4", "PCA8,IVF32,Flat"])
-def test_figures_equal_those_of_numpy(factory):
+def test_recall_equals_that_of_numpy(factory):
     keys, vectors = make_rows(2000, 16)
     index = built(keys, vectors, factory, nprobe=2, ef_search=10)
     queries = np.random.default_rng(9).standard_normal((50, 16)).astype(np.float32)

@@ -160,7 +160,7 @@ def test_an_id_is_forgotten_alone(published, person) -> None:
     assert person.photograph not in left["id"].to_list()
 
 
-def test_a_stranger_is_kept_out_for_good(published, run_pipeline, person, tmp_path) -> None:
+def test_an_unknown_person_is_excluded_for_good(published, run_pipeline, person, tmp_path) -> None:
     store = published()
     before = Releases(Location(str(store))).serving()
     done = forget(str(store), subject="nobody-yet")

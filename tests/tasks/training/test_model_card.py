@@ -43,7 +43,7 @@ def test_card_shows_rates_beside_raw_and_their_difference():
         assert piece in text
 
 
-def test_card_without_figures_is_still_a_card():
+def test_card_without_metrics_is_still_a_card():
     text = card_markdown(ModelCard(architecture="se", arguments={}, mode="per_sample", embedding_dim=8))
     assert text.startswith("# se, per_sample, D = 8")
 

@@ -84,7 +84,7 @@ def test_model_helps_the_subjects_that_its_card_calls_held_out(trained, syntheti
     assert again["eer"] < 0.97 * raw["eer"]
 
 
-def test_card_tells_what_was_done(trained):
+def test_card_says_what_was_done(trained):
     card = load(Path(trained.out).read_bytes()).card
     assert card == trained.card
     assert (card.architecture, card.normalisation, card.mode) == ("dual_branch_ensemble", "mean_norm", "per_sample")
