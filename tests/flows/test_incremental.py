@@ -146,12 +146,6 @@ CHANGES: dict[str, Change] = {
         commits=1,
         indexes=SHARED | {"batch_stat": "built"},
     ),
-    "another precision": Change(
-        settings={"reweight": {"precision": "tf32"}},
-        computed={key: {"per_sample", "batch_stat"} for key in KEYS},
-        commits=1,
-        indexes=SHARED | {"per_sample": "built", "batch_stat": "built"},
-    ),
     "branches too": Change(
         settings={"reweight": {"branches": True}},
         computed={key: {"per_sample", "batch_stat"} for key in KEYS},

@@ -94,6 +94,11 @@ def rename(source: Path) -> None:
     (source / "b.parquet").rename(source / "z.parquet")
 
 
+def test_another_precision_recomputes_what_models_make(published, plan_of) -> None:
+    """Planned only: it computes on a GPU. `tests/flows/test_incremental.py` has the other settings."""
+    assert computed(plan_of(reweight={"precision": "tf32"})) == dict.fromkeys("abc", {"per_sample", "batch_stat"})
+
+
 def test_renamed_shard_is_copied_with_its_quarantine(tmp_path: Path, source: Path, published) -> None:
     write(source, "b", ids=["b-0", "b-0", *(f"b-{row}" for row in range(2, 30))])
     _, _, before = published()
