@@ -96,7 +96,7 @@ def rename(source: Path) -> None:
 
 def test_another_precision_recomputes_what_models_make(published, plan_of) -> None:
     """Planned only: it computes on a GPU. `tests/flows/test_incremental.py` has the other settings."""
-    assert computed(plan_of(reweight={"precision": "tf32"})) == dict.fromkeys("abc", {"per_sample", "batch_stat"})
+    assert computed(plan_of(reweight={"precision": "tf32"})) == dict.fromkeys("abc", MODES - {"raw"})
 
 
 def test_renamed_shard_is_copied_with_its_quarantine(tmp_path: Path, source: Path, published) -> None:
