@@ -243,7 +243,6 @@ def joined(parts: list[TrainingRows]) -> TrainingRows:
         np.concatenate([part.subjects for part in parts]),
         np.concatenate([part.classes for part in parts]),
         "",
-        0,
     )
 
 

@@ -35,8 +35,6 @@ SHARED = dict.fromkeys(ALL, "shared")
 UPDATED = dict.fromkeys(ALL, "updated")
 BUILT = dict.fromkeys(ALL, "built")
 
-Change = Callable[[Path], None]
-
 
 @dataclass(frozen=True)
 class Change:
@@ -46,7 +44,7 @@ class Change:
     `grows`: a column joins the schema: at its end here, among the others in a new store.
     """
 
-    change: Change = lambda source: None
+    change: Callable[[Path], None] = lambda source: None
     settings: Mapping[str, object] = field(default_factory=dict)
     computed: Mapping[str, set[str]] = field(default_factory=dict)
     commits: int = 0

@@ -22,7 +22,7 @@ Shell = Callable[..., "subprocess.CompletedProcess[str]"]
 def reprocess(prefect_server, tiny_models) -> Shell:
     """Run `frontalis reprocess …` with the tiny models unless others are given; no traceback is ever shown."""
 
-    def run(source: Path, store: Path, *more: object, models: list[str] | None = None, code: int) -> object:
+    def run(source: Path, store: Path, *more: object, models: list[str] | None = None, code: int):
         words = ["reprocess", "--source", source, "--store", store, *(models or tiny_models.arguments), *more]
         done = subprocess.run(
             [sys.executable, "-m", "frontalis", *map(str, words)],

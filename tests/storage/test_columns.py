@@ -152,7 +152,7 @@ numbers = st.one_of(st.none(), st.floats(width=32), st.sampled_from([0.0, 1e-20,
     start=st.integers(0, 8),
 )
 def test_reasons_agree_with_a_naive_reading(rows: list[list[float | None] | None], dim: int, start: int) -> None:
-    def naive(row: list[float | None] | None) -> Reason | None:
+    def naive(row: list[float | None] | None) -> Reason | str | None:
         if row is None:
             return Reason.NULL_EMBEDDING
         if len(row) != dim:

@@ -1,11 +1,12 @@
 """Stages: trouble that may pass is tried again, a refusal or a defect is not."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from prefect import flow
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
-from prefect.states import Completed, Crashed, Failed, State
+from prefect.states import Completed, Crashed, Failed
 
 from schemas.errors import BadShardError, SettingsError, StoreBusyError, StoreError
 from tasks import stages
@@ -27,7 +28,7 @@ from tasks import stages
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("kind", [Failed, Crashed])
-def test_only_trouble_that_is_transient_is_tried_again(kind: type[State], error: BaseException, again: bool) -> None:
+def test_only_trouble_that_is_transient_is_tried_again(kind: Any, error: BaseException, again: bool) -> None:
     assert asyncio.run(stages.is_transient(stages.plan_task, None, kind(data=error))) is again
 
 

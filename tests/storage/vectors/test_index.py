@@ -270,7 +270,7 @@ class TestUpdate:
 
     @pytest.mark.parametrize("factory", ["Flat", *LISTS])
     def test_kinds_with_lists_can_remove(self, factory):
-        assert built(*make_rows(1000, 32), factory).can_update
+        assert built(*make_rows(1000, 32), factory=factory).can_update
 
     @pytest.mark.parametrize("factory", ["HNSW8", "IVF8,SQ8,RFlat"])
     def test_kinds_that_cannot_remove_say_so(self, factory):
@@ -361,14 +361,14 @@ class TestRebuildReason:
 
     def test_trained_kinds_age(self):
         settings = IndexSettings(factory="IVF8,Flat", rebuild_share=0.2)
-        index = built(*make_rows(1000, 16), "IVF8,Flat")
+        index = built(*make_rows(1000, 16), factory="IVF8,Flat")
         assert rebuild_reason(index, "IVF8,Flat", 1000, 200, settings) is None
         assert "201 rows changed" in (rebuild_reason(index, "IVF8,Flat", 1000, 201, settings) or "")
 
     def test_a_graph_is_always_rebuilt(self):
-        index = built(*make_rows(100, 16), "HNSW8")
+        index = built(*make_rows(100, 16), factory="HNSW8")
         assert "cannot remove" in (rebuild_reason(index, "HNSW8", 100, 0, IndexSettings(factory="HNSW8")) or "")
 
     def test_no_rows_want_an_empty_exact_index(self):
-        index = built(*make_rows(1000, 16), "IVF8,Flat")
+        index = built(*make_rows(1000, 16), factory="IVF8,Flat")
         assert "want Flat" in (rebuild_reason(index, "IVF8,Flat", 0, 1000, IndexSettings(factory="IVF8,Flat")) or "")
