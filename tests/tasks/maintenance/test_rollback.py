@@ -15,7 +15,7 @@ from tasks.query import answer
 
 
 @pytest.fixture(scope="module")
-def two_nights(run_pipeline, plain_source, make_checkpoint, tmp_path_factory) -> Path:
+def two_releases(run_pipeline, plain_source, make_checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for number in range(2):
         model = make_checkpoint(folder / f"{number}.safetensors", seed=number)
@@ -24,8 +24,8 @@ def two_nights(run_pipeline, plain_source, make_checkpoint, tmp_path_factory) ->
 
 
 @pytest.fixture
-def store(two_nights, tmp_path) -> Path:
-    shutil.copytree(two_nights, tmp_path / "store")
+def store(two_releases, tmp_path) -> Path:
+    shutil.copytree(two_releases, tmp_path / "store")
     return tmp_path / "store"
 
 
