@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -95,8 +96,10 @@ def reweighting(options: argparse.Namespace) -> list[Line]:
             checks[setting] = f"{difference(front[: len(on_cpu)], on_cpu)}; {same_bits(reweighter, x, front)}"
             if device == "cuda":
                 cases["network alone", setting] = replay(checkpoint, precision, n_rows)
-            cases["re-weighting, page-locked", setting] = functools.partial(reweighter, locked.numpy())
-            cases["re-weighting, ordinary", setting] = functools.partial(reweighter, x)
+            cases["re-weighting, page-locked memory", setting] = functools.partial(reweighter, locked.numpy())
+            cases["re-weighting, ordinary memory", setting] = functools.partial(reweighter, x)
+            for threads in (1, 8):
+                cases[f"re-weighting, a block a call, {threads} threads", setting] = by_block(reweighter, x, threads)
     copies = transfers(locked, device)
     times = interleaved({**{("copy", setting): copy for setting, copy in copies.items()}, **cases}, options)
     limit = n_rows / times["copy", list(copies)[-1]] / 1e3
@@ -106,6 +109,21 @@ def reweighting(options: argparse.Namespace) -> list[Line]:
         share, check = (None, "") if what == "copy" else (rate / limit, checks[setting])
         lines.append(show(Line(what, setting, ms, rate, share, check if "ordinary" in what else "")))
     return lines
+
+
+def by_block(reweighter: Reweighter, x: np.ndarray, threads: int) -> Callable[[], object]:
+    """Re-weight as a run does: one block of ordinary memory a call, each thread with its own blocks."""
+    blocks = [x[start : start + GPU_BLOCK_ROWS] for start in range(0, len(x), GPU_BLOCK_ROWS)]
+
+    def work(mine: list[np.ndarray]) -> None:
+        for block in mine:
+            reweighter(block)
+
+    def run() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, (blocks[first::threads] for first in range(threads))))
+
+    return run
 
 
 def transfers(locked: torch.Tensor, device: str) -> dict[str, Callable[[], object]]:

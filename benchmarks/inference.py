@@ -1,9 +1,9 @@
 """Rows a second of the eager network, the folded graph and the whole Reweighter, and the limit the machine sets.
 
-    python -m benchmarks.inference [--architecture dual_branch] [--dim 512] [--rows 4096 …] [--device cuda]
+    python -m benchmarks.inference [--architecture dual_branch] [--dim 512] [--rows 4096 …]
 
-The limit is the time of the bare work in the same minute: on the CPU the matrix products, on a GPU the way of the rows
-there and back. On a shared machine read the minimum beside the median. The default is the network that `train` makes.
+The limit is the time of the bare matrix products in the same minute. On a shared machine read the minimum beside the
+median. The default is the network that `train` makes. `benchmarks.gpu` measures a GPU.
 """
 
 import argparse
@@ -39,49 +39,41 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rows", type=int, nargs="+", default=[4096])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    print(f"torch {torch.__version__}, {where}, {options.architecture}, D = {options.dim}\n")
+    print(f"torch {torch.__version__}, CPU, {options.architecture}, D = {options.dim}\n")
     print("| rows | threads | mode, statistic | what | median ms | min ms | rows/s | of eager |")
     print("|---:|---:|---|---|---:|---:|---:|---:|")
     for rows in options.rows:
-        for threads in (1, 2) if options.device == "cpu" else (1,):
+        for threads in (1, 2):
             torch.set_num_threads(threads)
             for mode, statistic in CASES:
                 measure(rows, threads, mode, statistic, options)
 
 
 def measure(n_rows: int, threads: int, mode: Mode, statistic: Statistic, options: argparse.Namespace) -> None:
-    device = options.device
     rows = np.random.default_rng(0).standard_normal((n_rows, options.dim), dtype=np.float32)
     rows.flags.writeable = False
-    x = torch.from_numpy(rows.copy()).to(device)
+    x = torch.from_numpy(rows.copy())
     checkpoint = load(network(mode, options))
     for module in checkpoint.model.modules():
         if hasattr(module, "statistic"):
             setattr(module, "statistic", statistic)  # noqa: B010 - of those that have one
-    folded, reweighter = fold(checkpoint.model, statistic).to(device), Reweighter(checkpoint, statistic, device=device)
-    eager = checkpoint.model.eval().to(device)
-    square = torch.randn(options.dim, options.dim, device=device)
+    folded, reweighter = fold(checkpoint.model, statistic), Reweighter(checkpoint, statistic, device="cpu")
+    eager = checkpoint.model.eval()
+    square = torch.randn(options.dim, options.dim)
     cases: dict[str, Callable[[], object]] = {
         "eager": lambda: eager(x),
         "folded": lambda: folded(x),
         "folded, branches": lambda: folded(x, return_branches=True),
         "Reweighter": lambda: reweighter(rows),
+        "limit: 4 products of D × D": lambda: [torch.mm(x, square) for _ in range(4)],
     }
-    if device == "cpu":
-        cases["limit: 4 products of D × D"] = lambda: [torch.mm(x, square) for _ in range(4)]
-    else:
-        cases["limit: rows to the GPU and back"] = lambda: torch.from_numpy(rows.copy()).to(device).cpu()
     times: dict[str, list[float]] = {name: [] for name in cases}
     with torch.inference_mode():
         for _ in range(options.repeats + 2):  # interleaved, so that a noisy neighbour hits all alike
             for name, case in cases.items():
                 start = time.perf_counter()
                 case()
-                if device == "cuda":
-                    torch.cuda.synchronize()
                 times[name].append((time.perf_counter() - start) * 1e3)
     slowest = statistics.median(times["eager"][2:])
     for name, all_times in times.items():

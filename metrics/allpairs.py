@@ -6,7 +6,6 @@ and the counts by subject that `bootstrap` resamples. Which class a row belongs 
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,21 +171,17 @@ def all_pairs(
         duplicate=duplicates[order],
         n_clusters=int(cluster_of_subject.max(initial=-1)) + 1,
     )
-    threads = workers or torch.get_num_threads()
-    counted = list(count_pairs(rows, 1 if rows.unit.is_cuda else threads))
+    counted = list(count_pairs(rows, 1 if rows.unit.is_cuda else workers or torch.get_num_threads()))
 
     total = _total([counts for _, _, counts in counted], rows.n_clusters)
     scores = _score_counts(total)
     verification = summarise(scores, fmr_points)
-
-    def cell_of(counted: tuple[int, int, CellCounts]) -> tuple[str, Cell]:
-        first, second, counts = counted
-        name = f"{class_names[first]}-{class_names[second]}"
-        cell_scores = _score_counts(counts)
-        return name, _cell(name, counts, cell_scores, summarise(cell_scores, fmr_points), verification.points)
-
-    with ThreadPoolExecutor(threads) as pool:  # NumPy works on the long tables without holding the interpreter
-        cells = dict(pool.map(cell_of, counted if class_names else []))
+    cells = {}
+    if class_names:
+        for first, second, counts in counted:
+            name = f"{class_names[first]}-{class_names[second]}"
+            cell_scores = _score_counts(counts)
+            cells[name] = _cell(name, counts, cell_scores, summarise(cell_scores, fmr_points), verification.points)
     _, copies = np.unique(duplicates, return_counts=True)
     return AllPairs(
         overall=_cell(ALL, total, scores, verification, verification.points),
