@@ -61,6 +61,9 @@ class ReweightSettings(Settings):
     statistic: Literal["frozen", "batch"] = Field(default="frozen", description="squeeze statistic of batch_stat")
     branches: bool = Field(default=False, description="also write the identity and pose branches")
     on_bad_rows: Literal["quarantine", "fail"] = "quarantine"
+    max_bad_rows_per_shard: float = Field(
+        default=0.5, ge=0, le=1, description="a shard with a larger share of bad rows (10 or more) is a bad shard"
+    )
     device: Device = "auto"
     precision: Precision = Field(default="float32", description="of products on a GPU: float32, tf32 or bf16")
     group_rows: int = Field(default=200_000, ge=1, description="about how many rows one task works on")

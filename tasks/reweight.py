@@ -41,6 +41,7 @@ log = logging.getLogger("frontalis.reweight")
 
 # Set by a run whose workers are threads of its own process. Once it is set, they end after their present block.
 stopping: ContextVar[threading.Event | None] = ContextVar("stopping", default=None)
+FEWEST_BAD_ROWS = 10  # fewer bad rows go to quarantine, however small the shard
 RADIANS_BELOW = 3.2
 RADIANS_ROWS = 50
 
@@ -58,6 +59,7 @@ class ReweightSpec:
     device: Device
     precision: Precision
     fail_on_bad_rows: bool
+    max_bad_rows: float
 
     @classmethod
     def of(cls, settings: PipelineSettings, models: Mapping[str, ModelRef], schema: pa.Schema) -> "ReweightSpec":
@@ -73,6 +75,7 @@ class ReweightSpec:
             device=reweight.device,
             precision=reweight.precision,
             fail_on_bad_rows=reweight.on_bad_rows == "fail",
+            max_bad_rows=reweight.max_bad_rows_per_shard,
         )
 
 
@@ -186,6 +189,7 @@ class _Reader:
                 yield meta.filter(pa.array(keep)), matrix[keep]
         if record:
             self._refuse_other_length()
+            self._refuse_mostly_bad()
             self._warn()
 
     def write_quarantine(self) -> None:
@@ -255,6 +259,17 @@ class _Reader:
             raise BadShardError(
                 f"shard {self.work.shard.key}: column {self.spec.columns.embedding!r} has no row of {self.dim} "
                 "numbers, which the models want; pass models trained on such embeddings."
+            )
+
+    def _refuse_mostly_bad(self) -> None:
+        """Refuse a shard of which too many rows are bad; ids that other rows have are no damage of the shard."""
+        found = {reason: rows for reason, rows in self.result.quarantined.items() if reason not in self.repeats}
+        bad, rows = sum(found.values()), self.work.rows
+        if bad >= FEWEST_BAD_ROWS and bad > self.spec.max_bad_rows * rows:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(found.items()))
+            raise BadShardError(
+                f"shard {self.work.shard.key}: {bad:,} of {rows:,} rows are bad ({reasons}); write it again, or raise "
+                "[reweight] max_bad_rows_per_shard."
             )
 
     def _see_yaw(self, yaw: pa.Array) -> None:

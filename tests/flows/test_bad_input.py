@@ -84,6 +84,13 @@ def with_value(value: float) -> pa.Array:
     return fixed(matrix)
 
 
+def first_bad(bad: int, rows: int = N) -> pa.Array:
+    """Vectors of which the first ones are not finite."""
+    matrix = vectors(rows)
+    matrix[:bad] = np.nan
+    return fixed(matrix)
+
+
 def scaled(factor: float) -> pa.Array:
     matrix = vectors()
     matrix[3] *= np.float32(factor)
@@ -181,6 +188,11 @@ CASES: dict[str, Case] = {
         Row({"null_id": 1, "duplicate_id": 1, "not_finite": 1}),
         shard([None, "odd-2", *(f"odd-{row}" for row in range(2, N))], with_value(np.nan)),
     ),
+    "most rows bad": Case(Bad("10 of 12 rows are bad (10 not_finite)"), shard(embedding=first_bad(10))),
+    "half of the rows bad": Case(Row({"not_finite": 10}), shard([f"odd-{r}" for r in range(20)], first_bad(10, 20))),
+    "one bad row of one": Case(Row({"not_finite": 1}), shard(["odd-0"], first_bad(1, 1))),
+    "nine bad rows of nine": Case(Row({"not_finite": 9}), shard([f"odd-{r}" for r in range(9)], first_bad(9, 9))),
+    "only ids of an earlier shard": Case(Row({"duplicate_id": N}), shard([f"good-{row}" for row in range(N)])),
     "one vector of a million numbers": Case(Row({"wrong_length": 1}), shard(embedding=with_row([0.5] * 1_000_000))),
     # what a small file unpacks to
     "one id of a megabyte": Case(Fine(), with_id("x" * 1_000_000)),
@@ -307,7 +319,7 @@ def test_outcome(name: str, tmp_path: Path, run_stages, pipeline_of) -> None:
     elif isinstance(case.outcome, Row):
         assert not data.bad_shards
         assert data.quarantined == case.outcome.reasons
-        assert data.rows_read == 2 * N
+        assert data.rows_read == N + case.table.num_rows
         assert len(set(held["shard"].to_pylist())) == 1
     else:
         assert not data.bad_shards

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import BadShardError, StoreBusyError, StoreError
+from schemas.settings import ReweightSettings
 from storage.features import features_table, quarantine_table
 from storage.location import Location
 from tasks.plan import make_plan, prepare_models
@@ -111,6 +112,20 @@ def test_shard_that_fails_while_it_is_read_keeps_its_last_good_rows(settings, ru
     assert third.data.rows_features == 59
 
 
+def test_shard_of_mostly_bad_rows_keeps_its_last_good_ones(settings, run_stages, source: Path) -> None:
+    _, _, first = run_stages(settings)
+    write(source, "a", seed=5, zeros=11)
+    _, _, second = run_stages(settings)
+    [fault] = second.data.bad_shards
+    assert (fault.shard, fault.kept) == ("a", True)
+    assert "11 of 20 rows are bad (11 zero_norm); write it again, or raise [reweight] max_bad" in fault.reason
+    assert (second.features, second.quarantine) == (first.features, first.quarantine)
+    tolerant = settings.model_copy(update={"reweight": ReweightSettings(max_bad_rows_per_shard=1.0)})
+    _, _, third = run_stages(tolerant)
+    assert not third.data.bad_shards
+    assert third.data.quarantined == {"zero_norm": 15}
+
+
 def test_new_shard_that_fails_is_left_out(settings, run_stages, source: Path) -> None:
     spoil(source / "b.parquet")
     _, _, published = run_stages(settings)
@@ -135,6 +150,7 @@ def test_source_without_a_usable_row_leaves_the_table_alone(settings, run_stages
     _, _, first = run_stages(settings)
     for name in "abc":
         write(source, name, zeros=20)
+    settings = settings.model_copy(update={"reweight": ReweightSettings(max_bad_rows_per_shard=1.0)})
     with pytest.raises(BadShardError, match="no row can be used, so nothing was published: every row is bad"):
         run_stages(settings)
     assert features_table(Location(settings.store)).snapshot() == first.features
