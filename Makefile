@@ -42,8 +42,12 @@ $(READY): $(LOCKS) requirements/cuda.txt pyproject.toml
 	$(BIN)/python -m pip check
 	@rm -f .venv/.ready-* && touch $@
 
-demo: $(READY) ## make a small store from synthetic shards and query it (DEMO=folder)
+# `synth` overwrites nothing, so shards that are complete are used again.
+$(DEMO)/shards/_SUCCESS: | $(READY)
 	$(BIN)/frontalis synth $(DEMO)/shards
+	@touch $@
+
+demo: $(READY) $(DEMO)/shards/_SUCCESS ## make a small store from synthetic shards and query it (DEMO=folder)
 	$(BIN)/frontalis train $(DEMO)/shards --mode per_sample --out $(DEMO)/per_sample.safetensors
 	$(BIN)/frontalis train $(DEMO)/shards --mode batch_stat --out $(DEMO)/batch_stat.safetensors
 	$(BIN)/frontalis reprocess --source $(DEMO)/shards --store $(DEMO)/store \

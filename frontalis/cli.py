@@ -70,9 +70,9 @@ def _start(
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
 
-@_command(kept="the shards are not complete; run the same command again")
+@_command(kept="the shards are not complete; empty the folder, then run the same command again")
 def synth(
-    out: Annotated[str, typer.Argument(help="Folder for the shards.")],
+    out: Annotated[str, typer.Argument(help="Folder for the shards, empty or absent.")],
     subjects: Annotated[int, typer.Option(min=1)] = 500,
     per_subject: Annotated[int, typer.Option(min=1)] = 14,
     dim: Annotated[int, typer.Option(min=2)] = 512,

@@ -59,10 +59,10 @@ def synthesize(
     A subject is drawn from (`seed`, its number) alone and is in one shard, so neither the number of shards nor bad
     rows change an embedding. What all subjects have in common follows from `population_seed` and `dim`, so a network
     trained on one seed can be used on another. Shards are uncompressed and appear whole or not at all. Equal arguments
-    give equal bytes.
+    give equal bytes. Nothing is overwritten.
 
     Args:
-        out_dir: folder or `s3://…`.
+        out_dir: folder or `s3://…`, empty or absent.
         subjects: at least as many as `shards`.
         per_subject: photographs of each.
         dim: numbers in an embedding, at least 2.
@@ -73,12 +73,12 @@ def synthesize(
         population_seed: seed of what all subjects have in common.
 
     Raises:
-        SettingsError: a number is out of range, or the folder holds other Parquet files.
+        SettingsError: a number is out of range, or the folder is not empty.
     """
     _check(subjects, per_subject, dim, shards, seed, bad_rows, population_seed)
     folder = Location(str(out_dir))
     places = [folder / f"part-{shard:03d}.parquet" for shard in range(shards)]
-    _refuse_other_shards(folder, {place.name for place in places})
+    _refuse_files(folder)
     edges = [shard * subjects // shards for shard in range(shards + 1)]
     writer = _Writer(SyntheticPopulation.draw(dim, population_seed), per_subject, seed, _plant(bad_rows, edges, seed))
     for place, first, last in zip(places, edges[:-1], edges[1:], strict=True):
@@ -99,11 +99,12 @@ def _check(
         raise SettingsError(f"{subjects} subjects cannot fill {shards} shards; choose more subjects or fewer shards")
 
 
-def _refuse_other_shards(folder: Location, names: set[str]) -> None:
-    others = [entry.name for entry in folder.files(".parquet") if entry.name not in names] if folder.exists() else []
-    if others:
+def _refuse_files(folder: Location) -> None:
+    found = folder.files(hidden=True) if folder.exists() else []
+    if found:
         raise SettingsError(
-            f"{folder.uri} holds {others[0]} and would be read together with the new shards; choose an empty folder"
+            f"{folder.uri} is not empty: it holds {found[0].name}. Real shards could be overwritten or read together "
+            "with the new ones; choose an empty folder."
         )
 
 

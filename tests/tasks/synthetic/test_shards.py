@@ -139,9 +139,11 @@ def test_numbers_out_of_range_are_refused_by_name(tmp_path, wrong):
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_of_another_make_are_not_mixed_in(tmp_path):
-    synthesize(tmp_path, subjects=6, per_subject=1, dim=4, shards=3)
-    synthesize(tmp_path, subjects=6, per_subject=2, dim=4, shards=3)  # the same names are replaced
-    assert sum(len(table) for table in shards_of(tmp_path).values()) == 12
-    with pytest.raises(SettingsError, match=r"part-002\.parquet .* choose an empty folder"):
-        synthesize(tmp_path, subjects=6, per_subject=1, dim=4, shards=2)
+@pytest.mark.parametrize("name", ["part-000.parquet", "other.parquet", "below/notes.txt", ".hidden"])
+def test_a_folder_that_is_not_empty_is_refused_and_left_as_it_is(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"real")
+    with pytest.raises(SettingsError, match=rf"is not empty: it holds {name}\..* choose an empty folder"):
+        synthesize(tmp_path, subjects=6, per_subject=1, dim=4, shards=3)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_bytes() == b"real"
