@@ -240,7 +240,7 @@ def compared(n_rows: int, dim: int, device: str) -> str:
     features, subjects, _ = people(n_rows, dim)
     ours, on_cpu = (all_pairs(features, subjects, device=one) for one in (device, "cpu"))
     moved = np.abs(ours.overall.counts.impostor_ends - on_cpu.overall.counts.impostor_ends).sum() // 4
-    eer = abs(ours.overall.verification.eer.rate - on_cpu.overall.verification.eer.rate)
+    eer = abs(ours.overall.verification.eer.value - on_cpu.overall.verification.eer.value)
     exact = "exact scores: equal to the CPU" if same else "EXACT SCORES DIFFER FROM THE CPU"
     share = moved / (n_rows * (n_rows - 1) / 2)
     return f"{exact}; others: {share:.0e} of the scores in another 2^-10 bin, EER differs by {eer:.0e}"

@@ -33,20 +33,6 @@ from schemas.reports import Estimate
 _CLUSTER_SEED = 19795  # any fixed number: two modes on the same rows must get the same clusters
 
 
-@dataclass(frozen=True)
-class GlobalPoint:
-    """FMR and FNMR inside a cell at the threshold where *all pairs together* have an FMR of at most `target_fmr`.
-
-    A rate is None when the cell has no such pairs; all are None, with a `reason`, when there is no such threshold.
-    """
-
-    target_fmr: float
-    threshold: float | None
-    fmr: float | None
-    fnmr: float | None
-    reason: str | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class ClusterCounts:
     """Pairs by cluster of subjects and coarse score: what the bootstrap over subjects draws from.
@@ -62,22 +48,23 @@ class ClusterCounts:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """Results of one cell: metrics at its own and at the global thresholds, curves, counts by cluster."""
+    """Results of one cell: metrics at its own thresholds, curves, counts by cluster.
+
+    `at_global` has FMR and FNMR inside the cell at the thresholds where *all pairs together* have an FMR of at most the
+    target. A rate is None when the cell has no such pairs.
+    """
 
     name: str
     verification: Verification
-    at_global: tuple[GlobalPoint, ...]
+    at_global: tuple[OperatingPoint, ...]
     det: DetCurve
     histogram: ScoreHistogram
     counts: ClusterCounts
 
     def estimates(self) -> dict[MetricId, Estimate]:
         """Return every metric, exact and without an interval."""
-        eer, auc = self.verification.eer, self.verification.auc
-        found = {
-            EER: _estimate(eer.rate, eer.reason),
-            AUC: _estimate(auc, "not estimable: one kind of pair is missing"),
-        }
+        auc_missing = "not estimable: one kind of pair is missing"
+        found = {EER: self.verification.eer, AUC: _estimate(self.verification.auc, auc_missing)}
         for own in self.verification.points:
             found[MetricId.at("fnmr", own.target_fmr)] = _estimate(own.fnmr, own.reason)
         for point in self.at_global:
@@ -97,8 +84,6 @@ class AllPairs:
     overall: Cell
     cells: dict[str, Cell]
     clusters: NDArray[np.int64]
-    n_subjects: int
-    n_duplicate_pairs: int
 
     def __iter__(self) -> Iterator[Cell]:
         yield self.overall
@@ -182,14 +167,7 @@ def all_pairs(
             name = f"{class_names[first]}-{class_names[second]}"
             cell_scores = _score_counts(counts)
             cells[name] = _cell(name, counts, cell_scores, summarise(cell_scores, fmr_points), verification.points)
-    _, copies = np.unique(duplicates, return_counts=True)
-    return AllPairs(
-        overall=_cell(ALL, total, scores, verification, verification.points),
-        cells=cells,
-        clusters=clusters,
-        n_subjects=len(known),
-        n_duplicate_pairs=int((copies * (copies - 1) // 2).sum()),
-    )
+    return AllPairs(_cell(ALL, total, scores, verification, verification.points), cells, clusters)
 
 
 def _codes(name: str, codes: NDArray[np.integer[Any]], n_rows: int) -> NDArray[np.int64]:
@@ -251,8 +229,8 @@ def _cell(
     )
 
 
-def _at_global(scores: ScoreCounts, point: OperatingPoint) -> GlobalPoint:
+def _at_global(scores: ScoreCounts, point: OperatingPoint) -> OperatingPoint:
     if point.threshold is None:
-        return GlobalPoint(point.target_fmr, None, None, None, point.reason)
+        return point
     fmr, fnmr = rates_at(scores, point.threshold)
-    return GlobalPoint(point.target_fmr, point.threshold, fmr, fnmr)
+    return OperatingPoint(point.target_fmr, point.threshold, fmr, fnmr)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from metrics.score_counts import ScoreCounts
+from schemas.reports import Estimate
 
 FMR_POINTS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
@@ -37,21 +38,12 @@ class OperatingPoint:
 
 
 @dataclass(frozen=True)
-class EqualErrorRate:
-    """The rate where FMR and FNMR cross; `threshold` is None when that is above every observed score."""
-
-    rate: float | None
-    threshold: float | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
 class Verification:
     """The metrics of one comparison. `auc` and `d_prime` are None when a class of pairs is empty (or has no spread)."""
 
     n_genuine: int
     n_impostor: int
-    eer: EqualErrorRate
+    eer: Estimate
     auc: float | None
     d_prime: float | None
     points: tuple[OperatingPoint, ...]
@@ -179,7 +171,7 @@ def rates_at(counts: ScoreCounts, threshold: float) -> tuple[float | None, float
     return fmr, fnmr
 
 
-def equal_error_rate(counts: ScoreCounts) -> EqualErrorRate:
+def equal_error_rate(counts: ScoreCounts) -> Estimate:
     """Return the EER as FVC2000 defines it (Maio et al., "FVC2000", IEEE TPAMI 24(3), 2002), exact from counts.
 
         t2  = min { s observed : FMR(s) <= FNMR(s) }
@@ -189,28 +181,30 @@ def equal_error_rate(counts: ScoreCounts) -> EqualErrorRate:
 
     The point that rejects everything (FMR 0, FNMR 1), above all scores, ends the curve.
 
-    >>> equal_error_rate(ScoreCounts.from_scores([0.9, 0.8, 0.4, 0.7], [0.5, 0.2, 0.1, 0.3]))
-    EqualErrorRate(rate=0.25, threshold=0.5, reason=None)
+    >>> equal_error_rate(ScoreCounts.from_scores([0.9, 0.8, 0.4, 0.7], [0.5, 0.2, 0.1, 0.3])).value
+    0.25
     """
     if reason := _missing_pairs(counts):
-        return EqualErrorRate(None, None, reason)
+        return Estimate(value=None, reason=reason)
     n_genuine, n_impostor = counts.n_genuine, counts.n_impostor
 
+    def weighted(errors: tuple[int, int]) -> tuple[int, int]:
+        """Return FMR and FNMR times both totals: integers, which compare exactly."""
+        return errors[0] * n_genuine, errors[1] * n_impostor
+
     def crossed(threshold: float) -> bool:
-        false_matches, false_non_matches = _errors_at(counts, threshold)
-        return false_matches * n_genuine <= false_non_matches * n_impostor
+        fmr, fnmr = weighted(_errors_at(counts, threshold))
+        return fmr <= fnmr
 
     above = [_first(values, crossed) for values in (counts.impostor, counts.genuine)]
-    upper = min((score for score in above if score is not None), default=None)
-    upper_errors = (0, n_genuine) if upper is None else _errors_at(counts, upper)
-    threshold, (false_matches, false_non_matches) = upper, upper_errors
-    if upper_errors[0] * n_genuine != upper_errors[1] * n_impostor:
-        lower = counts.last_observed_below(math.inf if upper is None else upper)
+    upper = min((score for score in above if score is not None), default=math.inf)
+    errors = _errors_at(counts, upper)
+    fmr, fnmr = weighted(errors)
+    if fmr != fnmr:
+        lower = counts.last_observed_below(upper)
         assert lower is not None  # at the smallest observed score FMR is 1 and FNMR 0: the crossing is above it
-        lower_errors = _errors_at(counts, lower)
-        if _weighted_sum(counts, lower_errors) <= _weighted_sum(counts, upper_errors):
-            threshold, (false_matches, false_non_matches) = lower, lower_errors
-    return EqualErrorRate((false_matches / n_impostor + false_non_matches / n_genuine) / 2, threshold)
+        errors = min(_errors_at(counts, lower), errors, key=lambda found: sum(weighted(found)))
+    return Estimate(value=(errors[0] / n_impostor + errors[1] / n_genuine) / 2)
 
 
 def auc(counts: ScoreCounts) -> float | None:
@@ -289,11 +283,6 @@ def _missing_pairs(counts: ScoreCounts) -> str | None:
 def _errors_at(counts: ScoreCounts, threshold: float) -> tuple[int, int]:
     """Python integers, so that cross products of counts cannot overflow."""
     return int(counts.false_matches(threshold)), int(counts.false_non_matches(threshold))
-
-
-def _weighted_sum(counts: ScoreCounts, errors: tuple[int, int]) -> int:
-    """FMR + FNMR, times both totals: an integer that orders points exactly."""
-    return errors[0] * counts.n_genuine + errors[1] * counts.n_impostor
 
 
 def _first(ascending: NDArray[np.floating[Any]], holds: Callable[[float], bool]) -> float | None:

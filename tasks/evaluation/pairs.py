@@ -77,7 +77,7 @@ def pairs_accuracy(rows: LabelledRows, features: np.ndarray, pairs: Pairs, store
         scores = pair_scores(features, first[use], second[use])
         metrics: dict[str, float | str | None] = {}
         if 0 < genuine < found.n_pairs:
-            metrics["eer"] = verify(scores[same[use]], scores[~same[use]]).eer.rate
+            metrics["eer"] = verify(scores[same[use]], scores[~same[use]]).eer.value
         if reason := why_not(same[use], folds[use]):
             metrics["reason"] = f"not estimable: {reason}"
         else:

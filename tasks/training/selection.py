@@ -77,7 +77,7 @@ def validation_score(pairs: AllPairs, raw: AllPairs) -> float:
 def deciding_cells(pairs: AllPairs, raw: AllPairs) -> tuple[Cell, Cell]:
     """Return the cell in which a model should gain, of both: frontal–profile pairs, or all pairs without such."""
     cell, base = pairs.cells.get(FRONTAL_PROFILE), raw.cells.get(FRONTAL_PROFILE)
-    if cell is None or base is None or base.verification.eer.rate is None:
+    if cell is None or base is None or base.verification.eer.value is None:
         return pairs.overall, raw.overall
     return cell, base
 

@@ -163,7 +163,7 @@ def _fit(
         log.info(
             "train: step %d of %d, loss %.4f; validation: score %+.4f with the change scaled by %g, %s EER %s (raw %s)",
             step, settings.steps, loss, best.score, best.share, base.name,
-            _percent(scorer.rates[best.score][EER]), _percent(base.verification.eer.rate),
+            _percent(scorer.rates[best.score][EER]), _percent(base.verification.eer.value),
         )  # fmt: skip
 
     _, subjects = np.unique(learn.subjects, return_inverse=True)

@@ -114,10 +114,8 @@ def test_thousands_of_rows_equal_sorting_millions_of_scores(
     result = all_pairs(rows, subjects, classes=classes, class_names=NAMES, duplicates=duplicates)
     expected = scores_by_cell(rows, subjects, classes, duplicates)
     assert_equals_sorting(result, expected)
-    assert result.n_subjects == len(np.unique(subjects))
     n_pairs = len(expected["all"][0]) + len(expected["all"][1])
-    assert result.n_duplicate_pairs == n_rows * (n_rows - 1) // 2 - n_pairs
-    assert (result.n_duplicate_pairs > 0) == with_duplicates
+    assert (n_pairs < n_rows * (n_rows - 1) // 2) == with_duplicates
 
 
 @settings(max_examples=12, deadline=None)
@@ -222,10 +220,10 @@ def test_raw_embeddings_of_real_faces_give_the_published_rates() -> None:
         # One genuine score may lie within the rounding of the threshold.
         assert point.fnmr == pytest.approx(1 - tpr[fpr <= point.target_fmr].max(), abs=1e-6 + 1 / cell.n_genuine)
     crossing = np.argmin(np.abs(fpr - (1 - tpr)))
-    assert cell.eer.rate == pytest.approx((fpr[crossing] + 1 - tpr[crossing]) / 2, abs=1e-6)
+    assert cell.eer.value == pytest.approx((fpr[crossing] + 1 - tpr[crossing]) / 2, abs=1e-6)
     # Published with the data for 500 subjects, of which these are 350: EER 11.47 and 1.02 percent.
-    assert cell.eer.rate == pytest.approx(0.1147, abs=0.01)
-    assert result.cells["frontal-frontal"].verification.eer.rate == pytest.approx(0.0102, abs=0.002)
+    assert cell.eer.value == pytest.approx(0.1147, abs=0.01)
+    assert result.cells["frontal-frontal"].verification.eer.value == pytest.approx(0.0102, abs=0.002)
 
 
 @pytest.mark.gpu

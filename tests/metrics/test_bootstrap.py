@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.allpairs import AllPairs, Cell, ClusterCounts, GlobalPoint, all_pairs
+from metrics.allpairs import AllPairs, Cell, ClusterCounts, all_pairs
 from metrics.bootstrap import bootstrap, draw, draw_subjects, paired_bootstrap
 from metrics.score_counts import ScoreCounts
-from metrics.verification import det_curve, rates_at, score_histogram, summarise
+from metrics.verification import OperatingPoint, det_curve, rates_at, score_histogram, summarise
 from schemas.metrics import AUC, EER, MetricId
 
 TARGETS = (0.1, 0.01)
@@ -50,7 +50,7 @@ class Simulation:
         scores = ScoreCounts.from_scores(genuine, impostor)
         verification = summarise(scores, TARGETS)
         at_global = tuple(
-            GlobalPoint(point.target_fmr, point.threshold, *rates_at(scores, point.threshold))
+            OperatingPoint(point.target_fmr, point.threshold, *rates_at(scores, point.threshold))
             for point in verification.points
             if point.threshold is not None
         )
@@ -59,7 +59,7 @@ class Simulation:
             impostor_ends=self.by_subject(self.first, impostor) + self.by_subject(self.second, impostor),
         )
         cell = Cell("all", verification, at_global, det_curve(scores), score_histogram(scores), counts)
-        return AllPairs(cell, {}, np.arange(self.n_subjects), self.n_subjects, 0)
+        return AllPairs(cell, {}, np.arange(self.n_subjects))
 
     def by_subject(self, subjects: np.ndarray, scores: np.ndarray) -> np.ndarray:
         keys = subjects * 2049 + np.floor((scores + 1) * 1024).astype(np.int64)
@@ -172,7 +172,7 @@ def test_every_estimable_metric_of_every_cell_gets_an_interval_around_it(
     assert list(intervals) == ["all", "a-a", "a-b", "b-b"]
     for cell in result:
         found = intervals[cell.name]
-        exact_of = {EER: cell.verification.eer.rate, AUC: cell.verification.auc}
+        exact_of = {EER: cell.verification.eer.value, AUC: cell.verification.auc}
         exact_of |= {MetricId.at("fnmr", point.target_fmr): point.fnmr for point in cell.verification.points}
         exact_of |= {MetricId.at("fnmr_global", point.target_fmr): point.fnmr for point in cell.at_global}
         exact_of |= {MetricId.at("fmr_global", point.target_fmr): point.fmr for point in cell.at_global}
