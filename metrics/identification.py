@@ -27,43 +27,17 @@ _ROW_BITS = 39  # with the 24 bits of a score just within an int64
 
 
 @dataclass(frozen=True)
-class RankRate:
-    """Share of mated probes whose subject is among the best `rank` subjects; None, with a `reason`, if unknown."""
-
-    rank: int
-    rate: float | None
-    reason: str | None = None
-
-    @property
-    def estimate(self) -> Estimate:
-        """The rate, without an interval."""
-        return Estimate(value=self.rate, reason=self.reason)
-
-
-@dataclass(frozen=True)
-class SearchPoint:
-    """FNIR at a false positive identification rate of *at most* `target_fpir`; None, with a `reason`, if unknown."""
-
-    target_fpir: float
-    threshold: float | None
-    fpir: float | None
-    fnir: float | None
-    reason: str | None = None
-
-    @property
-    def estimate(self) -> Estimate:
-        """FNIR, without an interval."""
-        return Estimate(value=self.fnir, reason=self.reason)
-
-
-@dataclass(frozen=True)
 class Identification:
-    """The metrics of one search experiment."""
+    """The metrics of one search experiment; an estimate without a value has the reason.
+
+    `rank` is, by k, the share of mated probes whose subject is among the best k subjects. `fnir` is the false negative
+    identification rate, by the false positive identification rate that the threshold *at most* allows.
+    """
 
     n_mated: int
     n_non_mated: int
-    ranks: tuple[RankRate, ...]
-    points: tuple[SearchPoint, ...]
+    rank: dict[int, Estimate]
+    fnir: dict[float, Estimate]
 
 
 def identify(
@@ -74,6 +48,9 @@ def identify(
     *,
     ranks: Sequence[int] = RANKS,
     fpir_points: Sequence[float] = FPIR_POINTS,
+    resamples: int = 0,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Identification:
     """Compute the cumulative match characteristic, and FNIR at fixed FPIR, from top-k candidate lists.
 
@@ -87,6 +64,9 @@ def identify(
         ranks: the k of the rank-k rates. Ties count against a subject.
         fpir_points: target FPIRs. The threshold follows the rule of `verification.operating_point`: the smallest
             observed score with FPIR **at most** the target.
+        resamples: how many draws of subjects the intervals are from; 0 for none.
+        seed: of the draws.
+        level: confidence level of the intervals.
 
     With u the number of *other* subjects whose score is >= that of the probe's own subject:
 
@@ -96,75 +76,36 @@ def identify(
 
     A list that ends before it shows k subjects makes rank k not estimable: search deeper.
 
+    Intervals are percentile intervals by bootstrap over the probes' subjects. Subjects are drawn with replacement, all
+    probes of a subject together. The gallery is fixed. The threshold of an FPIR is found again in every draw. There is
+    no interval for fewer than two subjects, or where more than 5% of the draws lack the rate.
+
     Raises ValueError for shapes that do not fit, scores that rise or are not finite, and a non-mated probe whose
     subject is found in the gallery.
 
     >>> candidates, scores = np.array([[7, 8], [9, 8], [7, 9]]), np.array([[0.9, 0.2], [0.7, 0.6], [0.5, 0.1]])
     >>> found = identify(candidates, scores, np.array([7, 8, 1]), np.array([True, True, False]), ranks=[1, 2])
-    >>> [one.rate for one in found.ranks]
-    [0.5, 1.0]
+    >>> found.rank[1].value, found.rank[2].value
+    (0.5, 1.0)
     """
     probes = _outcomes(candidate_subjects, candidate_scores, probe_subjects, mated)
-    non_mated, counts = np.unique(probes.best_score[~mated], return_counts=True)
-    scores = ScoreCounts.from_counts(np.sort(probes.own_score[mated]), non_mated, counts)
-    return Identification(
-        n_mated=int(mated.sum()),
-        n_non_mated=int((~mated).sum()),
-        ranks=tuple(
-            _rank_rate(wanted, probes.rank[mated], int((probes.cut_off & (probes.shown < wanted)).sum()))
-            for wanted in ranks
-        ),
-        points=tuple(_search_point(scores, target) for target in fpir_points),
-    )
-
-
-def identify_intervals(
-    candidate_subjects: NDArray[np.integer[Any]],
-    candidate_scores: NDArray[np.floating[Any]],
-    probe_subjects: NDArray[np.integer[Any]],
-    mated: NDArray[np.bool_],
-    *,
-    ranks: Sequence[int] = RANKS,
-    fpir_points: Sequence[float] = FPIR_POINTS,
-    resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[dict[int, Estimate], dict[float, Estimate]]:
-    """Return rank rates by rank and FNIR by FPIR, with percentile intervals by bootstrap over the probes' subjects.
-
-    Subjects are drawn with replacement, all probes of a subject together. The gallery is fixed. The threshold of an
-    FPIR is found again in every draw. There is no interval where more than 5% of the draws lack the rate. Arguments as
-    for `identify`.
-
-    Raises ValueError as `identify`, and for fewer than two subjects or arguments out of range.
-    """
-    exact = identify(candidate_subjects, candidate_scores, probe_subjects, mated, ranks=ranks, fpir_points=fpir_points)
-    probes = _outcomes(candidate_subjects, candidate_scores, probe_subjects, mated)
+    ranks_of_mated, own, best = probes.rank[mated], probes.own_score[mated], probes.best_score[~mated]
+    scores = ScoreCounts.from_counts(np.sort(own), *np.unique(best, return_counts=True))
+    too_short = {wanted: int((probes.cut_off & (probes.shown < wanted)).sum()) for wanted in ranks}
+    by_rank = {wanted: _rank_rate(wanted, ranks_of_mated, too_short[wanted]) for wanted in ranks}
+    fnir = {target: _fnir(scores, target) for target in fpir_points}
     _, subject = np.unique(probe_subjects, return_inverse=True)
     n_subjects = int(subject.max(initial=-1)) + 1
-    if n_subjects < 2 or resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"{n_subjects} subjects, {resamples} resamples, level {level}: two, one, inside (0, 1) needed")
-    draws = np.random.default_rng(seed).multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), size=resamples)
-    of_mated, of_non_mated = draws[:, subject[mated]], draws[:, subject[~mated]]
-    total = of_mated.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        by_rank = {
-            one.rank: with_interval(
-                one.estimate, of_mated[:, probes.rank[mated] <= one.rank].sum(axis=1) / total, level
-            )
-            for one in exact.ranks
-        }
-        by_point = {
-            one.target_fpir: with_interval(
-                one.estimate,
-                _fnir_of_draws(
-                    probes.own_score[mated], of_mated, probes.best_score[~mated], of_non_mated, one.target_fpir
-                ),
-                level,
-            )
-            for one in exact.points
-        }
-    return by_rank, by_point
+    if resamples and n_subjects > 1:
+        draws = np.random.default_rng(seed).multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), size=resamples)
+        of_mated, of_non_mated = draws[:, subject[mated]], draws[:, subject[~mated]]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for wanted, exact in by_rank.items():
+                rates = of_mated[:, ranks_of_mated <= wanted].sum(axis=1) / of_mated.sum(axis=1)
+                by_rank[wanted] = with_interval(exact, rates, level)
+            for target, exact in fnir.items():
+                fnir[target] = with_interval(exact, _fnir_of_draws(own, of_mated, best, of_non_mated, target), level)
+    return Identification(len(own), len(best), by_rank, fnir)
 
 
 def exact_search(
@@ -239,7 +180,7 @@ def _outcomes(
     probe_subjects: NDArray[np.integer[Any]],
     mated: NDArray[np.bool_],
 ) -> _Outcomes:
-    _, k = _check(candidate_subjects, candidate_scores, probe_subjects, mated)
+    _check(candidate_subjects, candidate_scores, probe_subjects, mated)
     present = candidate_subjects >= 0
     scores = np.where(present, candidate_scores, -np.inf)
     own = present & (candidate_subjects == probe_subjects[:, None])
@@ -252,7 +193,7 @@ def _outcomes(
     own_score = np.where(own, scores, -np.inf).max(axis=1, initial=-np.inf)
     found = own.any(axis=1)
     return _Outcomes(
-        rank=np.where(found, (best & (scores >= own_score[:, None])).sum(axis=1), k + 1),
+        rank=np.where(found, (best & (scores >= own_score[:, None])).sum(axis=1), scores.shape[1] + 1),
         own_score=own_score,
         best_score=scores.max(axis=1, initial=-np.inf),
         cut_off=mated & ~found & present.all(axis=1),
@@ -288,7 +229,7 @@ def _check(
     candidate_scores: NDArray[np.floating[Any]],
     probe_subjects: NDArray[np.integer[Any]],
     mated: NDArray[np.bool_],
-) -> tuple[int, int]:
+) -> None:
     shapes = candidate_subjects.shape, candidate_scores.shape, probe_subjects.shape, mated.shape
     if candidate_subjects.ndim != 2 or shapes[0] != shapes[1] or not shapes[2] == shapes[3] == shapes[0][:1]:
         raise ValueError(f"candidates, scores, probes, mated have shapes {shapes}; pass [P, k], [P, k], [P], [P]")
@@ -300,7 +241,6 @@ def _check(
         raise ValueError(
             f"the candidates of probe {int(np.flatnonzero(rising.any(axis=1))[0])} are not sorted, best first"
         )
-    return shapes[0][0], shapes[0][1]
 
 
 def _first_of_subject(candidate_subjects: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
@@ -311,26 +251,26 @@ def _first_of_subject(candidate_subjects: NDArray[np.integer[Any]]) -> NDArray[n
     return first
 
 
-def _rank_rate(wanted: int, rank: NDArray[np.int64], cut_off: int) -> RankRate:
+def _rank_rate(wanted: int, rank: NDArray[np.int64], too_short: int) -> Estimate:
     if not len(rank):
-        return RankRate(wanted, None, "no mated probe")
-    if cut_off:
-        reason = f"the lists of {cut_off} probes end before they show {wanted} subjects; search deeper (larger k)"
-        return RankRate(wanted, None, reason)
-    return RankRate(wanted, float(np.mean(rank <= wanted)))
+        return Estimate(value=None, reason="no mated probe")
+    if too_short:
+        reason = f"the lists of {too_short} probes end before they show {wanted} subjects; search deeper (larger k)"
+        return Estimate(value=None, reason=reason)
+    return Estimate(value=float(np.mean(rank <= wanted)))
 
 
-def _search_point(scores: ScoreCounts, target: float) -> SearchPoint:
+def _fnir(scores: ScoreCounts, target: float) -> Estimate:
     point = operating_point(scores, target)
     if point.threshold is not None:
-        return SearchPoint(target, point.threshold, point.fmr, point.fnmr)
+        return Estimate(value=point.fnmr)
     if not scores.n_genuine:
         reason = "no mated probe"
     elif scores.n_impostor < fewest_for(target):
         reason = f"FPIR {target:g} needs {fewest_for(target)} non-mated probes or more; found {scores.n_impostor}"
     else:
         reason = f"too many non-mated probes tie at the largest score for FPIR {target:g}"
-    return SearchPoint(target, None, None, None, reason)
+    return Estimate(value=None, reason=reason)
 
 
 def _search_keys(asked: torch.Tensor, enrolled: torch.Tensor, first_row: int) -> torch.Tensor:

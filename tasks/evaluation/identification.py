@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metrics.identification import exact_search, identify, identify_intervals, recall_at_k
+from metrics.identification import exact_search, identify, recall_at_k
 from metrics.poses import FRONTAL, PROFILE
 from models.inference import torch_device
 from schemas.index import IndexSettings
@@ -62,21 +62,16 @@ def identify_mode(
 
     scores, rows = exact_search(features[gallery], features[probes], k, device=torch_device(settings.device))
     names, sorted_scores = candidates(rows, scores)
-    fpir_points = tuple(map(float, FPIRS))
-    exact = identify(names, sorted_scores, subjects[probes], mated, ranks=RANKS, fpir_points=fpir_points)
-    by_rank = {one.rank: one.estimate for one in exact.ranks}
-    by_fpir = {one.target_fpir: one.estimate for one in exact.points}
-    if settings.resamples and len(np.unique(subjects[probes])) > 1:
-        by_rank, by_fpir = identify_intervals(
-            names,
-            sorted_scores,
-            subjects[probes],
-            mated,
-            ranks=RANKS,
-            fpir_points=fpir_points,
-            resamples=settings.resamples,
-            seed=settings.seed,
-        )
+    exact = identify(
+        names,
+        sorted_scores,
+        subjects[probes],
+        mated,
+        ranks=RANKS,
+        fpir_points=tuple(map(float, FPIRS)),
+        resamples=settings.resamples,
+        seed=settings.seed,
+    )
     through = build(
         lambda: iter([(np.arange(len(gallery), dtype=np.int64), features[gallery])]),
         len(gallery),
@@ -92,10 +87,10 @@ def identify_mode(
         n_gallery_subjects=len(np.unique(subjects[gallery])),
         n_mated=exact.n_mated,
         n_non_mated=exact.n_non_mated,
-        rank={str(rank): by_rank[rank] for rank in RANKS},
-        fnir={name: by_fpir[float(name)] for name in FPIRS},
+        rank={str(rank): exact.rank[rank] for rank in RANKS},
+        fnir={name: exact.fnir[float(name)] for name in FPIRS},
         index_kind=choose_factory(len(gallery), features.shape[1], index),
-        index_rank={str(one.rank): one.rate for one in by_index.ranks},
+        index_rank={str(rank): by_index.rank[rank].value for rank in RANKS},
         index_recall={str(depth): recall_at_k(keys, rows, depth) for depth in (1, 10) if depth <= k},
     )
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics import identification
-from metrics.identification import exact_search, identify, identify_intervals, recall_at_k
+from metrics.identification import exact_search, identify, recall_at_k
 
 
 def test_ranks_by_hand() -> None:
@@ -14,15 +14,15 @@ def test_ranks_by_hand() -> None:
     result = identify(subjects, scores, probes, np.ones(4, dtype=bool), ranks=(1, 2, 3), fpir_points=())
     # Probe 0: rank 1. Probe 1: subject 1 takes one place with its two samples, so rank 2. Probe 2: a tie counts
     # against it, rank 2. Probe 3: not found although the whole gallery was shown.
-    assert [rank.rate for rank in result.ranks] == [0.25, 0.75, 0.75]
+    assert [rank.value for rank in result.rank.values()] == [0.25, 0.75, 0.75]
     assert (result.n_mated, result.n_non_mated) == (4, 0)
 
 
 def test_a_list_that_is_cut_off_cannot_show_a_deep_rank() -> None:
     subjects, scores = np.array([[1, 1, 2]]), np.array([[0.9, 0.8, 0.7]])
     result = identify(subjects, scores, np.array([5]), np.array([True]), ranks=(1, 2, 3), fpir_points=())
-    assert [rank.rate for rank in result.ranks] == [0.0, 0.0, None]
-    assert result.ranks[2].reason == "the lists of 1 probes end before they show 3 subjects; search deeper (larger k)"
+    assert [rank.value for rank in result.rank.values()] == [0.0, 0.0, None]
+    assert result.rank[3].reason == "the lists of 1 probes end before they show 3 subjects; search deeper (larger k)"
 
 
 def test_fnir_at_fpir_by_hand() -> None:
@@ -34,24 +34,24 @@ def test_fnir_at_fpir_by_hand() -> None:
     probes = np.concatenate([np.full(10, 99), [11, 12, 13, 14], [15]])
     mated = probes != 99
     result = identify(subjects, scores, probes, mated, ranks=(1,), fpir_points=(0.2, 0.1, 0.01))
-    two, one, none = result.points
+    two, one, none = result.fnir.values()
     # At most two of ten non-mated probes: the first score above 0.7 is the mated 0.75; 0.3 and the lost one miss.
-    assert (two.threshold, two.fpir, two.fnir) == (0.75, 0.2, 0.4)
-    assert (one.threshold, one.fpir, one.fnir) == (0.85, 0.1, 0.6)
-    assert none.fnir is None
+    assert two.value == 0.4
+    assert one.value == 0.6
+    assert none.value is None
     assert none.reason == "FPIR 0.01 needs 100 non-mated probes or more; found 10"
 
 
 def test_without_probes_of_a_kind_nothing_is_claimed() -> None:
     lists = np.array([[1], [1]]), np.array([[0.5], [0.5]])
     only_non_mated = identify(*lists, np.array([7, 8]), np.zeros(2, dtype=bool), fpir_points=(0.5,))
-    assert {rank.reason for rank in only_non_mated.ranks} == {"no mated probe"}
-    assert only_non_mated.points[0].reason == "no mated probe"
+    assert {rank.reason for rank in only_non_mated.rank.values()} == {"no mated probe"}
+    assert only_non_mated.fnir[0.5].reason == "no mated probe"
     only_mated = identify(*lists, np.array([1, 1]), np.ones(2, dtype=bool), fpir_points=(0.5,))
-    assert only_mated.points[0].fnir is None
-    assert only_mated.ranks[0].rate == 1.0
+    assert only_mated.fnir[0.5].value is None
+    assert only_mated.rank[1].value == 1.0
     tied = identify(*lists, np.array([1, 8]), np.array([True, False]), fpir_points=(0.5,))
-    assert tied.points[0].reason == "FPIR 0.5 needs 2 non-mated probes or more; found 1"
+    assert tied.fnir[0.5].reason == "FPIR 0.5 needs 2 non-mated probes or more; found 1"
 
 
 def test_a_tie_of_impostors_above_all_mated_scores_is_not_estimable() -> None:
@@ -59,7 +59,7 @@ def test_a_tie_of_impostors_above_all_mated_scores_is_not_estimable() -> None:
     result = identify(
         subjects, scores, np.array([7, 8, 9, 1]), np.array([False, False, False, True]), fpir_points=(0.5,)
     )
-    assert result.points[0].reason == "too many non-mated probes tie at the largest score for FPIR 0.5"
+    assert result.fnir[0.5].reason == "too many non-mated probes tie at the largest score for FPIR 0.5"
 
 
 @settings(max_examples=50, deadline=None)
@@ -79,17 +79,17 @@ def test_rates_equal_looking_at_every_subject(seed: int) -> None:
             key = probe, int(gallery_subjects[row])
             best[key] = max(best.get(key, -1.0), float(score))
     enrolled = set(gallery_subjects.tolist())
-    for rank in result.ranks:
+    for rank, found in result.rank.items():
         hits = [
-            sum(best[p, other] >= best[p, probe_subjects[p]] for other in enrolled) <= rank.rank
+            sum(best[p, other] >= best[p, probe_subjects[p]] for other in enrolled) <= rank
             for p in np.flatnonzero(mated)
         ]
-        assert rank.rate == (np.mean(hits) if hits else None)
-    if (threshold := result.points[0].threshold) is not None:
-        alarms = [any(best[p, s] >= threshold for s in enrolled) for p in np.flatnonzero(~mated)]
-        misses = [best[p, probe_subjects[p]] < threshold for p in np.flatnonzero(mated)]
-        assert (result.points[0].fpir, result.points[0].fnir) == (np.mean(alarms), np.mean(misses))
-        assert np.mean(alarms) <= 0.4
+        assert found.value == (np.mean(hits) if hits else None)
+    if (fnir := result.fnir[0.4].value) is not None:
+        alarms = np.array([max(best[p, s] for s in enrolled) for p in np.flatnonzero(~mated)])
+        hits = np.array([best[p, probe_subjects[p]] for p in np.flatnonzero(mated)])
+        threshold = min(score for score in {*alarms, *hits} if np.mean(alarms >= score) <= 0.4)
+        assert fnir == np.mean(hits < threshold)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +164,7 @@ def people(seed: int, subjects: int = 80) -> tuple[np.ndarray, np.ndarray, np.nd
 
 def test_intervals_are_those_of_searches_with_resampled_subjects() -> None:
     candidates, scores, probe_subjects, mated = people(0)
-    by_rank, by_fpir = identify_intervals(
-        candidates, scores, probe_subjects, mated, ranks=(1,), fpir_points=(0.1,), resamples=200, seed=3
-    )
+    found = identify(candidates, scores, probe_subjects, mated, ranks=(1,), fpir_points=(0.1,), resamples=200, seed=3)
     rates, fnirs = [], []
     for draw in np.random.default_rng(3).multinomial(80, np.full(80, 1 / 80), size=200):
         rows = np.repeat(np.arange(len(mated)), draw[probe_subjects])
@@ -174,19 +172,19 @@ def test_intervals_are_those_of_searches_with_resampled_subjects() -> None:
         one = identify(
             candidates[rows], scores[rows], probe_subjects[rows], mated[rows], ranks=(1,), fpir_points=(0.1,)
         )
-        rates.append(one.ranks[0].rate)
-        fnirs.append(one.points[0].fnir)
-    np.testing.assert_allclose((by_rank[1].low, by_rank[1].high), np.quantile(rates, [0.025, 0.975]))
-    np.testing.assert_allclose((by_fpir[0.1].low, by_fpir[0.1].high), np.quantile(fnirs, [0.025, 0.975]))
+        rates.append(one.rank[1].value)
+        fnirs.append(one.fnir[0.1].value)
+    np.testing.assert_allclose((found.rank[1].low, found.rank[1].high), np.quantile(rates, [0.025, 0.975]))
+    np.testing.assert_allclose((found.fnir[0.1].low, found.fnir[0.1].high), np.quantile(fnirs, [0.025, 0.975]))
 
 
 def test_interval_of_a_rate_that_the_non_mated_probes_cannot_show_is_none() -> None:
-    _, by_fpir = identify_intervals(*people(0), resamples=50, fpir_points=(1e-3,))
-    assert (by_fpir[1e-3].value, by_fpir[1e-3].low) == (None, None)
-    assert "needs 1000 non-mated probes" in by_fpir[1e-3].reason
+    found = identify(*people(0), resamples=50, fpir_points=(1e-3,)).fnir[1e-3]
+    assert (found.value, found.low) == (None, None)
+    assert "needs 1000 non-mated probes" in found.reason
 
 
 def test_intervals_need_two_subjects() -> None:
     one = np.zeros(3, dtype=np.int64)
-    with pytest.raises(ValueError, match="1 subjects"):
-        identify_intervals(one[:, None], np.ones((3, 1)), one, np.ones(3, dtype=bool))
+    found = identify(one[:, None], np.ones((3, 1)), one, np.ones(3, dtype=bool), resamples=50)
+    assert (found.rank[1].value, found.rank[1].low) == (1.0, None)
