@@ -22,16 +22,17 @@ from schemas.errors import SettingsError
 from schemas.releases import Release
 from schemas.reports import Evaluation, ShardFault
 from schemas.settings import PipelineSettings, load_pipeline
-from storage.features import DamagedFilesError
+from storage.delta_log import DamagedFilesError
 from storage.location import Location
 from storage.lock import store_lock
-from storage.releases import Releases
+from storage.releases import Releases, refuse_foreign_tables
 from storage.shards import refuse_nested
 from storage.tombstones import Tombstones
 from tasks.evaluation.pairs import read_pairs
 from tasks.gate import decide
 from tasks.index import Previous, is_indexed, previous_indexes, release_features
 from tasks.maintenance.erased_releases import mark_erased_releases
+from tasks.maintenance.lost_releases import is_published, mark_lost_releases
 from tasks.outcome import CompletedWithBadShardsError, Outcome
 from tasks.release import build_release, next_release_name, release_content, write_report
 from tasks.stages import evaluate_task, index_task, models_task, plan_task, publish_task
@@ -66,6 +67,7 @@ def run(settings: PipelineSettings) -> Outcome:
     check_runner(settings.runner)
     store = Location(settings.store)
     refuse_nested(Location(settings.source), store)
+    refuse_foreign_tables(store)
     pairs = read_pairs(settings.evaluation.pairs).digest if settings.evaluation.pairs else None
     with store_lock(store, "reprocess", settings.wait):
         deleted = set[str]()
@@ -88,9 +90,10 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
     models = models_task(settings)
     plan = plan_task(settings, models)
     earlier = mark_erased_releases(history, tombstones)
-    latest = earlier[-1] if earlier and is_indexed(store, earlier[-1]) else None
     content = release_content(settings, plan.wanted, plan.faults, pairs)
-    if not plan.groups and latest and latest.content == content:
+    earlier = mark_lost_releases(history, earlier, content)
+    latest = earlier[-1] if earlier and is_indexed(store, earlier[-1]) else None
+    if not plan.groups and latest and latest.content == content and is_published(store, latest, plan.wanted):
         return _unchanged(settings, latest, plan.faults, started)
     log.info("plan: %d shards to compute, %d files to reuse, %d shards bad", len(plan.work), len(plan.reused),
              len(plan.faults))  # fmt: skip
@@ -98,7 +101,7 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
     published = publish_task(settings, opaque(plan), opaque(results))
     # A shard may turn out bad only while it is read; the content of the release must not promise it.
     content = release_content(settings, published.features.files, published.data.bad_shards, pairs)
-    if latest and latest.content == content:
+    if latest and latest.content == content and is_published(store, latest, published.features.files):
         return _unchanged(settings, latest, published.data.bad_shards, started)
 
     name = next_release_name(earlier, content)

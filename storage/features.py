@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from schemas.errors import StoreError
 from schemas.features import PARTITIONS, VECTOR, VECTOR_COLUMNS, FeatureKey
 from storage.checksums import check_footer, check_whole, digesting_writer
+from storage.delta_log import DamagedFilesError
 from storage.layout import FEATURES, QUARANTINE
 from storage.location import Location
 from storage.tables import FileTable, LiveFile, Snapshot
@@ -29,27 +30,14 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READERS = 4
 
 
-class DamagedFilesError(StoreError):
-    """The bytes of some files are not those that were written."""
-
-    def __init__(self, places: Sequence[Location], why: str) -> None:
-        self.places = list(places)
-        self.why = why
-        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        super().__init__(f"{places[0].uri}{more}: is damaged ({why}); run `frontalis reprocess` to compute it again.")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.places, self.why)
-
-
 def features_table(store: Location) -> FileTable:
     """Return the features table of a store."""
-    return FileTable(store / FEATURES, PARTITIONS)
+    return FileTable(store / FEATURES, PARTITIONS, ("id", "front"))
 
 
 def quarantine_table(store: Location) -> FileTable:
     """Return the quarantine table of a store."""
-    return FileTable(store / QUARANTINE, ("shard",))
+    return FileTable(store / QUARANTINE, ("shard",), ("row", "reason"))
 
 
 def feature_keys(snapshot: Snapshot) -> dict[FeatureKey, LiveFile]:

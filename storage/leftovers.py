@@ -1,8 +1,9 @@
 """Unreferenced files of a store: those of old versions, of interrupted runs, and temporary ones.
 
 A set difference: the files on disk minus those that the kept releases, the newest table versions and the manifest
-reference. Only names of `storage.layout` count: a file of another program is never a leftover. Deciding which releases
-are kept, and deleting, is left to `tasks.maintenance.vacuum`.
+reference. Only names of `storage.layout` count: a file of another program is never a leftover. No link below the store
+is followed: it may lead into another store. Deciding which releases are kept, and deleting, is left to
+`tasks.maintenance.vacuum`.
 """
 
 from collections.abc import Iterable
@@ -36,7 +37,7 @@ def find_leftovers(store: Location, kept: Iterable[Release]) -> list[Leftover]:
     history = Releases(store).table.snapshot().version
     needed, folders = _needed(store, list(kept))
     found = []
-    for entry in store.files(hidden=True):
+    for entry in store.files(hidden=True, links=False):
         temporary = layout.is_temporary(entry.name)
         if not temporary:
             if not layout.is_own(entry.name) or entry.name in needed or entry.name.startswith(folders):

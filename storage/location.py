@@ -100,7 +100,7 @@ class Location:
             return None
         return FileEntry(self.name, info.size, info.mtime_ns or 0, self.etag())
 
-    def files(self, *suffixes: str, hidden: bool = False, whole: bool = False) -> list[FileEntry]:
+    def files(self, *suffixes: str, hidden: bool = False, whole: bool = False, links: bool = True) -> list[FileEntry]:
         """List all files below, sorted by name; nothing where the folder is absent.
 
         Links to folders are followed, except for a link to a folder that contains it: its files are listed there.
@@ -110,12 +110,13 @@ class Location:
             hidden: also those below a folder, or of a name, that starts with `.` or `_`.
             whole: refuse to miss the files of an unmounted disk. A broken link is listed with the size `NOWHERE` where
                 its name has a wanted suffix; any other broken link may stand for a folder, and is refused.
+            links: follow links. Without, no link below is listed or followed: it may lead to files of another program.
 
         Raises:
             StoreError: a folder cannot be read, or such a link was found.
         """
         with self._naming():
-            found = list(self._walk())
+            found = list(self._walk(links))
         kept = []
         for entry in found:
             if not hidden and any(step[:1] in "._" for step in entry.name.split("/")):
@@ -183,13 +184,22 @@ class Location:
             shutil.copyfileobj(source, file, 8 << 20)
 
     def delete(self) -> None:
-        """Delete a file, or a folder with all below it; nothing where it is absent."""
+        """Delete a file, or a folder with all below it; nothing where it is absent. Of a link only the link goes."""
         with self._naming():
+            if self.is_local and os.path.islink(self.path):  # noqa: PTH114 - beside os.stat
+                Path(self.path).unlink()
+                return
             info = self.fs.get_file_info(self.path)
             if info.type == pafs.FileType.File:
                 self.fs.delete_file(self.path)
             elif info.type == pafs.FileType.Directory:
                 self.fs.delete_dir(self.path)
+
+    def sync(self) -> None:
+        """Put a local file, or the names in a local folder, on the disk; nothing where it is absent, or on S3."""
+        if self.is_local:
+            with self._naming(), contextlib.suppress(FileNotFoundError):
+                _sync(Path(self.path))
 
     def overlaps(self, other: "Location") -> bool:
         """Return whether one of the two locations is the other, or inside it; links are followed."""
@@ -215,16 +225,16 @@ class Location:
             }
         return options
 
-    def _walk(self) -> Iterator[FileEntry]:
+    def _walk(self, links: bool) -> Iterator[FileEntry]:
         if self.is_local:
-            yield from self._walk_local()
+            yield from self._walk_local(links)
             return
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         for info in self.fs.get_file_info(selector):
             if info.type == pafs.FileType.File:
                 yield FileEntry(info.path[len(self.path) + 1 :], info.size, info.mtime_ns or 0, "")
 
-    def _walk_local(self) -> Iterator[FileEntry]:
+    def _walk_local(self, links: bool) -> Iterator[FileEntry]:
         # os.scandir gives ctime and inode, which a rewrite with the same size and mtime cannot keep.
         stack: list[tuple[Path, frozenset[tuple[int, int]]]] = [(Path(self.path), frozenset())]
         root = len(self.path) + 1
@@ -239,6 +249,8 @@ class Location:
                 continue
             below = above | {(itself.st_dev, itself.st_ino)}
             for child in children:
+                if not links and child.is_symlink():
+                    continue
                 if child.is_dir():
                     stack.append((Path(child.path), below))
                 elif child.is_file():
@@ -264,7 +276,7 @@ class Location:
                 return False
             temporary.replace(target)
             temporary.unlink(missing_ok=True)  # renaming one link of a file over another leaves both
-            _sync_folder(target.parent)
+            _sync(target.parent)
         return True
 
     def _write_local(self) -> Iterator[BinaryIO]:
@@ -278,12 +290,12 @@ class Location:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(target.parent)
+        _sync(target.parent)
 
     def _beside(self) -> tuple[Path, Path]:
         """Return the file's path and a temporary one in the same folder, which is made."""
         target = Path(self.path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         return target, target.parent / temporary_name()
 
     @contextlib.contextmanager
@@ -328,8 +340,17 @@ def _s3() -> pafs.FileSystem:
     return pafs.S3FileSystem(**options)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def make_folder(folder: Path) -> None:
+    """Make a local folder and those above it; their names are on the disk before anything is written into them."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from schemas.errors import StoreBusyError, StoreError
 from storage.layout import LOCK
-from storage.location import Location
+from storage.location import Location, make_folder
 
 POLL_SECONDS = 0.2
 
@@ -39,7 +39,7 @@ def store_lock(store: Location, what: str, wait: float = 0.0) -> Iterator[None]:
     path = Path(store.path) / LOCK
     lock = FileLock(path, timeout=wait, poll_interval=POLL_SECONDS)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         lock.acquire()
     except Timeout as error:
         raise StoreBusyError(

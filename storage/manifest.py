@@ -125,7 +125,7 @@ class Manifest:
         (self.store / SHARD_RECORDS).write_bytes(to_parquet(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)))
         self.records = dict(records)
         needed = set(self.paths())
-        for file in (self.store / ROW_KEYS).files():
+        for file in (self.store / ROW_KEYS).files(links=False):
             if f"{ROW_KEYS}/{file.name}" not in needed:
                 (self.store / ROW_KEYS / file.name).delete()
 

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from schemas.errors import SettingsError, StoreBusyError, StoreError
 from schemas.features import digest_of
 from schemas.releases import RELEASES_SCHEMA, Release
+from storage.delta_log import DamagedFilesError
 from storage.features import features_table, quarantine_table
 from storage.layout import LOCK, RELEASES, history_name
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
-from storage.tables import FileTable, LiveFile, Snapshot
+from storage.tables import FileTable, ForeignTableError, LiveFile, Snapshot
 
 
 class Releases:
@@ -25,7 +26,7 @@ class Releases:
 
     def __init__(self, store: Location) -> None:
         self.store = store
-        self.table = FileTable(store / RELEASES, ())
+        self.table = FileTable(store / RELEASES, (), ("record",))
 
     @classmethod
     def of(cls, store: Location) -> "Releases":
@@ -182,9 +183,21 @@ class Releases:
         self.table.commit(base, RELEASES_SCHEMA, [file], base.files.values())
 
 
+def refuse_foreign_tables(store: Location) -> None:
+    """Refuse a folder with tables of another program, before anything is written into it.
+
+    Raises:
+        ForeignTableError: a Delta table at the place of one of the store's is none of Frontalis.
+    """
+    for table in (features_table(store), quarantine_table(store), Releases(store).table):
+        table.refuse_foreign()
+
+
 def _is_ours(table: FileTable) -> bool:
-    """Return whether the table exists; one with other partition columns belongs to another program."""
+    """Return whether the table exists, readable or not; one of another program does not count."""
     try:
-        return table.snapshot().version >= 0
-    except KeyError:
+        return table.snapshot().exists
+    except ForeignTableError:
         return False
+    except DamagedFilesError:
+        return True

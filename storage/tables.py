@@ -6,6 +6,7 @@ application transaction `frontalis`, and two of them on one base conflict. Which
 `tasks.plan`, what is in them to `storage.features`.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,8 @@ from deltalake import CommitProperties, DeltaTable, Field, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from schemas.errors import StoreBusyError, StoreError
+from schemas.errors import SettingsError, StoreBusyError, StoreError
+from storage.delta_log import DeltaLog
 from storage.location import Location
 
 APPLICATION = "frontalis"
@@ -68,24 +70,42 @@ class Snapshot:
 NO_TABLE = Snapshot(-1, {})
 
 
-class FileTable:
-    """A Delta table of files at a location, partitioned by `partition_by`."""
+class ForeignTableError(SettingsError):
+    """A Delta table of another program is where a store has one of its own."""
 
-    def __init__(self, place: Location, partition_by: tuple[str, ...]) -> None:
+
+class FileTable:
+    """A Delta table of files at a location, partitioned by `partition_by`; it has the columns `needs`, too."""
+
+    def __init__(self, place: Location, partition_by: tuple[str, ...], needs: tuple[str, ...] = ()) -> None:
         self.place = place
         self.partition_by = partition_by
+        self.needs = needs
+        self.log = DeltaLog(place)
+
+    def refuse_foreign(self) -> None:
+        """Refuse a table of another program. One that cannot be read is left to `snapshot`.
+
+        Raises:
+            ForeignTableError: its partitions or columns are not those of this table.
+        """
+        with contextlib.suppress(StoreError):
+            self._open()
 
     def snapshot(self, version: int | None = None) -> Snapshot:
         """Return the live files at a version, the newest by default.
 
         Raises:
+            ForeignTableError: it is a table of another program.
+            DamagedFilesError: the newest commit is damaged.
             StoreError: the version is gone (vacuumed), or the log is damaged.
         """
         table = self._open(version)
         if table is None:
             if version is not None and version >= 0:
-                raise StoreError(f"{self.place.uri}: there is no table, so no version {version}.")
+                raise StoreError(f"{self.place.uri}: has no version {version}; it was vacuumed, or the table is gone.")
             return NO_TABLE
+        self.log.check(table.version())
         actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
         files = {
             action["path"]: LiveFile(
@@ -145,7 +165,9 @@ class FileTable:
             raise self._busy() from error
         except (DeltaError, OSError) as error:
             raise StoreError(f"{self.place.uri}: the commit failed ({error}). Nothing was published; rerun.") from error
-        return self.snapshot()
+        after = self.snapshot()
+        self.log.sync(base.version + 1, after.version)
+        return after
 
     def _create(self, schema: pa.Schema) -> DeltaTable:
         try:
@@ -164,12 +186,28 @@ class FileTable:
 
     def _open(self, version: int | None = None) -> DeltaTable | None:
         try:
-            return DeltaTable(self.place.uri, version=version, storage_options=self.place.delta_options)
+            table = DeltaTable(self.place.uri, version=version, storage_options=self.place.delta_options)
+            self._check_own(table)
         except TableNotFoundError:
             return None
         except (DeltaError, OSError) as error:
+            damage = self.log.find_damage()
+            if damage is not None:
+                raise damage from error
             at = "" if version is None else f" at version {version}"
-            raise StoreError(f"{self.place.uri}: the table{at} cannot be read ({error}).") from error
+            why = (str(error).splitlines() or ["no reason given"])[0]
+            raise StoreError(f"{self.place.uri}: the table{at} cannot be read ({why}).") from error
+        return table
+
+    def _check_own(self, table: DeltaTable) -> None:
+        partitions = tuple(table.metadata().partition_columns)
+        missing = [name for name in self.needs if name not in {field.name for field in table.schema().fields}]
+        if partitions != self.partition_by or missing:
+            found = f"partitioned by {', '.join(partitions) or 'nothing'}"
+            found += f", without column {missing[0]}" if missing else ""
+            raise ForeignTableError(
+                f"{self.place.uri}: is a Delta table of another program ({found}); choose another folder for the store."
+            )
 
     def _number(self, table: DeltaTable | None) -> int:
         return 0 if table is None else (table.transaction_version(APPLICATION) or 0)

@@ -18,6 +18,7 @@ from schemas.errors import BadModelError, FrontalisError, StoreError
 from schemas.metrics import RAW
 from schemas.releases import IndexRef, Release
 from storage.checksums import check_whole
+from storage.delta_log import DamagedFilesError
 from storage.features import feature_keys, features_table, quarantine_table
 from storage.ids import id_keys
 from storage.layout import report_folder
@@ -32,6 +33,10 @@ from storage.vectors.store import open_ids, open_index
 log = logging.getLogger("frontalis.verify")
 
 RECOMPUTE = "delete it, then run `frontalis reprocess` with this source and these models"
+RESTORE_LOG = "restore the table's _delta_log from a backup"
+LOST_VERSION = (
+    "run `frontalis reprocess` with this source and these models: it publishes the version again, or marks the release"
+)
 FORGET_AGAIN = "run `frontalis forget` once more for the person last forgotten; it applies every tombstone"
 
 
@@ -119,10 +124,17 @@ class _Check:
 
     def _newest(self, table: FileTable) -> Snapshot:
         try:
-            return table.snapshot()
-        except StoreError as error:
-            self._wrong(table.place.name, str(error), "restore the table's _delta_log from a backup")
+            snapshot = table.snapshot()
+        except DamagedFilesError as error:
+            for place in error.places:
+                self._wrong(self._name(place), f"is damaged ({error.why})", error.remedy)
             return NO_TABLE
+        except StoreError as error:
+            self._wrong(table.place.name, str(error), RESTORE_LOG)
+            return NO_TABLE
+        for place, why in table.log.damaged_commits():
+            self._wrong(self._name(place), f"is damaged ({why})", RESTORE_LOG)
+        return snapshot
 
     def _sums(self, features: Snapshot, quarantine: Snapshot) -> None:
         """Add up the rows of every shard of which the manifest knows how many were read for these files."""
@@ -144,7 +156,7 @@ class _Check:
                 NO_TABLE if release.quarantine_version is None else self.quarantine.snapshot(release.quarantine_version)
             )
         except StoreError as error:
-            self._wrong(name, str(error), f"serve another release, then `frontalis vacuum --store {self.store.uri}`")
+            self._wrong(name, str(error), LOST_VERSION)
             return
         self._files(self.features, features.files.values())
         self._files(self.quarantine, quarantine.files.values())
@@ -264,6 +276,9 @@ class _Check:
         except StoreError:
             return []  # a release cannot be read; that is reported
         return [LeftoverFile(name=one.name, size=one.size, temporary=one.temporary) for one in found]
+
+    def _name(self, place: Location) -> str:
+        return place.uri.removeprefix(f"{self.store.uri}/")
 
     def _wrong(self, thing: str, what: str, remedy: str) -> None:
         self.problems.append(Problem(thing=thing, what=what, remedy=remedy))

@@ -14,8 +14,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 
 from schemas.errors import FrontalisError, SettingsError, StoreError
 from storage.features import features_table
@@ -243,6 +245,62 @@ def test_a_bad_shard_whose_last_good_files_are_lost_is_left_out(store, run_pipel
     assert [(fault.shard, fault.kept) for fault in raised.value.outcome.data.bad_shards] == [("part-002", False)]
     assert raised.value.outcome.status == "promoted"
     assert {path.split("/")[1] for path in files(store)} == {"shard=part-000", "shard=part-001"}
+
+
+def last_commit(store: Path, table: str = "features") -> Path:
+    return sorted((store / table / "_delta_log").glob("*.json"))[-1]
+
+
+DAMAGE = {
+    "lost": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "cut off": lambda file: file.write_bytes(file.read_bytes()[:-40]),
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+}
+"""What a power cut may leave of a commit that was not on the disk yet."""
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_the_last_commit_of_the_features_is_damaged(store, run_pipeline, plain_source, how) -> None:
+    before, wanted = served(store), files(store)
+    DAMAGE[how](last_commit(store))
+    problems = check(str(store)).problems
+    assert problems
+    assert all("frontalis reprocess" in problem.remedy for problem in problems)
+    if how != "lost":
+        with pytest.raises(StoreError, match=r"0001\.json: is damaged .* run `frontalis reprocess`"):
+            features_table(Location(str(store))).snapshot()
+    assert run_pipeline(plain_source, store).status == "unchanged"
+    assert (served(store), files(store)) == (before, wanted)
+    assert check(str(store)).problems == []
+
+
+def test_the_number_of_a_lost_version_is_not_given_to_other_rows(store, run_pipeline, plain_source, new_models) -> None:
+    """The next commit takes the number that the served release names: that release must not show its rows."""
+    last_commit(store).unlink()
+    old = served(store)
+    assert run_pipeline(plain_source, store, models=new_models).status == "promoted"
+    assert served(store) != old
+    with pytest.raises(SettingsError, match="removed by `frontalis vacuum`"):
+        roll_back(str(store), old)
+    assert check(str(store)).problems == []
+
+
+def test_the_last_commit_of_the_releases_is_damaged(store, run_pipeline, plain_source) -> None:
+    last_commit(store, "releases").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"releases/_delta_log/0+1\.json: is damaged .* run `frontalis reprocess`"):
+        answer(str(store), "raw", ids=["any"])
+    assert run_pipeline(plain_source, store).status == "promoted"
+    assert check(str(store)).problems == []
+
+
+@pytest.mark.parametrize("table", ["features", "quarantine", "releases"])
+def test_a_delta_table_of_another_program_is_refused(tmp_path, run_pipeline, plain_source, table) -> None:
+    write_deltalake(tmp_path / table, pa.table({"a": [1, 2]}))
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with pytest.raises(SettingsError, match=f"{table}: is a Delta table of another program"):
+        run_pipeline(plain_source, tmp_path)
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
 @pytest.mark.parametrize("name", ["index.faiss", "ids.parquet"])

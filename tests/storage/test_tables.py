@@ -42,7 +42,7 @@ def ids(table: FileTable, **options: object) -> list[str]:
 def test_a_table_that_is_not_there_has_no_files(table: FileTable) -> None:
     assert table.snapshot() == Snapshot(-1, {})
     assert table.schema() is None
-    with pytest.raises(StoreError, match="there is no table, so no version 3"):
+    with pytest.raises(StoreError, match="has no version 3; it was vacuumed, or the table is gone"):
         table.snapshot(3)
 
 

@@ -202,3 +202,16 @@ def test_a_folder_that_is_no_store_is_left_alone(tmp_path) -> None:
 def test_refusals(tmp_path, words, message) -> None:
     with pytest.raises(SettingsError, match=message):
         clean(str(tmp_path / "none"), **words)
+
+
+@pytest.mark.parametrize("folder", ["indexes", "indexes/{release}", "models", "features/mode=raw"])
+def test_a_link_into_another_store_is_not_followed(four_releases, store, tmp_path, folder) -> None:
+    """A linked folder has the names of a store: those of the other one."""
+    other = tmp_path / "other"
+    shutil.copytree(four_releases, other)
+    name = folder.format(release=history(store)[0].release)
+    shutil.rmtree(store / name)
+    (store / name).symlink_to(other / name)
+    before = files_of(other)
+    clean(str(store), keep=1)
+    assert files_of(other) == before
