@@ -81,6 +81,8 @@ def synth(
     bad_rows: Annotated[int, typer.Option(min=0, help="Add about this many bad rows of several kinds.")] = 0,
 ) -> None:
     """Make synthetic shards that behave like measured embeddings."""
+    # Blocks are computed side by side; threads of OpenBLAS inside each would wait for one another.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from tasks.synthetic.shards import synthesize
 
     made = synthesize(

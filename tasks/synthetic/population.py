@@ -5,6 +5,7 @@ any face. So what is learned from some subjects holds for others. Numbers were s
 measured on real embeddings (`docs/synthetic.md`). Files, ids and bad rows are left to `tasks.synthetic.shards`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,18 +80,41 @@ class SyntheticPopulation:
             turning=directions * _falling(turning, 0.6)[:, None],
         )
 
-    def photograph(self, numbers: np.random.Generator, frontal: int, profile: int) -> Photographs:
-        """Photograph a new subject `frontal` times from the front, then `profile` times from either side."""
-        used, count = len(self.identity), frontal + profile
+    def photograph(self, subjects: Sequence[np.random.Generator], frontal: int, profile: int) -> Photographs:
+        """Photograph new subjects, each `frontal` times from the front, then `profile` times from either side.
+
+        Each subject is drawn from its own generator, in a fixed order; what follows from the draws is computed for all
+        subjects at once.
+        """
+        used, count, turning = len(self.identity), frontal + profile, len(self.turning)
+        rows = len(subjects) * count
+        of_subject = np.empty((len(subjects), 2 * used + 1 + count))
+        left = np.empty((len(subjects), count), np.int64)
+        frontal_yaw = np.empty((len(subjects), count))
+        of_photograph = np.empty((len(subjects), count * (1 + 2 * used + turning)))
+        chance = np.empty((len(subjects), count))
+        of_camera = np.empty((len(subjects), 2 * count))
+        for at, numbers in enumerate(subjects):
+            numbers.standard_normal(out=of_subject[at])
+            left[at] = numbers.integers(0, 2, count)
+            frontal_yaw[at] = numbers.laplace(0, 3.2, count)
+            numbers.standard_normal(out=of_photograph[at])
+            numbers.random(out=chance[at])
+            numbers.standard_normal(out=of_camera[at])
+        subject, side_subject, suffering, profile_yaw = np.split(of_subject, [used, 2 * used, 2 * used + 1], axis=1)
+        edges = count * np.cumsum([1, used, turning])
+        blur, noise, moves, something_else = (part.reshape(rows, -1) for part in np.split(of_photograph, edges, axis=1))
+        length_noise, pitch = np.split(of_camera, 2, axis=1)
+
         # a network of fewer directions has less noise and loses less by turning (measured: 60 against 140)
         scale = np.sqrt(used / USED_DIRECTIONS)
-        subject = np.sqrt(IDENTITY) * self.identity * numbers.standard_normal(used)
-        side_subject = np.sqrt(SIDE_IDENTITY) * self.identity * numbers.standard_normal(used)
-        suffers = np.exp(SUBJECT_SPREAD * numbers.standard_normal())
+        subject = np.repeat(np.sqrt(IDENTITY) * self.identity * subject, count, axis=0)
+        side_subject = np.repeat(np.sqrt(SIDE_IDENTITY) * self.identity * side_subject, count, axis=0)
+        suffers = np.repeat(np.exp(SUBJECT_SPREAD * suffering), count, axis=0)
 
-        from_side = np.arange(count) >= frontal
-        profile_yaw = np.clip(numbers.normal(TYPICAL_YAW, 9.5, count), 25, 85) * numbers.choice([-1, 1], count)
-        yaw = np.where(from_side, profile_yaw, np.clip(numbers.laplace(0, 3.2, count), -15, 15))
+        from_side = np.tile(np.arange(count) >= frontal, len(subjects))
+        profile_yaw = np.clip(TYPICAL_YAW + 9.5 * profile_yaw, 25, 85) * np.where(left == 0, -1, 1)
+        yaw = np.where(from_side, profile_yaw.ravel(), np.clip(frontal_yaw, -15, 15).ravel())
         # how far an effect of turning has come: 0 from the front, 1 at the typical profile, and growing slowly beyond
         view = np.minimum((np.sin(np.radians(yaw)) / np.sin(np.radians(TYPICAL_YAW))) ** 2, 1.6)[:, None]
         part = np.minimum(view, 1)
@@ -99,20 +123,19 @@ class SyntheticPopulation:
         shift = COMMON_SHIFT * view * np.where(yaw[:, None] < 0, self.left, self.right)
         face = np.sqrt(MEAN_FACE) * self.mean_face + kept * subject + np.sqrt(view) * side_subject + shift
 
-        blur = numbers.standard_normal((count, 1))
         spread = np.exp((FRONTAL_SPREAD * (1 - part) + PROFILE_SPREAD * part) * blur)
         frontal_part, profile_part = scale * FRONTAL_NOISE * (1 - part) * spread, scale * PROFILE_NOISE * view
         blurred = frontal_part * (1 - FRONTAL_TURNING) + profile_part * (1 - PROFILE_TURNING) * spread
         moved = frontal_part * FRONTAL_TURNING + profile_part * PROFILE_TURNING
-        latent = face + np.sqrt(blurred) * self.noise * numbers.standard_normal((count, used))
-        latent = latent + np.sqrt(moved) * (numbers.standard_normal((count, len(self.turning))) @ self.turning)
+        latent = face + np.sqrt(blurred) * self.noise * noise
+        latent += np.sqrt(moved) * (moves @ self.turning)
 
-        something_else = numbers.standard_normal((count, used)) * self.noise
-        unlike = numbers.random((count, 1)) < np.where(from_side[:, None], UNLIKE_PROFILE, UNLIKE_FRONTAL)
-        latent = _unit(np.where(unlike, something_else, latent))
+        unlike = chance.ravel() < np.where(from_side, UNLIKE_PROFILE, UNLIKE_FRONTAL)
+        latent[unlike] = something_else[unlike] * self.noise
         length = FRONTAL_LENGTH + (PROFILE_LENGTH - FRONTAL_LENGTH) * np.minimum(view, 1.3)
-        length = length * np.exp(0.09 * numbers.standard_normal((count, 1)) - 0.05 * blur)
-        return Photographs(yaw, numbers.normal(0, 6, count), ((length * latent) @ self.basis).astype(np.float32))
+        length = length * np.exp(0.09 * length_noise.reshape(rows, 1) - 0.05 * blur)
+        embedding = ((length * _unit(latent)) @ self.basis).astype(np.float32)
+        return Photographs(yaw, 6 * pitch.ravel(), embedding)
 
 
 def _falling(count: int, reach: float) -> np.ndarray:

@@ -4,10 +4,13 @@ For demonstrations, benchmarks and tests, which must not hold real faces. `tasks
 embeddings; here subjects are spread over Parquet files.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from storage.location import Location
 from tasks.synthetic.population import SyntheticPopulation
 
 ROW_GROUP = 8192
+BLOCK_ROWS = 256  # computed at once: work arrays of 512 numbers a row stay in the cache
+AHEAD = 8  # blocks computed before they are written
 FRONTAL_OF_14, PROFILE_OF_14 = 10, 4  # as in CFP
 
 
@@ -80,10 +85,11 @@ def synthesize(
     places = [folder / f"part-{shard:03d}.parquet" for shard in range(shards)]
     _refuse_files(folder)
     edges = [shard * subjects // shards for shard in range(shards + 1)]
-    writer = _Writer(SyntheticPopulation.draw(dim, population_seed), per_subject, seed, _plant(bad_rows, edges, seed))
-    for place, first, last in zip(places, edges[:-1], edges[1:], strict=True):
-        with place.writing() as file:
-            writer.write(file, first, last)
+    drawn = _Subjects(SyntheticPopulation.draw(dim, population_seed), per_subject, seed, _plant(bad_rows, edges, seed))
+    with closing(drawn.rows(subjects)) as rows:
+        for place, first, last in zip(places, edges[:-1], edges[1:], strict=True):
+            with place.writing() as file:
+                _write(file, drawn.schema, islice(rows, last - first))
     return Synthesized(subjects * per_subject + bad_rows, bad_rows, [place.uri for place in places])
 
 
@@ -124,17 +130,34 @@ def _plant(bad_rows: int, edges: list[int], seed: int) -> dict[int, list[tuple[D
     return planted
 
 
+def _write(file: Any, schema: pa.Schema, subjects: Iterable[list[pa.RecordBatch]]) -> None:
+    """Write the rows of some subjects as one Parquet file."""
+    with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False, write_statistics=False) as parquet:
+        waiting: list[pa.RecordBatch] = []
+        rows = 0
+        for batches in subjects:
+            waiting += batches
+            rows += sum(map(len, batches))
+            if rows >= ROW_GROUP:
+                table = pa.Table.from_batches(waiting)
+                parquet.write_table(table.slice(0, ROW_GROUP), row_group_size=ROW_GROUP)
+                waiting = table.slice(ROW_GROUP).to_batches()
+                rows -= ROW_GROUP
+        if waiting:
+            parquet.write_table(pa.Table.from_batches(waiting), row_group_size=ROW_GROUP)
+
+
 @dataclass(frozen=True)
-class _Writer:
+class _Subjects:
     population: SyntheticPopulation
     per_subject: int
     seed: int
     planted: dict[int, list[tuple[Defect, int]]]
 
-    def write(self, file: Any, first: int, last: int) -> None:
-        """Write the subjects from `first` to before `last` as one Parquet file."""
+    @property
+    def schema(self) -> pa.Schema:
         dim = self.population.basis.shape[1]
-        schema = pa.schema(
+        return pa.schema(
             [
                 ("id", pa.string()),
                 ("subject", pa.string()),
@@ -144,40 +167,51 @@ class _Writer:
                 ("embedding", pa.list_(pa.float32(), dim)),
             ]
         )
-        options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-        with pq.ParquetWriter(file, schema, **options) as parquet:
-            waiting: list[pa.RecordBatch] = []
-            for subject in range(first, last):
-                waiting += self._rows(subject, schema)
-                if sum(map(len, waiting)) >= ROW_GROUP:
-                    table = pa.Table.from_batches(waiting)
-                    parquet.write_table(table.slice(0, ROW_GROUP), row_group_size=ROW_GROUP)
-                    waiting = table.slice(ROW_GROUP).to_batches()
-            if waiting:
-                parquet.write_table(pa.Table.from_batches(waiting), row_group_size=ROW_GROUP)
 
-    def _rows(self, subject: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """Yield a subject's photographs, then the bad rows planted behind them."""
+    def rows(self, subjects: int) -> Generator[list[pa.RecordBatch]]:
+        """Yield the rows of each subject in turn: its photographs, then the bad rows planted behind them.
+
+        Whole blocks of the same size are computed, whatever is wanted of them: so a product has the same shape, and its
+        last bits are the same, whatever the number of subjects and shards.
+        """
+        step = max(1, BLOCK_ROWS // self.per_subject)
+        with ThreadPoolExecutor() as pool:
+            starts = iter(range(0, subjects, step))
+            blocks = deque(pool.submit(self._block, first, step) for first in islice(starts, AHEAD))
+            for first in range(0, subjects, step):
+                block = blocks.popleft().result()
+                blocks.extend(pool.submit(self._block, later, step) for later in islice(starts, 1))
+                for subject in range(first, min(first + step, subjects)):
+                    rows = block.slice((subject - first) * self.per_subject, self.per_subject)
+                    yield [rows, *self._bad_rows(subject, rows)]
+
+    def _block(self, first: int, count: int) -> pa.RecordBatch:
+        """Return the photographs of `count` subjects."""
         profile = round(self.per_subject * PROFILE_OF_14 / (FRONTAL_OF_14 + PROFILE_OF_14))
         frontal = self.per_subject - profile
-        photographs = self.population.photograph(np.random.default_rng([self.seed, subject]), frontal, profile)
-        rows = pa.record_batch(
+        subjects = range(first, first + count)
+        generators = [np.random.default_rng([self.seed, subject]) for subject in subjects]
+        photographs = self.population.photograph(generators, frontal, profile)
+        numbers = range(self.per_subject)
+        return pa.record_batch(
             [
-                pa.array([_id(subject, number) for number in range(self.per_subject)]),
-                pa.array([f"subject-{subject:06d}"] * self.per_subject),
-                pa.array(["frontal"] * frontal + ["profile"] * profile),
+                pa.array([_id(subject, number) for subject in subjects for number in numbers]),
+                pa.array([f"subject-{subject:06d}" for subject in subjects for _ in numbers]),
+                pa.array((["frontal"] * frontal + ["profile"] * profile) * count),
                 pa.array(photographs.yaw.astype(np.float32)),
                 pa.array(photographs.pitch.astype(np.float32)),
                 _embeddings(photographs.embedding),
             ],
-            schema=schema,
+            schema=self.schema,
         )
-        yield rows
+
+    def _bad_rows(self, subject: int, rows: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        """Yield the bad rows planted behind a subject, made from its own."""
         for number, (defect, earlier) in enumerate(self.planted.get(subject, [])):
             original = number % self.per_subject
             row = rows.slice(original, 1)
             row_id: str | None = f"{_id(subject, original)}-bad-{number}"
-            embedding = photographs.embedding[original : original + 1].copy()
+            embedding = row.column("embedding").flatten().to_numpy()[None].copy()
             match defect:
                 case Defect.NOT_FINITE:
                     embedding[0, number % embedding.shape[1]] = np.nan
@@ -188,7 +222,7 @@ class _Writer:
                 case Defect.ID_OF_THIS_SHARD | Defect.ID_OF_EARLIER_SHARD:
                     row_id = _id(earlier, original)
             row = row.set_column(0, "id", pa.array([row_id], pa.string()))
-            null = pa.nulls(1, schema.field("embedding").type)
+            null = pa.nulls(1, self.schema.field("embedding").type)
             yield row.set_column(5, "embedding", null if defect is Defect.NULL_EMBEDDING else _embeddings(embedding))
 
 

@@ -12,8 +12,8 @@ SUBJECT = np.repeat(np.arange(500), 14)
 def photographs(dim, population=0, seed=0, subjects=500):
     """Embeddings `[14 · subjects, dim]` and yaws, 10 frontal and 4 profile photographs of each."""
     common = SyntheticPopulation.draw(dim, population)
-    taken = [common.photograph(np.random.default_rng([seed, subject]), 10, 4) for subject in range(subjects)]
-    return np.concatenate([p.embedding for p in taken]), np.concatenate([p.yaw for p in taken])
+    taken = common.photograph([np.random.default_rng([seed, subject]) for subject in range(subjects)], 10, 4)
+    return taken.embedding, taken.yaw
 
 
 def unit(vectors):
@@ -108,10 +108,12 @@ def test_very_short_embeddings_can_be_drawn(dim):
     assert np.isfinite(vectors).all()
 
 
-def test_a_subject_depends_on_its_own_numbers_alone():
+@pytest.mark.parametrize(("frontal", "profile"), [(3, 2), (1, 0), (0, 1)])
+def test_a_subject_depends_on_its_own_numbers_alone(frontal, profile):
     common = SyntheticPopulation.draw(64, 5)
-    first = common.photograph(np.random.default_rng(9), 3, 2)
-    common.photograph(np.random.default_rng(1), 3, 2)
-    again = common.photograph(np.random.default_rng(9), 3, 2)
-    np.testing.assert_array_equal(first.embedding, again.embedding)
-    assert np.unique(first.embedding, axis=0).shape == (5, 64)
+    together = common.photograph([np.random.default_rng(seed) for seed in range(30)], frontal, profile)
+    alone = [common.photograph([np.random.default_rng(seed)], frontal, profile) for seed in range(30)]
+    for name in ("yaw", "pitch", "embedding"):
+        each = np.concatenate([getattr(one, name) for one in alone])
+        np.testing.assert_array_equal(getattr(together, name), each)
+    assert np.unique(together.embedding, axis=0).shape == (30 * (frontal + profile), 64)
