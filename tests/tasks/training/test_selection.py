@@ -30,7 +30,7 @@ def test_score_falls_with_better_profiles_and_rises_with_harm_to_frontal_pairs()
     # A better frontal–frontal cell is no merit by itself: only its harm counts.
     frontal = {name: cell for name, cell in raw.cells.items() if name == "frontal-frontal"}
     swapped = {**better.cells, **frontal}
-    expected = validation_score(type(better)(better.overall, swapped, better.clusters, 30, 0), raw)
+    expected = validation_score(type(better)(better.overall, swapped, better.clusters), raw)
     assert expected == pytest.approx(validation_score(better, raw), abs=1e-9)
 
 
