@@ -4,7 +4,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.utilities.annotations import opaque
 
-from flows.progress import show_progress
+from flows.begin import begin_flow
 from reports.html import markdown_table
 from schemas.reports import Evaluation
 from schemas.settings import EvaluationSettings, PipelineSettings, checked
@@ -30,7 +30,7 @@ def evaluate(
         SettingsError: no such store, release or pairs file.
         StoreError: nothing is served yet, or its features are damaged or vacuumed.
     """
-    show_progress()
+    begin_flow()
     history = Releases.of(Location(store))
     record = history.servable(release) if release else history.serving()
     settings = checked(PipelineSettings, {**record.settings, "store": store})

@@ -5,7 +5,7 @@ Prefect's server keeps the parameters of a run. So the names are in a file, whic
 
 from prefect import flow
 
-from flows.progress import show_progress
+from flows.begin import begin_flow
 from tasks.maintenance.forget import Forgotten, forget_all, read_targets
 
 
@@ -15,5 +15,5 @@ def forget(store: str, file: str, wait: float = 0.0) -> Forgotten:
 
     See `tasks.maintenance.forget`.
     """
-    show_progress()
+    begin_flow()
     return forget_all(store, read_targets(file), wait=wait)

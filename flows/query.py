@@ -2,6 +2,7 @@
 
 from prefect import flow
 
+from flows.begin import begin_flow
 from storage.location import Location
 from tasks.query import QueryAnswer, answer
 
@@ -20,6 +21,7 @@ def query(
 
     The people that a query found are biometric data: they go to that file and not into Prefect's database.
     """
+    begin_flow()
     found = answer(store, mode, ids=ids or [], vectors=vectors, k=k, release=release)
     Location(out).write_bytes(found.model_dump_json(indent=1).encode())
     return found

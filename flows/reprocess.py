@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import opaque
 
-from flows.progress import show_progress
+from flows.begin import begin_flow
 from flows.runner import check_runner, reweight_all
 from reports.html import markdown_table
 from schemas.errors import SettingsError
@@ -48,7 +48,7 @@ def reprocess(config: str | None = None, settings: PipelineSettings | None = Non
         SettingsError: neither or both are given, or something in them cannot be used.
         CompletedWithBadShardsError: some shards cannot be used; the work on the others is done.
     """
-    show_progress()
+    begin_flow()
     if config is not None and settings is None:
         settings = load_pipeline(config)
     elif config is not None or settings is None:

@@ -11,7 +11,7 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.progress import show_progress
+from flows.begin import begin_flow
 from schemas.settings import TrainingSettings, checked
 from tasks.training.model_card import card_markdown
 from tasks.training.train import Trained, train_model
@@ -42,7 +42,7 @@ def train(
         SettingsError: an option cannot be used.
         TrainingError: the rows cannot support a model.
     """
-    show_progress()
+    begin_flow()
     values = {
         "sources": tuple(sources),
         "out": out,

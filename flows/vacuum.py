@@ -2,12 +2,12 @@
 
 from prefect import flow
 
-from flows.progress import show_progress
+from flows.begin import begin_flow
 from tasks.maintenance.vacuum import KEEP, Vacuumed, clean
 
 
 @flow(name="vacuum")
 def vacuum(store: str, keep: int = KEEP, dry_run: bool = False, grace_hours: float | None = None) -> Vacuumed:
     """Remove what no kept release needs; see `tasks.maintenance.vacuum`."""
-    show_progress()
+    begin_flow()
     return clean(store, keep=keep, dry_run=dry_run, grace_hours=grace_hours)

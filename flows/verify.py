@@ -2,12 +2,12 @@
 
 from prefect import flow
 
-from flows.progress import show_progress
+from flows.begin import begin_flow
 from tasks.maintenance.verify import Checked, check
 
 
 @flow(name="verify")
 def verify(store: str) -> Checked:
     """Check a store and return the problems found; see `tasks.maintenance.verify`."""
-    show_progress()
+    begin_flow()
     return check(store)

@@ -20,6 +20,7 @@ from typing import Any, TextIO, cast
 import typer
 
 from schemas.errors import ExitCode, FrontalisError, SettingsError, one_line
+from storage.permissions import restrict_new_files
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SERVER_ANSWER_SECONDS = 20.0
@@ -82,6 +83,7 @@ def run(app: typer.Typer) -> int:
 def _run(app: typer.Typer, command: Command) -> int:
     try:
         _check_arguments(sys.argv[1:])
+        restrict_new_files()
         return int(app(standalone_mode=False, obj=command) or 0)
     except FrontalisError as error:
         return _refuse(str(error), error.exit_code)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -62,19 +62,22 @@ class Checkpoint:
 def save(
     card: ModelCard, model: nn.Module, path: str | os.PathLike[str], seen_subjects: NDArray[np.int64] | None = None
 ) -> str:
-    """Write the checkpoint and return its SHA-256. The file appears whole or not at all; see `to_bytes`."""
+    """Write the checkpoint and return its SHA-256. The file appears whole or not at all; see `to_bytes`.
+
+    Its permissions are those that the umask of the process leaves.
+    """
     data = to_bytes(card, model, seen_subjects)
     target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        try:
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    try:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)  # temporary files are born private; a model is meant to be read
-            Path(file.name).replace(target)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return hashlib.sha256(data).hexdigest()
 
 

@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
 from schemas.errors import FrontalisError, StoreBusyError, StoreError
+from storage.permissions import restrict_new_files
 from tasks.evaluate import evaluate
 from tasks.index import index_mode
 from tasks.plan import ShardWork, make_plan, prepare_models
@@ -52,7 +53,8 @@ class Unvisited(Generic[T]):
 
 
 def reweight_unvisited(group: Unvisited[Sequence[ShardWork]], spec: Unvisited[ReweightSpec]) -> list[ShardResult]:
-    """Reweight a group; see `tasks.reweight.reweight_group`."""
+    """Reweight a group, perhaps on a Dask worker; see `tasks.reweight.reweight_group`."""
+    restrict_new_files()
     return reweight_group(group.value, spec.value)
 
 

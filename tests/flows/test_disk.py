@@ -247,6 +247,12 @@ def test_a_bad_shard_whose_last_good_files_are_lost_is_left_out(store, run_pipel
     assert {path.split("/")[1] for path in files(store)} == {"shard=part-000", "shard=part-001"}
 
 
+def test_every_file_of_a_store_is_for_its_owner_only(one_run) -> None:
+    shared = [path for path in [one_run, *one_run.rglob("*")] if path.stat().st_mode & 0o077]
+    assert shared == []
+    assert list(one_run.glob("features/_delta_log/*.json"))
+
+
 def last_commit(store: Path, table: str = "features") -> Path:
     return sorted((store / table / "_delta_log").glob("*.json"))[-1]
 

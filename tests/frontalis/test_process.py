@@ -136,3 +136,22 @@ def test_a_defect_keeps_its_traceback(tmp_path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "KeyError: 'defect'" in done.stderr
+
+
+SYNTH = "umask 000; $F -q synth shards --subjects 2 --per-subject 2 --dim 8 --shards 1 && stat -c %a shards shards/*"
+
+
+@pytest.mark.parametrize(
+    ("setting", "modes"),
+    [("", ["700", "600"]), ("FRONTALIS_UMASK=027 ", ["750", "640"]), ("FRONTALIS_UMASK=0 ", ["777", "666"])],
+)
+def test_new_files_are_for_their_owner_only(tmp_path, setting, modes) -> None:
+    done = shell(SYNTH.replace("$F", f"{setting}$F"), tmp_path)
+    assert done.stdout.split()[-2:] == modes, done.stderr
+
+
+@pytest.mark.parametrize("value", ["secret", "-1", "777"])
+def test_a_umask_that_is_none_is_refused(tmp_path, value) -> None:
+    done = shell(f"FRONTALIS_UMASK={value} $F releases --store none", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"FRONTALIS_UMASK='{value}' is no umask" in done.stderr

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import stat
 import struct
 import subprocess
 import sys
@@ -49,7 +51,10 @@ def test_round_trip_keeps_outputs_card_and_subjects(trained, tmp_path, architect
     mode = "batch_stat" if use_batch_stat else "per_sample"
     written = card(architecture=architecture, arguments=arguments, mode=mode, created="2026-01-01T00:00:00Z")
     path = tmp_path / "model.safetensors"
+    before = os.umask(0o077)
     digest = save(written, model, path, keys("zoe", "adam", "zoe"))
+    os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
 
