@@ -135,6 +135,7 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
         evaluation=evaluation,
         gate=decide(evaluation, settings.gate, served),
         tombstones=tombstones.digest,
+        source_version=plan.source_version,
     )
     write_report(store, release, evaluation, earlier)
     history.record(release, earlier)

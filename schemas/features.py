@@ -132,13 +132,17 @@ def digest_of(*parts: bytes) -> str:
     return state.hexdigest()
 
 
-def input_digest(content: str, duplicates: Iterable[int] = (), forgotten: Iterable[str] = ()) -> str:
+def input_digest(
+    content: str, duplicates: Iterable[int] = (), forgotten: Iterable[str] = (), *, partitions: str = ""
+) -> str:
     """Return the digest of what a shard contributes: its content without repeated and forgotten rows.
 
     Args:
         content: digest of the shard's bytes.
         duplicates: row numbers whose id was seen before, in this or an earlier shard.
         forgotten: tombstones that match a row of this shard.
+        partitions: digest of the partition values; empty where the file holds all columns.
     """
     left_out = json.dumps([sorted(duplicates), sorted(forgotten)], separators=(",", ":"))
-    return digest_of(content.encode(), left_out.encode())
+    beside = [partitions.encode()] if partitions else []
+    return digest_of(content.encode(), left_out.encode(), *beside)

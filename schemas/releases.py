@@ -56,6 +56,7 @@ class Release(Record):
     created: datetime
     content: str = Field(description="digest of all that went in; equal content needs no new release")
     source: str
+    source_version: int | None = Field(default=None, description="of the Delta table, where the source is one")
     features_version: int
     quarantine_version: int | None
     models: dict[str, ModelRef]

@@ -151,7 +151,7 @@ class RunnerSettings(Settings):
 class PipelineSettings(Settings):
     """All that `reprocess` needs; the content of `pipeline.toml`."""
 
-    source: str = Field(description="folder of Parquet shards: a local path or s3://…")
+    source: str = Field(description="folder of Parquet shards or Delta table: a local path or s3://…")
     store: str = Field(description="the store: a local path or s3://…")
     models: dict[Mode, str] = Field(description="mode → checkpoint file")
     columns: ColumnNames = ColumnNames()

@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,11 +60,13 @@ class Location:
         self.is_local = scheme == "file"
 
     def __truediv__(self, name: str) -> "Location":
-        below = object.__new__(Location)
-        below.fs, below.is_local = self.fs, self.is_local
-        below.path = f"{self.path}/{name}"
-        below.uri = f"{self.uri}/{name}"
-        return below
+        return self._at(f"{self.path}/{name}")
+
+    def _at(self, path: str) -> "Location":
+        other = object.__new__(Location)
+        other.fs, other.is_local, other.path = self.fs, self.is_local, path
+        other.uri = path if self.is_local else f"s3://{path}"
+        return other
 
     def __repr__(self) -> str:
         return f"Location({self.uri!r})"
@@ -73,6 +75,12 @@ class Location:
     def name(self) -> str:
         """The last step of the path."""
         return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def parents(self) -> list["Location"]:
+        """The folders above, the nearest first, links resolved; neither `/` nor what is above a bucket."""
+        path = os.path.realpath(self.path) if self.is_local else self.path
+        return [self._at(str(above)) for above in Path(path).parents if above.name]
 
     def exists(self) -> bool:
         """Return whether there is a file or folder."""
@@ -115,10 +123,19 @@ class Location:
         Raises:
             StoreError: a folder cannot be read, or such a link was found.
         """
+        return self.select(self.walk(links), *suffixes, hidden=hidden, whole=whole)
+
+    def walk(self, links: bool = True) -> list[FileEntry]:
+        """List all files below in no order, hidden ones and broken links included. Raises StoreError."""
         with self._naming():
-            found = list(self._walk(links))
+            return list(self._walk(links))
+
+    def select(
+        self, entries: Iterable[FileEntry], *suffixes: str, hidden: bool = False, whole: bool = False
+    ) -> list[FileEntry]:
+        """Return those of `walk` that `files` lists."""
         kept = []
-        for entry in found:
+        for entry in entries:
             if not hidden and any(step[:1] in "._" for step in entry.name.split("/")):
                 continue
             wanted = not suffixes or entry.name.lower().endswith(suffixes)

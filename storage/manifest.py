@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from schemas.errors import BadShardError, FrontalisError
-from schemas.features import BLOCK_ROWS, input_digest
+from schemas.features import BLOCK_ROWS, digest_of, input_digest
 from schemas.settings import ColumnNames
 from schemas.shards import check_shard
 from storage.columns import fitted_column
@@ -21,6 +21,7 @@ from storage.ids import id_checks, id_keys
 from storage.layout import ROW_KEYS, SHARD_RECORDS, row_keys_path
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
+from storage.partitions import partition_digest
 from storage.shards import Shard, content_digest, read_schema, still_same, stream_blocks
 
 NO_KEY = -1
@@ -31,7 +32,8 @@ class ShardRecord:
     """What is known of one shard.
 
     `size`, `mtime_ns` and `change` only decide whether to read it again; `basis` is the digest of what the counts
-    depend on beside the file (column names and tombstones). `duplicates` and `collisions` are row numbers, `forgotten`
+    depend on beside the file (column names, tombstones, partition values). `partitions` is the digest of the partition
+    values, empty where there are none. `duplicates` and `collisions` are row numbers, `forgotten`
     the tombstones that match a row, `forgotten_rows` how many rows they remove.
     """
 
@@ -49,11 +51,14 @@ class ShardRecord:
     collisions: list[int] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     forgotten_rows: int = 0
+    partitions: str = ""
 
     @property
     def input_digest(self) -> str:
         """The digest of what the shard contributes."""
-        return input_digest(self.content, [*self.duplicates, *self.collisions], self.forgotten)
+        return input_digest(
+            self.content, [*self.duplicates, *self.collisions], self.forgotten, partitions=self.partitions
+        )
 
     def unaccounted(self, features: int, quarantined: int) -> str | None:
         """Return a sentence with the counts if some rows are neither features nor in quarantine nor forgotten."""
@@ -71,7 +76,7 @@ class ShardRecord:
             shard.size,
             shard.mtime_ns,
             shard.change,
-            basis,
+            _basis(basis, shard),
         )
 
 
@@ -85,6 +90,7 @@ RECORD_SCHEMA = pa.schema(
         *(pa.field(name, pa.list_(pa.int64())) for name in ("duplicates", "collisions")),
         pa.field("forgotten", pa.list_(pa.string())),
         pa.field("forgotten_rows", pa.int64()),
+        pa.field("partitions", pa.string()),
     ]
 )
 
@@ -177,13 +183,14 @@ class Manifest:
             size=shard.size,
             mtime_ns=shard.mtime_ns,
             change=shard.change,
-            basis=basis,
+            basis=_basis(basis, shard),
             content=content,
             rows=rows,
             dim=schema.dim,
             id_type=str(schema.id_type),
             forgotten=sorted(hits),
             forgotten_rows=gone,
+            partitions=partition_digest(shard.partitions),
         )
         if not still_same(shard):
             raise BadShardError(f"shard {shard.key}: {shard.uri} was rewritten while it was read; run again.")
@@ -268,6 +275,12 @@ def find_misfits(
         for key, record in records.items()
         if key not in misfits and record.id_type != wanted
     }
+
+
+def _basis(basis: str, shard: Shard) -> str:
+    """Return the basis with the partition values: two files of equal bytes may differ in them, and so their ids."""
+    partitions = partition_digest(shard.partitions)
+    return digest_of(basis.encode(), partitions.encode())[:12] if partitions else basis
 
 
 def _keys_path(record: ShardRecord) -> str:

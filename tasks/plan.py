@@ -45,7 +45,10 @@ class ShardWork:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, before anything is computed. `wanted` are the feature files that shall be live, by path."""
+    """A run, before anything is computed.
+
+    `wanted` are the feature files that shall be live, by path. `source_version` is that of a Delta table as source.
+    """
 
     base: Snapshot
     schema: pa.Schema
@@ -56,6 +59,7 @@ class Plan:
     reused: Sequence[LiveFile]
     groups: Sequence[Sequence[ShardWork]]
     faults: Sequence[ShardFault] = field(default_factory=list)
+    source_version: int | None = None
 
     @property
     def modes(self) -> list[str]:
@@ -135,7 +139,7 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
     base = table.snapshot()
     known = table.schema()
     manifest = Manifest(store).load()
-    shards = find_shards(Location(settings.source))
+    shards = find_shards(Location(settings.source), settings.columns)
     dim = next(iter(models.values())).dim
     contract = Contract(settings.columns, Tombstones(store), dim, None if known is None else _id_type(known))
     records, errors = update_manifest(manifest, shards, contract)
@@ -183,6 +187,7 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
         reused=reused,
         groups=group_work(work, settings.reweight.group_rows, settings.runner.workers or os.cpu_count() or 1),
         faults=faults,
+        source_version=shards[0].version,
     )
 
 

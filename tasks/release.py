@@ -83,6 +83,7 @@ def build_release(
     evaluation: Evaluation,
     gate: GateDecision,
     tombstones: str,
+    source_version: int | None = None,
 ) -> Release:
     """Return the record of a new release. Nothing is written: see `write_report` and `storage.releases`.
 
@@ -98,6 +99,7 @@ def build_release(
         evaluation: what was measured.
         gate: whether it is promoted.
         tombstones: digest of the list of the forgotten that features and indexes were made with.
+        source_version: of the Delta table that was read, None for a folder.
     """
     measured = gated(evaluation, settings.gate)
     name = next_release_name(earlier, content)
@@ -107,6 +109,7 @@ def build_release(
         created=datetime.now(UTC),
         content=content,
         source=settings.source,
+        source_version=source_version,
         features_version=features.version,
         quarantine_version=quarantine.version if quarantine.exists else None,
         models=dict(models),
@@ -186,6 +189,7 @@ def provenance(release: Release) -> dict[str, Any]:
     """Return digests, versions and settings of a release as JSON."""
     return {
         "source": release.source,
+        **({} if release.source_version is None else {"source version": release.source_version}),
         "features version": release.features_version,
         "content": release.content,
         "models": {mode: model.digest for mode, model in release.models.items()},

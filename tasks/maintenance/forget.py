@@ -186,6 +186,7 @@ def _release_without(
             compared_with=served.release,
         ),
         tombstones=tombstones.digest,
+        source_version=served.source_version,
     )
     write_report(store, release, evaluation, releases)
     return release.as_served()

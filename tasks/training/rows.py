@@ -78,7 +78,7 @@ def read_training_rows(
             nothing is left; unless `skip_bad_rows`, an embedding that is not finite or of another length.
         SettingsError: a source does not exist.
     """
-    shards = [shard for source in sources for shard in find_shards(Location(source))]
+    shards = [shard for source in sources for shard in find_shards(Location(source), columns)]
     share = _share(shards, max_rows)
     digest = hashlib.blake2b(digest_size=16)
     known: set[int] = set()

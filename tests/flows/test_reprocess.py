@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable, write_deltalake
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from typer.testing import CliRunner
@@ -21,11 +24,13 @@ from frontalis.process import Command
 from models.checkpoint import load, save
 from models.split import subject_key
 from schemas.errors import SettingsError
+from schemas.releases import Release
 from schemas.settings import pipeline
 from storage.location import Location
 from storage.releases import Releases
 from tasks.maintenance.rollback import roll_back
 from tasks.query import answer
+from tasks.release import provenance
 
 
 @pytest.fixture
@@ -55,6 +60,19 @@ def test_first_run_publishes_everything(run_tiny, tmp_path) -> None:
     assert Path(outcome.report).read_text().startswith("<!DOCTYPE html>")
     counts = pl.scan_delta(str(store / "features")).group_by("mode").len().collect()
     assert counts["len"].to_list() == [280, 280, 280]
+
+
+def test_the_release_names_the_version_of_a_delta_table(run_pipeline, tiny_source, tmp_path) -> None:
+    rows = pq.read_table(tiny_source)
+    write_deltalake(tmp_path / "table", rows.drop_columns(["embedding"]).append_column(
+        "embedding", rows["embedding"].cast(pa.list_(pa.float32()))), partition_by=["pose"])  # fmt: skip
+    DeltaTable(tmp_path / "table").delete("id = '000000-000'")
+    outcome = run_pipeline(tmp_path / "table", tmp_path / "store")
+    assert (outcome.data.shards, outcome.data.rows_features) == (2, 279)
+    [release] = history(tmp_path / "store")
+    assert release.source_version == provenance(release)["source version"] == 1
+    assert Release.model_validate_json(release.model_dump_json()) == release
+    assert set(outcome.evaluation.populations["held_out"].modes["raw"].cells) >= {"frontal-frontal", "frontal-profile"}
 
 
 def test_second_run_does_nothing(run_tiny, tmp_path) -> None:
