@@ -87,7 +87,8 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
     _say(
         console,
         f"rows       {data.rows_read:,} read, {data.rows_features:,} with features, quarantined: {quarantined}"
-        + (f", {data.forgotten:,} forgotten" if data.forgotten else ""),
+        + (f", {data.forgotten:,} forgotten" if data.forgotten else "")
+        + (f", {data.blank_subjects:,} with a blank subject" if data.blank_subjects else ""),
     )
     for fault in data.bad_shards:
         kept = "Its last good features are kept." if fault.kept else "It has no earlier features."

@@ -133,7 +133,12 @@ def digest_of(*parts: bytes) -> str:
 
 
 def input_digest(
-    content: str, duplicates: Iterable[int] = (), forgotten: Iterable[str] = (), *, partitions: str = ""
+    content: str,
+    duplicates: Iterable[int] = (),
+    forgotten: Iterable[str] = (),
+    *,
+    partitions: str = "",
+    blank_subjects: bool = False,
 ) -> str:
     """Return the digest of what a shard contributes: its content without repeated and forgotten rows.
 
@@ -142,7 +147,8 @@ def input_digest(
         duplicates: row numbers whose id was seen before, in this or an earlier shard.
         forgotten: tombstones that match a row of this shard.
         partitions: digest of the partition values; empty where the file holds all columns.
+        blank_subjects: whether there is one: earlier builds took it for a name.
     """
     left_out = json.dumps([sorted(duplicates), sorted(forgotten)], separators=(",", ":"))
-    beside = [partitions.encode()] if partitions else []
-    return digest_of(content.encode(), left_out.encode(), *beside)
+    beside = [partitions, "blank subjects are null" if blank_subjects else ""]
+    return digest_of(content.encode(), left_out.encode(), *(part.encode() for part in beside if part))

@@ -229,6 +229,7 @@ class DataQuality(Record):
     rows_features: int
     quarantined: dict[str, int] = Field(description="reason → rows")
     forgotten: int = 0
+    blank_subjects: int = Field(default=0, description="rows read whose subject is empty or white space: unknown")
     bad_shards: list[ShardFault] = Field(default_factory=list)
 
 

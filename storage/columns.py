@@ -74,6 +74,16 @@ def fitted_column(shard: str, name: str, column: pa.Array, kind: pa.DataType, fi
         ) from error
 
 
+def known_subjects(subjects: pa.Array) -> tuple[pa.Array, int]:
+    """Return text with blank values (empty, or white space alone) made null, and how many those were.
+
+    A blank name is a missing one: read as a name, all such rows would be one person.
+    """
+    blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(subjects), ""), False)
+    count = int(pc.sum(blank).as_py() or 0)
+    return (pc.if_else(blank, pa.scalar(None, subjects.type), subjects) if count else subjects), count
+
+
 def plain_column(column: pa.Array, kind: pa.DataType) -> pa.Array:
     """Return a column as plain `kind`: dictionaries decoded, text checked to be UTF-8.
 

@@ -16,7 +16,7 @@ from schemas.errors import BadShardError, FrontalisError
 from schemas.features import BLOCK_ROWS, digest_of, input_digest
 from schemas.settings import ColumnNames
 from schemas.shards import check_shard
-from storage.columns import fitted_column
+from storage.columns import fitted_column, known_subjects
 from storage.ids import id_checks, id_keys
 from storage.layout import ROW_KEYS, SHARD_RECORDS, row_keys_path
 from storage.location import Location
@@ -34,7 +34,8 @@ class ShardRecord:
     `size`, `mtime_ns` and `change` only decide whether to read it again; `basis` is the digest of what the counts
     depend on beside the file (column names, tombstones, partition values). `partitions` is the digest of the partition
     values, empty where there are none. `duplicates` and `collisions` are row numbers, `forgotten`
-    the tombstones that match a row, `forgotten_rows` how many rows they remove.
+    the tombstones that match a row, `forgotten_rows` how many rows they remove. `blank_subjects` counts the rows whose
+    subject is blank; it is None in a manifest of an earlier build, so the shard is read again.
     """
 
     key: str
@@ -52,12 +53,17 @@ class ShardRecord:
     forgotten: list[str] = field(default_factory=list)
     forgotten_rows: int = 0
     partitions: str = ""
+    blank_subjects: int | None = None
 
     @property
     def input_digest(self) -> str:
         """The digest of what the shard contributes."""
         return input_digest(
-            self.content, [*self.duplicates, *self.collisions], self.forgotten, partitions=self.partitions
+            self.content,
+            [*self.duplicates, *self.collisions],
+            self.forgotten,
+            partitions=self.partitions,
+            blank_subjects=bool(self.blank_subjects),
         )
 
     def unaccounted(self, features: int, quarantined: int) -> str | None:
@@ -71,7 +77,13 @@ class ShardRecord:
 
     def describes(self, shard: Shard, basis: str) -> bool:
         """Return whether the shard is unchanged since."""
-        return (self.uri, self.size, self.mtime_ns, self.change, self.basis) == (
+        return self.blank_subjects is not None and (
+            self.uri,
+            self.size,
+            self.mtime_ns,
+            self.change,
+            self.basis,
+        ) == (
             shard.uri,
             shard.size,
             shard.mtime_ns,
@@ -91,6 +103,7 @@ RECORD_SCHEMA = pa.schema(
         pa.field("forgotten", pa.list_(pa.string())),
         pa.field("forgotten_rows", pa.int64()),
         pa.field("partitions", pa.string()),
+        pa.field("blank_subjects", pa.int64()),
     ]
 )
 
@@ -148,7 +161,7 @@ class Manifest:
             return None
 
     def count(self, shard: Shard, columns: ColumnNames, basis: str, forget: Matcher | None) -> ShardRecord:
-        """Read a shard's bytes and its id column, and write its row keys.
+        """Read a shard's bytes, its ids and subjects, and write its row keys.
 
         Raises:
             BadShardError: the shard does not meet the contract, or cannot be read.
@@ -156,16 +169,17 @@ class Manifest:
         content = content_digest(shard)
         arrow, rows = read_schema(shard)
         schema = check_shard(shard.key, arrow, columns)
-        wanted = [columns.id] + ([columns.subject] if forget and "subject" in schema.present else [])
-        keys, checks, hits, gone = [], [], set[str](), 0
+        wanted = [columns.id] + ([columns.subject] if "subject" in schema.present else [])
+        keys, checks, hits, gone, blank_subjects = [], [], set[str](), 0, 0
         for first, batch in stream_blocks(shard, wanted, BLOCK_ROWS):
             ids = fitted_column(shard.key, columns.id, batch.column(columns.id), schema.id_type, first)
             left_out = ids.is_null().to_numpy(zero_copy_only=False)
+            subjects = None
+            if "subject" in schema.present:
+                names = batch.column(columns.subject)
+                subjects, blank = known_subjects(fitted_column(shard.key, columns.subject, names, pa.string(), first))
+                blank_subjects += blank
             if forget is not None:
-                subjects = None
-                if len(wanted) > 1:
-                    names = batch.column(columns.subject)
-                    subjects = fitted_column(shard.key, columns.subject, names, pa.string(), first)
                 forgotten, matched = forget(ids, subjects)
                 gone += int(forgotten.sum())
                 hits.update(matched)
@@ -191,6 +205,7 @@ class Manifest:
             forgotten=sorted(hits),
             forgotten_rows=gone,
             partitions=partition_digest(shard.partitions),
+            blank_subjects=blank_subjects,
         )
         if not still_same(shard):
             raise BadShardError(f"shard {shard.key}: {shard.uri} was rewritten while it was read; run again.")

@@ -120,5 +120,6 @@ def data_quality(
         rows_features=sum(by_mode[RAW] for by_mode in rows.values()),
         quarantined=dict(sorted(Counter(reasons).items())),
         forgotten=forgotten,
+        blank_subjects=sum(plan.records[shard].blank_subjects or 0 for shard in rows),
         bad_shards=list(faults),
     )

@@ -28,7 +28,7 @@ from schemas.releases import ModelRef
 from schemas.reports import ShardFault
 from schemas.settings import ColumnNames, Device, PipelineSettings
 from schemas.shards import Reason, ShardSchema, check_shard
-from storage.columns import angle_column, embedding_matrix, fitted_column
+from storage.columns import angle_column, embedding_matrix, fitted_column, known_subjects
 from storage.features import features_table, parquet_writer, quarantine_table, vector_column, write_quarantine
 from storage.location import Location
 from storage.shards import read_schema, still_same, stream_blocks
@@ -166,6 +166,7 @@ class _Reader:
         }
         self.tombstones = Tombstones(Location(spec.store)) if work.forgotten else None
         self.bad: list[pa.RecordBatch] = []
+        self.blank_subjects = 0
         self.out_of_range = 0
         self.largest_yaw = 0.0
         self.yaws = 0
@@ -211,7 +212,12 @@ class _Reader:
             return pa.nulls(block.num_rows, item.type)
         name = role if role in columns.keep else getattr(columns, role)
         if role not in ("yaw", "pitch", "roll"):
-            return fitted_column(self.work.shard.key, name, block.column(name), item.type, first)
+            column = fitted_column(self.work.shard.key, name, block.column(name), item.type, first)
+            if role != "subject":
+                return column
+            subjects, blank = known_subjects(column)
+            self.blank_subjects += blank if record else 0
+            return subjects
         array, out_of_range = angle_column(block.column(name))
         if record:
             self.out_of_range += out_of_range
@@ -279,6 +285,10 @@ class _Reader:
             self.largest_yaw = max(self.largest_yaw, float(np.abs(values).max()))
 
     def _warn(self) -> None:
+        if self.blank_subjects:
+            self.result.warnings.append(
+                f"shard {self.work.shard.key}: {self.blank_subjects:,} blank subjects are unknown now"
+            )
         if self.out_of_range:
             self.result.warnings.append(
                 f"shard {self.work.shard.key}: {self.out_of_range} angles outside ±180° or not finite are unknown now"

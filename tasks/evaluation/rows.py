@@ -17,6 +17,7 @@ from metrics.poses import pose_classes
 from schemas.features import VECTOR, digest_of
 from schemas.metrics import RAW
 from schemas.settings import EvaluationSettings
+from storage.columns import known_subjects
 from storage.features import features_table, matrix_of, read_rows, read_table, take_rows
 from storage.location import Location
 from storage.tables import FileTable, LiveFile, Snapshot
@@ -80,7 +81,8 @@ def read_subject_index(store: Location, features: Snapshot) -> SubjectIndex:
     for code, file in enumerate(files.values()):
         start = 0
         for batch in read_rows(table, file, ["subject"]):
-            columns.append(batch.column("subject").dictionary_encode())
+            # Features of earlier builds may hold blank names.
+            columns.append(known_subjects(batch.column("subject"))[0].dictionary_encode())
             shard.append(np.full(batch.num_rows, code))
             row.append(np.arange(start, start + batch.num_rows))
             start += batch.num_rows

@@ -19,7 +19,7 @@ from models.split import subject_key
 from schemas.errors import BadShardError, TrainingError
 from schemas.settings import ColumnNames
 from schemas.shards import Reason, check_shard
-from storage.columns import angle_column, embedding_matrix, fitted_column
+from storage.columns import angle_column, embedding_matrix, fitted_column, known_subjects
 from storage.location import Location
 from storage.shards import Shard, find_shards, read_schema, stream_blocks
 
@@ -30,7 +30,7 @@ READ_ROWS = 16_384
 _READ_SALT, _TAKE_SALT = "rows that are read", "rows that are taken"
 # Signs of a broken producer; a row without an embedding or a subject is ordinary.
 REFUSED = {Reason.NOT_FINITE: "holds NaN or infinity", Reason.WRONG_LENGTH: "has another length than the others"}
-NO_SUBJECT, REPEATED = "no_subject", "read_before"
+NO_SUBJECT, BLANK_SUBJECT, REPEATED = "no_subject", "blank_subject", "read_before"
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,11 @@ def _block(
     bad = Counter(str(reason) for reason in reasons[~good])
     names = texts.get("subject", pa.nulls(len(good), pa.string()))
     if labelled:
-        named = names.is_valid().to_numpy(zero_copy_only=False)
-        bad[NO_SUBJECT] += int((good & ~named).sum())
-        good &= named
+        for reason, column in ((NO_SUBJECT, names), (BLANK_SUBJECT, known_subjects(names)[0])):
+            named = column.is_valid().to_numpy(zero_copy_only=False)
+            bad[reason] += int((good & ~named).sum())
+            good &= named
+    names, _ = known_subjects(names)
     pose = texts["pose"].to_pylist() if "pose" in texts else None
     angles = None if yaw is None else angle_column(yaw)[0].to_numpy(zero_copy_only=False).astype(np.float64)
     unlabelled = pose is None and angles is None

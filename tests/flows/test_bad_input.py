@@ -277,6 +277,9 @@ CASES: dict[str, Case] = {
     "one sample a subject": Case(Fine(), shard(subject=[f"s{row}" for row in range(N)])),
     "one subject only": Case(Fine(), shard(subject=["s"] * N)),
     "subject null": Case(Fine(), shard(subject=pa.nulls(N))),
+    "subject blank": Case(
+        Fine(warns="3 blank subjects are unknown"), shard(subject=["", " ", "\t\u3000", *"abcabcabc"])
+    ),
     "kept column missing": Case(Bad("column 'note' is missing"), shard(), options={"columns": {"keep": ["note"]}}),
     "kept column of structs": Case(
         Bad("cannot be kept"), shard(note=[{"a": 1}] * N), options={"columns": {"keep": ["note"]}}

@@ -1,6 +1,7 @@
 """Sources that are more than a folder of files: Delta tables and hive folders, through a run and through training."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ from metrics.poses import UNKNOWN
 from schemas.errors import SettingsError
 from schemas.metrics import POSE_CLASSES
 from schemas.settings import ColumnNames
+from storage.features import features_table
+from storage.location import Location
+from storage.manifest import Manifest
+from tasks.evaluation.rows import read_subject_index
 from tasks.explain import explain_model
 from tasks.training.rows import read_training_rows
 
@@ -208,3 +213,51 @@ def test_explain_reads_hive_folders_and_delta_tables(tmp_path: Path, tiny_models
     for source in ("hive", "table"):
         found = explain_model(str(tiny_models.per_sample), str(tmp_path / source), str(tmp_path / "out"))
         assert found.related
+
+
+# Blank subjects.
+
+BLANK = ["s0", "", "s1", "  ", None, "\t", "s0", "s1"]
+
+
+def test_a_blank_subject_is_unknown_and_counted(tmp_path: Path, run_stages, pipeline_of) -> None:
+    source, store = tmp_path / "source", tmp_path / "store"
+    source.mkdir()
+    pq.write_table(rows(0, 8, subject=BLANK), source / "a.parquet")
+    _, [result], published = run_stages(pipeline_of(source, store))
+    assert published.data.blank_subjects == 3
+    assert result.warnings == ["shard a: 3 blank subjects are unknown now"]
+    assert features(store)["subject"].to_list() == ["s0", None, "s1", None, None, None, "s0", "s1"]
+    assert run_stages(pipeline_of(source, store)).published.data.blank_subjects == 3  # although nothing is read
+    found = read_subject_index(Location(str(store)), features_table(Location(str(store))).snapshot())
+    assert (found.names, found.unlabelled) == (["s0", "s1"], 4)
+
+    trained = read_training_rows([str(source)], ColumnNames())
+    assert trained.subjects.tolist() == ["s0", "s1", "s0", "s1"]
+    assert trained.skipped == {"no_subject": 1, "blank_subject": 3}
+    everything = read_training_rows([str(source)], ColumnNames(), labelled=False)
+    assert everything.subjects.tolist() == ["s0", "", "s1", "", "", "", "s0", "s1"]
+
+
+def test_features_of_earlier_builds_with_blank_subjects(tmp_path: Path, run_stages, pipeline_of, monkeypatch) -> None:
+    """They are evaluated as unknown, and computed again once the source is read."""
+    source, store = tmp_path / "source", tmp_path / "store"
+    source.mkdir()
+    pq.write_table(rows(0, 8, subject=BLANK), source / "a.parquet")
+    pq.write_table(rows(8, 4), source / "b.parquet")
+    with monkeypatch.context() as earlier:
+        for module in ("storage.manifest", "tasks.reweight"):
+            earlier.setattr(f"{module}.known_subjects", lambda subjects: (subjects, 0))
+        run_stages(pipeline_of(source, store))
+    assert features(store)["subject"].to_list()[:4] == ["s0", "", "s1", "  "]
+    before = names(store)
+    manifest = Manifest(Location(str(store))).load()
+    manifest.save({key: replace(record, blank_subjects=None) for key, record in manifest.records.items()})
+    found = read_subject_index(Location(str(store)), features_table(Location(str(store))).snapshot())
+    assert (found.names, found.unlabelled) == (["s0", "s1"], 4)
+
+    plan, _, published = run_stages(pipeline_of(source, store))
+    assert [work.shard.key for work in plan.work] == ["a"]
+    assert published.data.blank_subjects == 3
+    assert features(store)["subject"].to_list()[:4] == ["s0", None, "s1", None]
+    assert len(names(store) & before) == 3

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.shards import Reason, kept_type
-from storage.columns import angle_column, embedding_matrix, plain_column
+from storage.columns import angle_column, embedding_matrix, known_subjects, plain_column
 
 DIM = 6
 # Halves and quarters are exact in float16, so that every form can be compared to the bit.
@@ -217,3 +217,12 @@ def test_angles_without_fault_pass(column: pa.Array) -> None:
     angles, bad = angle_column(column)
     assert angles.equals(pa.array(column.to_pylist(), pa.float32()))
     assert bad == 0
+
+
+def test_a_blank_subject_is_null_and_counted() -> None:
+    names = pa.array(["a", "", " ", None, "\n\t", "\u3000\u00a0", " b ", "null"])
+    known, blank = known_subjects(names)
+    assert known.to_pylist() == ["a", None, None, None, None, None, " b ", "null"]
+    assert blank == 4
+    whole = pa.array(["a", None])
+    assert known_subjects(whole) == (whole, 0)
