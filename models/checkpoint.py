@@ -1,6 +1,6 @@
 """A trained network as one `.safetensors` file: weights, the card to rebuild it, and hashes of its training subjects.
 
-Nothing in a file is executed, and everything in it is checked before use. Equal models give equal bytes.
+Nothing in a file is executed, and everything in it is checked before use. Equal cards and weights give equal bytes.
 Fetching a file from an object store is left to the caller, who passes the bytes.
 """
 
@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from models.architectures import build, check_arguments, describe, mode_of
 from models.split import subject_key
 from schemas.errors import BadModelError, SettingsError
+from schemas.identity import normal_text
 from schemas.models import ModelCard, Precision, Statistic, uses_batch
 
 MAX_BYTES = 2**30
@@ -39,8 +40,8 @@ _SEEN = "seen_subjects"
 class Checkpoint:
     """A loaded model in `eval()` on the CPU, its card, the SHA-256 of its file, and the subjects it has seen.
 
-    `seen_subjects` holds the sorted `subject_key`s (int64) of the training and validation subjects, or None where the
-    file does not record them.
+    `seen_subjects` holds the sorted hashes (int64, see `seen_hashes`) of the training and validation subjects, or None
+    where the file does not record them.
     """
 
     model: nn.Module
@@ -55,8 +56,25 @@ class Checkpoint:
         """
         if self.seen_subjects is None or self.card.split is None:
             raise BadModelError("the checkpoint does not record its training subjects; train it again with a split")
-        keys = np.array([subject_key(subject, self.card.split.salt) for subject in subjects], dtype=np.int64)
-        return np.isin(keys, self.seen_subjects)
+        names = list(subjects)
+        seen = np.isin(_keys(map(normal_text, names), self.card.seen_key or self.card.split.salt), self.seen_subjects)
+        if self.card.seen_key is None:  # older files hash names as they are
+            seen |= np.isin(_keys(names, self.card.split.salt), self.seen_subjects)
+        return seen
+
+
+def seen_hashes(subjects: Iterable[str], card: ModelCard) -> NDArray[np.int64]:
+    """Return what `save` is given to record the training and validation subjects, under the key of the card.
+
+    Raises `ValueError` for a card without `seen_key`.
+    """
+    if card.seen_key is None:
+        raise ValueError("the card has no seen_key")
+    return np.unique(_keys(map(normal_text, subjects), card.seen_key))
+
+
+def _keys(names: Iterable[str], key: str) -> NDArray[np.int64]:
+    return np.array([subject_key(name, key) for name in names], dtype=np.int64)
 
 
 def save(
@@ -84,7 +102,8 @@ def save(
 def to_bytes(card: ModelCard, model: nn.Module, seen_subjects: NDArray[np.int64] | None = None) -> bytes:
     """Return the checkpoint as bytes, equal for an equal card, weights and subjects.
 
-    `seen_subjects` are `subject_key`s under the salt of `card.split`, in any order. Raises `BadModelError` when the
+    `seen_subjects` are those of `seen_hashes`, or `subject_key`s under the salt of `card.split` for a card without
+    `seen_key`, in any order. Raises `BadModelError` when the
     model is not the one that the card describes or holds a weight that is not finite, `ValueError` when there are seen
     subjects without a split, or a metric is not finite (JSON has no NaN; write null).
     """

@@ -78,6 +78,10 @@ class ModelCard(BaseModel):
     `mean_norm` is the mean length of the training embeddings; it goes with the normalisation of that name and no other.
     `training_data` is a digest of the training rows. `split` decides which subjects were trained on. `metrics` holds
     any JSON. `created` is free text (ISO 8601 by custom); leave it out where equal training must give equal bytes.
+
+    `seen_key` is the key of the hashes of training subjects. It is random for each checkpoint: hashes of two
+    checkpoints cannot be compared, and no table of names made in advance helps. In older files the key is the salt of
+    the split.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -90,6 +94,7 @@ class ModelCard(BaseModel):
     mean_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     training_data: str | None = None
     split: SplitRule | None = None
+    seen_key: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = None
     metrics: dict[str, JsonValue] = {}
     versions: dict[str, str] = {}
     created: str | None = None

@@ -27,6 +27,7 @@ from storage.manifest import Manifest, ShardRecord, find_misfits, mark_repeats
 from storage.shards import Shard, find_shards, read_schema
 from storage.tables import LiveFile, Snapshot
 from storage.tombstones import Tombstones
+from tasks.maintenance.forgotten_rows import why_not_kept
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
     manifest = Manifest(store).load()
     shards = find_shards(Location(settings.source), settings.columns)
     dim = next(iter(models.values())).dim
-    contract = Contract(settings.columns, Tombstones(store), dim, None if known is None else _id_type(known))
+    tombstones = Tombstones(store)
+    contract = Contract(settings.columns, tombstones, dim, None if known is None else _id_type(known))
     records, errors = update_manifest(manifest, shards, contract)
     if not records:
         raise next(iter(errors.values()))
@@ -157,7 +159,9 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
     for shard, error in sorted(errors.items()):
         last_good = [path for path, key in wanted.items() if key.shard == shard]
         kept = bool(last_good) and all(_is_there(table.place, base.files.get(path)) for path in last_good)
-        faults.append(ShardFault(shard=shard, reason=str(error), kept=kept))
+        why_not = why_not_kept(store, shard, last_good, tombstones) if kept else None
+        kept = kept and why_not is None
+        faults.append(ShardFault(shard=shard, reason=f"{error} {why_not}" if why_not else str(error), kept=kept))
         if not kept:  # those of another model cannot stand beside the new ones
             wanted = {path: key for path, key in wanted.items() if key.shard != shard}
             inputs.pop(shard, None)
@@ -210,7 +214,7 @@ def update_manifest(
     features stay as they are; one that never was good owns no id.
     """
     columns, tombstones = contract.columns, contract.tombstones
-    basis = manifest_basis(columns, tombstones)
+    basis = manifest_basis(columns, tombstones.digest)
     forget = tombstones.match if tombstones else None
     found = {shard.key: shard for shard in shards}
     errors: dict[str, BadShardError] = {}
@@ -245,9 +249,9 @@ def update_manifest(
     return {**records, **mark_repeats({key: records[key] for key in whole}, whole)}, errors
 
 
-def manifest_basis(columns: ColumnNames, tombstones: Tombstones) -> str:
-    """Return the digest of what a manifest record depends on beside the file."""
-    return digest_of(columns.model_dump_json().encode(), tombstones.digest.encode())[:12]
+def manifest_basis(columns: ColumnNames, tombstones: str) -> str:
+    """Return the digest of what a manifest record depends on beside the file: columns, and the list of tombstones."""
+    return digest_of(columns.model_dump_json().encode(), tombstones.encode())[:12]
 
 
 def group_work(work: Sequence[ShardWork], group_rows: int, workers: int) -> list[list[ShardWork]]:

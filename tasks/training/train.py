@@ -6,6 +6,7 @@ from `tasks.training.rows`, the loop from `models.training`, the score from `tas
 
 import hashlib
 import logging
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,10 +18,10 @@ from torch import nn
 from metrics.bootstrap import paired_bootstrap
 from metrics.poses import PROFILE
 from models.architectures import build, check_arguments
-from models.checkpoint import library_versions, to_bytes
+from models.checkpoint import library_versions, seen_hashes, to_bytes
 from models.dual_branch import DualBranchSENet
 from models.inference import torch_device
-from models.split import split_of, subject_key, with_enough_validation
+from models.split import split_of, with_enough_validation
 from models.training import Candidate, Fitted, LabelledTensor, fit
 from schemas.errors import TrainingError
 from schemas.metrics import EER, RAW
@@ -72,7 +73,8 @@ class Trained:
 def train_model(settings: TrainingSettings, *, should_stop: Callable[[], bool] = lambda: False) -> Trained:
     """Train one checkpoint and write it with its card.
 
-    Equal settings and rows give equal files, bit for bit, on one machine's CPU. Once `should_stop` returns True, the
+    Equal settings and rows give equal weights, bit for bit, on one machine's CPU; files differ in the random key of the
+    hashes of training subjects. Once `should_stop` returns True, the
     training ends; the best model so far is measured and written.
 
     Raises:
@@ -113,6 +115,7 @@ def train_model(settings: TrainingSettings, *, should_stop: Callable[[], bool] =
         mean_norm=mean_norm,
         training_data=data,
         split=rule,
+        seen_key=secrets.token_hex(16),
         metrics={
             "loss": settings.loss,
             "seed": settings.seed,
@@ -134,8 +137,7 @@ def train_model(settings: TrainingSettings, *, should_stop: Callable[[], bool] =
         versions=library_versions(),
     )
     seen = np.unique(np.concatenate([parts["train"].subjects, parts["validation"].subjects]))
-    keys = np.array([subject_key(name, rule.salt) for name in seen], np.int64)
-    Location(settings.out).write_bytes(to_bytes(card, fitted.model, keys))
+    Location(settings.out).write_bytes(to_bytes(card, fitted.model, seen_hashes(seen, card)))
     Location(f"{settings.out}.md").write_bytes(card_markdown(card).encode())
     return Trained(
         out=settings.out,

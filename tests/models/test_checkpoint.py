@@ -13,7 +13,16 @@ import safetensors.torch
 import torch
 
 from models import checkpoint as module
-from models.checkpoint import Checkpoint, inference_options, library_versions, load, model_digest, save, to_bytes
+from models.checkpoint import (
+    Checkpoint,
+    inference_options,
+    library_versions,
+    load,
+    model_digest,
+    save,
+    seen_hashes,
+    to_bytes,
+)
 from models.dual_branch import DualBranchSENet
 from models.split import subject_key
 from schemas.errors import BadModelError, SettingsError
@@ -123,6 +132,25 @@ def test_has_seen_knows_exactly_the_subjects_it_was_given(trained):
     everybody = [f"person {i}" for i in range(100)]
     np.testing.assert_array_equal(loaded.has_seen(everybody), [name in seen for name in everybody])
     assert loaded.has_seen([]).shape == (0,)
+
+
+def test_hashes_of_seen_subjects_have_a_key_of_their_own(trained):
+    """A table of names under the salt of the split, or under the key of another checkpoint, finds nothing."""
+    cards = [card(seen_key=32 * digit) for digit in "ab"]
+    seen = ["adam", " Zoe\u0308"]
+    first, second = (load(to_bytes(one, trained(DIM, False), seen_hashes(seen, one))) for one in cards)
+    for loaded in (first, second):
+        assert loaded.has_seen(["adam", "Zo\u00eb", " adam "]).all()
+        assert not loaded.has_seen(["zoe", "eve"]).any()
+        assert not np.isin(keys("adam", "Zo\u00eb"), loaded.seen_subjects).any()
+    assert not np.isin(first.seen_subjects, second.seen_subjects).any()
+    with pytest.raises(ValueError, match="no seen_key"):
+        seen_hashes(["adam"], card())
+
+
+def test_older_checkpoints_are_read_with_the_salt_of_the_split(trained):
+    loaded = load(to_bytes(card(), trained(DIM, False), keys("adam", " eve")))
+    assert loaded.has_seen(["adam", "adam ", " eve", "eve"]).tolist() == [True, True, True, False]
 
 
 def test_has_seen_refuses_to_guess(trained):
