@@ -11,6 +11,7 @@ from schemas.settings import EvaluationSettings, PipelineSettings, checked
 from storage.features import features_table
 from storage.location import Location
 from storage.releases import Releases
+from storage.tombstones import Tombstones
 from tasks.stages import evaluate_task
 
 
@@ -33,6 +34,7 @@ def evaluate(
     begin_flow()
     history = Releases.of(Location(store))
     record = history.servable(release) if release else history.serving()
+    Tombstones.proven(history.store, history.all())
     settings = checked(PipelineSettings, {**record.settings, "store": store})
     given = {name: value for name, value in {"pairs": pairs, "resamples": resamples}.items() if value is not None}
     evaluation = checked(EvaluationSettings, {**dict(settings.evaluation), **given})

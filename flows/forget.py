@@ -6,14 +6,15 @@ Prefect's server keeps the parameters of a run. So the names are in a file, whic
 from prefect import flow
 
 from flows.begin import begin_flow
-from tasks.maintenance.forget import Forgotten, forget_all, read_targets
+from tasks.maintenance.forget import Forgotten, forget_all
+from tasks.maintenance.targets import read_targets
 
 
 @flow(name="forget")
-def forget(store: str, file: str, wait: float = 0.0) -> Forgotten:
+def forget(store: str, file: str, wait: float = 0.0, ignore_case: bool = False, in_advance: bool = False) -> Forgotten:
     """Delete all that `file` lists, JSON lines such as `{"subject": "NAME"}` or `{"id": "ID"}`.
 
     See `tasks.maintenance.forget`.
     """
     begin_flow()
-    return forget_all(store, read_targets(file), wait=wait)
+    return forget_all(store, read_targets(file, ignore_case=ignore_case), in_advance=in_advance, wait=wait)

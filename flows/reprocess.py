@@ -86,7 +86,8 @@ def run(settings: PipelineSettings) -> Outcome:
 
 def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outcome:
     started = time.monotonic()
-    history, tombstones = Releases(store), Tombstones(store)
+    history = Releases(store)
+    tombstones = Tombstones.proven(store, history.all())
     models = models_task(settings)
     plan = plan_task(settings, models)
     earlier = mark_erased_releases(history, tombstones)
@@ -134,7 +135,7 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
         data=published.data,
         evaluation=evaluation,
         gate=decide(evaluation, settings.gate, served),
-        tombstones=tombstones.digest,
+        tombstones=tombstones,
         source_version=plan.source_version,
     )
     write_report(store, release, evaluation, earlier)

@@ -277,20 +277,47 @@ def forget(
     file: Annotated[
         str | None, typer.Option("--from", help='JSON lines such as {"subject": "NAME"} or {"id": "ID"}.')
     ] = None,
+    ignore_case: Annotated[
+        bool, typer.Option("--ignore-case", help="Compare subjects without upper and lower case.")
+    ] = False,
+    in_advance: Annotated[
+        bool, typer.Option("--in-advance", help="Accept who has no row yet, to keep future rows out.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, and change nothing.")] = False,
+    new_list: Annotated[
+        bool,
+        typer.Option("--new-list", help="With --from: start a new list of tombstones where the old one is lost."),
+    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the tombstones in force.")] = False,
+    undo: Annotated[
+        str | None, typer.Option(metavar="HASH", help="Lift a tombstone of --list, from the next run on.")
+    ] = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for another run.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Delete a person or a row everywhere, and keep them out while the source still has them."""
-    from frontalis.printing import print_forgotten
-    from tasks.maintenance.forget import Target, forget_all, read_targets
+    from frontalis.printing import print_forgotten, print_tombstones
+    from tasks.maintenance import forget as erasure
+    from tasks.maintenance.targets import Target, read_targets
 
-    if [subject, id_, file].count(None) != 2:
-        raise SettingsError("forget: pass one of --subject, --id and --from.")
-    if file is not None:
-        targets = read_targets(file)
+    if [subject, id_, file, undo, list_ or None].count(None) != 4:
+        raise SettingsError("forget: pass one of --subject, --id, --from, --list and --undo.")
+    if new_list and file is None:
+        raise SettingsError("forget --new-list: pass --from FILE with everybody who was ever forgotten.")
+    if list_:
+        print_tombstones(erasure.list_tombstones(store), as_json)
+    elif undo is not None:
+        lifted = erasure.undo(store, undo, wait=wait)
+        print(lifted.model_dump_json() if as_json else f"lifted {lifted.mark}, from the next run on")  # noqa: T201
     else:
-        targets = [Target("id", str(id_)) if subject is None else Target("subject", subject)]
-    print_forgotten(forget_all(store, targets, wait=wait), store, as_json)
+        if file is not None:
+            targets = read_targets(file, ignore_case=ignore_case)
+        elif subject is not None:
+            targets = [Target("subject", subject, ignore_case)]
+        else:
+            targets = [Target("id", str(id_))]
+        done = erasure.forget_all(store, targets, in_advance=in_advance, dry_run=dry_run, new_list=new_list, wait=wait)
+        print_forgotten(done, store, as_json)
 
 
 @_command(kept="run the same command again to remove the rest")

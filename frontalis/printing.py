@@ -30,6 +30,7 @@ from schemas.errors import one_line
 from schemas.metrics import ALL, EER, FRONTAL_PROFILE, MAIN_CELLS, RAW, MetricId
 from schemas.releases import Release
 from schemas.reports import Estimate, Evaluation, IdentificationResult, PairsResult, Population
+from schemas.tombstones import Tombstone
 
 if TYPE_CHECKING:
     from tasks.explain import Explanation
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 def print_trained(trained: "Trained", as_json: bool) -> None:
     """Print the metrics of a new model beside raw, on held-out subjects."""
     if as_json:
-        card = trained.card.model_dump(mode="json")
+        card = trained.card.model_dump(mode="json", exclude={"seen_key"})
         sys.stdout.write(json.dumps({"out": trained.out, "improved": trained.improved, "card": card}, indent=1) + "\n")
         return
     console = _console()
@@ -91,7 +92,7 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
         + (f", {data.blank_subjects:,} with a blank subject" if data.blank_subjects else ""),
     )
     for fault in data.bad_shards:
-        kept = "Its last good features are kept." if fault.kept else "It has no earlier features."
+        kept = "Its last good features are kept." if fault.kept else "None of its rows are in the release."
         _say(console, f"bad shard  {fault.reason} {kept}")
     for warning in outcome.warnings:
         _say(console, f"warning    {warning}")
@@ -186,22 +187,50 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
 
 
 def print_forgotten(forgotten: "Forgotten", store: str, as_json: bool) -> None:
-    """Print what was erased, and what is left to do."""
+    """Print what was erased, or with `dry_run` would be, and what is left to do."""
     if as_json:
         _json(forgotten)
         return
+    console, dry = _console(), forgotten.dry_run
+    quarantined = f" and {forgotten.quarantined:,} in quarantine" if forgotten.quarantined else ""
+    rows, shards = counted(forgotten.rows, "row"), counted(forgotten.shards, "shard")
+    what = f"{rows} with features{quarantined}, in {shards}"
+    if not (forgotten.rows or forgotten.quarantined):
+        what = f"no row of this {forgotten.kind} is served; future rows are excluded"
+    erased, models = ", ".join(forgotten.erased_releases), ", ".join(forgotten.checkpoints)
+    lines: list[tuple[object, str]] = [
+        (True, f"{'would go ' if dry else 'forgotten'}  {what}"),
+        (forgotten.unmatched, f"no match   {counted(forgotten.unmatched, 'target')}: later rows are kept out"),
+        (dry and forgotten.in_shards, f"shards     {', '.join(forgotten.in_shards)}"),
+        (forgotten.release, f"release    {forgotten.release} is now served"),
+        (erased, f"erased     {erased}: {'could' if dry else 'can'} no longer be served"),
+        (models, f"models     {models}: trained on this subject, so the name can be tested with the file"),
+        (erased and not dry, f"to do      frontalis vacuum --store {store}   (deletes their files)"),
+        (models, "to do      train again without the subject, reprocess, vacuum; delete your own copies of the models"),
+        (dry, "nothing was changed"),
+    ]
+    for shown, line in lines:
+        if shown:
+            _say(console, line)
+
+
+def print_tombstones(tombstones: Sequence[Tombstone], as_json: bool) -> None:
+    """Print the tombstones in force: hash, kind, date and rows, never a name."""
+    if as_json:
+        found = [one.model_dump(mode="json", exclude={"undone"}) for one in tombstones]
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
     console = _console()
-    if forgotten.rows or forgotten.quarantined:
-        quarantined = f" and {forgotten.quarantined:,} in quarantine" if forgotten.quarantined else ""
-        rows, shards = counted(forgotten.rows, "row"), counted(forgotten.shards, "shard")
-        _say(console, f"forgotten  {rows} with features{quarantined}, in {shards}")
-    else:
-        _say(console, f"forgotten  no row of this {forgotten.kind} was found; future rows are excluded")
-    if forgotten.release:
-        _say(console, f"release    {forgotten.release} is now served")
-    if forgotten.erased_releases:
-        _say(console, f"erased     {', '.join(forgotten.erased_releases)}: can no longer be served")
-        _say(console, f"to do      frontalis vacuum --store {store}   (deletes their files)")
+    if not tombstones:
+        _say(console, "nobody is forgotten")
+        return
+    table = _table(console, counted(len(tombstones), "tombstone"))
+    for name in ("hash", "kind", "added", "rows"):
+        table.add_column(name, justify="right" if name == "rows" else "left")
+    for one in tombstones:
+        kind = (one.kind or "unknown").replace("_", " ")
+        table.add_row(one.mark, kind, one.time or "unknown", "unknown" if one.rows is None else f"{one.rows:,}")
+    console.print(table)
 
 
 def print_vacuumed(vacuumed: "Vacuumed", as_json: bool) -> None:

@@ -69,7 +69,8 @@ class Release(Record):
     serving: bool = False
     erased: bool = Field(default=False, description="a person was forgotten since: it can no longer be served")
     vacuumed: bool = Field(default=False, description="its files were removed: it can no longer be served")
-    tombstones: str = Field(default="none", description="digest of the list of the forgotten that it was checked with")
+    tombstones: str = Field(default="none", description="digest of the list that its rows were matched with")
+    tombstone_count: int | None = Field(default=None, description="entries in that list; None in older releases")
     settings: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -93,9 +94,9 @@ class Release(Record):
         """Return the release as one whose files were removed."""
         return self.replaced(vacuumed=True)
 
-    def as_checked_with(self, tombstones: str) -> Self:
-        """Return the release as one that holds nobody of a list of the forgotten, given by its digest."""
-        return self.replaced(tombstones=tombstones)
+    def as_matched_with(self, tombstones: str, count: int) -> Self:
+        """Return the release as one that holds nobody of a list of tombstones, given by its digest and length."""
+        return self.replaced(tombstones=tombstones, tombstone_count=count)
 
 
 RELEASES_SCHEMA = pa.schema(

@@ -16,6 +16,8 @@ from schemas.settings import PipelineSettings
 from storage.features import complete_rows, feature_keys, features_table, quarantine_table, read_table
 from storage.location import Location
 from storage.tables import FileTable, LiveFile, Snapshot
+from storage.tombstones import Tombstones
+from tasks.maintenance.forgotten_rows import why_not_kept
 from tasks.plan import Plan
 from tasks.reweight import ShardResult
 
@@ -38,7 +40,7 @@ def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResul
     """
     store = Location(settings.store)
     features = features_table(store)
-    wanted, faults = _final_files(features.place, plan, results)
+    wanted, faults = _final_files(store, plan, results)
     fresh = {file.path: file for result in results for file in result.files} | {file.path: file for file in plan.reused}
     add = [file for path, file in fresh.items() if path in wanted and path not in plan.base.files]
     remove = [file for path, file in plan.base.files.items() if path not in wanted]
@@ -53,13 +55,14 @@ def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResul
 
 
 def _final_files(
-    place: Location, plan: Plan, results: Sequence[ShardResult]
+    store: Location, plan: Plan, results: Sequence[ShardResult]
 ) -> tuple[dict[str, FeatureKey], list[ShardFault]]:
     """Return the files the table shall hold: those wanted, but for a shard that failed, its last good ones."""
     wanted = dict(plan.wanted)
     faults = list(plan.faults)
     models = {key.mode: key.model for key in plan.wanted.values()}
     live = feature_keys(plan.base)
+    place, tombstones = features_table(store).place, Tombstones(store)
     for result in results:
         if result.fault is None:
             continue
@@ -68,9 +71,12 @@ def _final_files(
         kept = len(last_good) == len(plan.modes) and all(
             (place / key.path).size() == live[key].size for key in last_good
         )
+        why_not = why_not_kept(store, result.shard, [key.path for key in last_good], tombstones) if kept else None
+        kept = kept and why_not is None
         if kept:
             wanted |= {key.path: key for key in last_good}
-        faults.append(result.fault.replaced(kept=kept))
+        reason = f"{result.fault.reason} {why_not}" if why_not else result.fault.reason
+        faults.append(result.fault.replaced(kept=kept, reason=reason))
     return wanted, faults
 
 

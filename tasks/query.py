@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from schemas.errors import BadShardError, SettingsError, StoreError, clipped
 from schemas.features import BLOCK_ROWS
+from schemas.identity import parse_id
 from schemas.metrics import RAW
 from schemas.releases import Release
 from schemas.shards import embedding_dim
@@ -23,6 +24,7 @@ from storage.features import features_table, matrix_of, read_rows
 from storage.ids import id_keys
 from storage.location import Location
 from storage.releases import Releases
+from storage.tombstones import Tombstones
 from storage.vectors.store import open_ids, open_index
 
 MAX_K = 10_000
@@ -90,6 +92,7 @@ def answer(
         raise SettingsError("pass either --id or --vectors.")
     history = Releases.of(Location(store))
     place, record = history.store, history.servable(release) if release else history.serving()
+    Tombstones.proven(place, history.all())
     reference = record.indexes.get(mode)
     if reference is None:
         known = ", ".join(record.indexes)
@@ -99,8 +102,8 @@ def answer(
         names, matrix = read_vectors(vectors, reference.dim)
         features, subjects, own = _through_model(place, record, mode, matrix), [None] * len(names), None
     else:
-        names = [_as_id(value, table) for value in ids]
-        rows = [_row_of(name, table, store, record) for name in names]
+        rows = [_row_of(value, table, store, record) for value in ids]
+        names = [table["id"][row].as_py() for row in rows]
         features = np.concatenate([_stored(place, record, mode, table, row) for row in rows])
         subjects = [table["subject"][row].as_py() for row in rows]
         own = None if include_self else [table["key"][row].as_py() for row in rows]
@@ -204,28 +207,30 @@ def _through_model(store: Location, release: Release, mode: str, matrix: np.ndar
     return Reweighter(stored_checkpoint(store, model), statistic=model.statistic).query(matrix)
 
 
-def _as_id(value: str, ids: pa.Table) -> str | int:
-    if not pa.types.is_integer(ids.schema.field("id").type):
-        return value
-    try:
-        number = int(value)
-    except ValueError:
-        number = None
-    if number is None or not -(2**63) <= number < 2**63:
-        raise SettingsError(f"--id {clipped(value)}: the ids of this store are integers of 64 bits.")
-    return number
+def _row_of(value: str, ids: pa.Table, store: str, release: Release) -> int:
+    """Return the row of a typed id: of exactly this text, else of one that is equal after normalisation."""
+    integer = pa.types.is_integer(ids.schema.field("id").type)
+    name = parse_id(value, integer=integer)
+    if (row := _row_of_exactly(name if integer else value, ids)) is not None:
+        return row
+    if not integer:
+        column = pc.utf8_trim_whitespace(pc.utf8_normalize(ids["id"], form="NFC"))
+        rows = np.flatnonzero(pc.equal(column, pa.scalar(name)).to_numpy())
+        if len(rows) == 1:
+            return int(rows[0])
+        if len(rows):
+            raise SettingsError(
+                f"--id {clipped(value)}: {len(rows)} ids of release {release.release} differ from it only in blanks or "
+                "in how characters are composed; type one of them exactly."
+            )
+    raise SettingsError(f"--id {clipped(value)}: is not in release {release.release} of {store}.")
 
 
-def _row_of(name: str | int, ids: pa.Table, store: str, release: Release) -> int:
-    missing = SettingsError(f"--id {clipped(name)}: is not in release {release.release} of {store}.")
-    try:
-        key = int(id_keys(pa.array([name]))[0])
-    except UnicodeEncodeError as error:  # typed bytes that are no UTF-8; no stored id is
-        raise missing from error
+def _row_of_exactly(name: str | int, ids: pa.Table) -> int | None:
+    key = int(id_keys(pa.array([name]))[0])
     row = int(np.searchsorted(ids["key"].to_numpy(), key))
-    if row >= ids.num_rows or ids["key"][row].as_py() != key or ids["id"][row].as_py() != name:
-        raise missing
-    return row
+    found = row < ids.num_rows and ids["key"][row].as_py() == key and ids["id"][row].as_py() == name
+    return row if found else None
 
 
 def _stored(store: Location, release: Release, mode: str, ids: pa.Table, row: int) -> np.ndarray:

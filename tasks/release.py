@@ -36,6 +36,7 @@ from storage.features import features_table, matrix_of, read_rows
 from storage.layout import REPORT_METRICS, REPORT_PAGE, REPORT_PLOTS, report_folder
 from storage.location import Location
 from storage.tables import Snapshot
+from storage.tombstones import Tombstones
 from tasks.checkpoints import stored_checkpoint
 from tasks.gate import gated
 
@@ -82,7 +83,7 @@ def build_release(
     data: DataQuality,
     evaluation: Evaluation,
     gate: GateDecision,
-    tombstones: str,
+    tombstones: Tombstones,
     source_version: int | None = None,
 ) -> Release:
     """Return the record of a new release. Nothing is written: see `write_report` and `storage.releases`.
@@ -98,7 +99,7 @@ def build_release(
         data: where the rows read have gone.
         evaluation: what was measured.
         gate: whether it is promoted.
-        tombstones: digest of the list of the forgotten that features and indexes were made with.
+        tombstones: the list that the rows of features and quarantine were matched with.
         source_version: of the Delta table that was read, None for a folder.
     """
     measured = gated(evaluation, settings.gate)
@@ -119,7 +120,8 @@ def build_release(
         gated=measured.values,
         gated_name=measured.name,
         report=f"{report_folder(name)}/{REPORT_PAGE}",
-        tombstones=tombstones,
+        tombstones=tombstones.digest,
+        tombstone_count=len(tombstones.entries),
         settings=settings.model_dump(mode="json"),
     )
 

@@ -6,6 +6,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,9 +20,15 @@ from models.architectures import build
 from models.checkpoint import library_versions, save
 from models.se import gather_statistics
 from models.split import split_of, subject_key
+from schemas.index import IndexSettings
 from schemas.models import Mode, ModelCard
+from schemas.releases import Release
+from schemas.reports import GateDecision
 from schemas.settings import PipelineSettings, pipeline
 from schemas.split import SplitRule
+from storage.location import Location
+from storage.releases import Releases
+from tasks.index import index_mode
 from tasks.outcome import Outcome
 from tasks.plan import Plan, make_plan, prepare_models
 from tasks.publish import Published, publish
@@ -127,6 +134,42 @@ def run_stages() -> Callable[[PipelineSettings], StagesResult]:
         spec = ReweightSpec.of(settings, models, plan.schema)
         results = [result for group in plan.groups for result in reweight_group(group, spec)]
         return StagesResult(plan, results, publish(settings, plan, results))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def serve_stages(run_stages) -> Callable[[PipelineSettings], Release]:
+    """`serve_stages(settings)`: the same and the indexes, served as release `r1`, `r2` …: no evaluation, no report."""
+
+    def run(settings: PipelineSettings) -> Release:
+        plan, _, published = run_stages(settings)
+        history = Releases(Location(settings.store))
+        earlier = history.all()
+        name = f"r{len(earlier) + 1}"
+        indexes = {
+            mode: index_mode(Location(settings.store), name, mode, published.features, IndexSettings(), None)
+            for mode in plan.modes
+        }
+        release = Release(
+            release=name,
+            number=len(earlier) + 1,
+            created=datetime.now(UTC),
+            content="0" * 32,
+            source=settings.source,
+            features_version=published.features.version,
+            quarantine_version=published.quarantine.version if published.quarantine.exists else None,
+            models=dict(plan.models),
+            indexes=indexes,
+            data=published.data,
+            gate=GateDecision(promoted=True, reason=""),
+            gated={},
+            gated_name="",
+            report=None,
+            settings=settings.model_dump(mode="json"),
+        )
+        history.record(release, earlier)
+        return release
 
     return run
 

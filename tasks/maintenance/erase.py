@@ -6,7 +6,7 @@ it, so that the next run finds nothing to do. The manifest is brought up to date
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -43,21 +43,8 @@ from storage.manifest import NO_KEY, Manifest, RowKeys, mark_repeats
 from storage.tables import NO_TABLE, FileTable, LiveFile, Snapshot
 from storage.tombstones import Tombstones
 from tasks.checkpoints import stored_checkpoint
+from tasks.maintenance.forgotten_rows import Hits, find_forgotten
 from tasks.plan import manifest_basis
-
-
-@dataclass
-class Hits:
-    """Forgotten rows of one shard: ids of those with features, row numbers of those in quarantine, the tombstones."""
-
-    ids: pa.Array
-    quarantined: list[int] = field(default_factory=list)
-    marks: set[str] = field(default_factory=set)
-
-    @property
-    def rows(self) -> int:
-        """How many rows leave."""
-        return len(self.ids) + len(self.quarantined)
 
 
 @dataclass(frozen=True)
@@ -71,36 +58,7 @@ class Erased:
     shards: int
 
 
-def find_forgotten(
-    store: Location, features: Snapshot, quarantine: Snapshot, tombstones: Tombstones
-) -> dict[str, Hits]:
-    """Return, by shard, the rows of two snapshots that a tombstone matches.
-
-    Raises:
-        StoreError: a file is damaged.
-    """
-    found: dict[str, Hits] = {}
-    table = features_table(store)
-    for file in features.of_mode(RAW):
-        rows = read_table(table, [file], ["id", "subject"])
-        ids = rows["id"].combine_chunks()
-        gone, marks = tombstones.match(ids, rows["subject"].combine_chunks())
-        if gone.any():
-            found[file.shard] = Hits(ids.filter(pa.array(gone)), marks=set(marks))
-    table = quarantine_table(store)
-    for file in quarantine.files.values():
-        rows = read_table(table, [file], ["row", "id", "subject"])
-        gone, marks = tombstones.match(rows["id"].combine_chunks(), rows["subject"].combine_chunks())
-        if gone.any():
-            hits = found.setdefault(file.shard, Hits(pa.array([], pa.string())))
-            hits.quarantined = rows["row"].filter(pa.array(gone)).to_pylist()
-            hits.marks.update(marks)
-    return found
-
-
-def erase(
-    store: Location, served: Release | None, tombstones: Tombstones, before: Tombstones, columns: ColumnNames
-) -> Erased:
+def erase(store: Location, served: Release | None, tombstones: Tombstones, columns: ColumnNames) -> Erased:
     """Commit tables with the rows of the served release, without the forgotten ones.
 
     Where nothing is served, what is live takes its place. Work that was committed but never served leaves the tables;
@@ -110,7 +68,6 @@ def erase(
         store: the store.
         served: the release that is served.
         tombstones: all of them.
-        before: those on which the manifest was taken.
         columns: those of the source, as the manifest was taken with.
 
     Raises:
@@ -122,7 +79,7 @@ def erase(
     shown = features.snapshot(served.features_version) if served else live
     shown_quarantine = _quarantine_of(quarantine, served) if served else live_quarantine
     hits = find_forgotten(store, shown, shown_quarantine, tombstones)
-    manifest = _UpdatedManifest(Manifest(store).load(), columns, before, tombstones)
+    manifest = _UpdatedManifest(Manifest(store).load(), columns, tombstones)
     if not hits and (served is None or not find_forgotten(store, live, live_quarantine, tombstones)):
         manifest.save({file.shard: file for file in live.of_mode(RAW)})
         return Erased(live, live_quarantine, rows=0, quarantined=0, shards=0)
@@ -157,10 +114,12 @@ def erase(
 class _UpdatedManifest:
     """The manifest as the next run would leave it, as far as the store knows the source."""
 
-    def __init__(self, manifest: Manifest, columns: ColumnNames, before: Tombstones, now: Tombstones) -> None:
+    def __init__(self, manifest: Manifest, columns: ColumnNames, tombstones: Tombstones) -> None:
         self.manifest = manifest
         self.records = dict(manifest.records)
-        self.old_basis, self.new_basis = manifest_basis(columns, before), manifest_basis(columns, now)
+        # A record may be older than the last entries: where forgetting was interrupted, or the shard went bad.
+        self.bases = {manifest_basis(columns, digest) for digest in tombstones.digests()}
+        self.basis, self.marks = manifest_basis(columns, tombstones.digest), tombstones.marks
         self.keys: dict[str, RowKeys] = {}
 
     def forget(self, shard: str, hits: Hits, known_input: str) -> str:
@@ -195,13 +154,14 @@ class _UpdatedManifest:
         kept = {
             shard: record
             for shard, record in self.records.items()
-            if record.basis == self.old_basis
+            if record.basis in self.bases
+            and self.marks.issuperset(record.forgotten)  # rows whose tombstone was lifted come back
             and shard in live
             and record.input_digest == _input_of({RAW: live[shard]}, shard)
         }
         keys = {shard: self.keys.get(shard) or self.manifest.row_keys(record) for shard, record in kept.items()}
         whole = {shard: one for shard, one in keys.items() if one is not None}
-        kept = {shard: replace(kept[shard], basis=self.new_basis) for shard in whole}
+        kept = {shard: replace(kept[shard], basis=self.basis) for shard in whole}
         for shard, record in kept.items():
             self.manifest.write_keys(record, whole[shard].keys, whole[shard].checks)
         self.manifest.save(mark_repeats(kept, whole))

@@ -17,7 +17,7 @@ from storage.releases import Releases
 from storage.tables import NO_TABLE
 from storage.tombstones import Tombstones
 from storage.vectors.store import open_ids
-from tasks.maintenance.erase import find_forgotten
+from tasks.maintenance.forgotten_rows import find_forgotten
 
 log = logging.getLogger("frontalis.forgotten")
 
@@ -45,7 +45,7 @@ def mark_erased(store: Location, releases: Iterable[Release], tombstones: Tombst
     for old in releases:
         if not (old.erased or old.vacuumed) and old.tombstones != tombstones.digest:
             if not holds_forgotten(store, old, tombstones):
-                old = old.as_checked_with(tombstones.digest)
+                old = old.as_matched_with(tombstones.digest, len(tombstones.entries))
             elif old.serving:
                 log.warning(
                     "%s is served and holds rows of somebody who was forgotten, since `frontalis forget` was "

@@ -2,46 +2,45 @@
 
 One new release without the rows is served at once. Older releases that held them can no longer be served, and
 `tasks.maintenance.vacuum` removes their files. The source is not needed. What is left of a person afterwards is a
-salted hash, and whatever a model learned from them: a model forgets by being trained again.
+salted hash, and whatever a model learned from them: a model forgets by being trained again. Its checkpoint also keeps a
+hash of the name, which `vacuum` deletes with the file once no kept release needs it.
 """
 
-import json
+import contextlib
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from schemas.errors import SettingsError, StoreBusyError
+from schemas.errors import BadModelError, SettingsError, StoreBusyError, StoreError, clipped
 from schemas.releases import IndexRef, Release
 from schemas.reports import DataQuality, GateDecision
 from schemas.settings import ColumnNames, EvaluationSettings, PipelineSettings, checked
+from schemas.tombstones import Tombstone
 from storage.features import features_table, quarantine_table, read_table
-from storage.layout import FORGET_LOG
 from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
-from storage.tombstones import Tombstones
+from storage.tombstones import NEW_LIST, Tombstones, write_log
+from tasks.checkpoints import stored_checkpoint
 from tasks.evaluate import evaluate
 from tasks.evaluation.pairs import read_pairs
 from tasks.index import Previous, index_mode
 from tasks.maintenance.erase import Erased, erase
 from tasks.maintenance.erased_releases import holds_forgotten
+from tasks.maintenance.forgotten_rows import Matches, find_matches
+from tasks.maintenance.targets import Target, checked_targets
 from tasks.release import build_release, next_release_name, release_content, write_report
 
 log = logging.getLogger("frontalis.forget")
 
 
-class Target(NamedTuple):
-    """Whom to forget: all rows of a subject, or the one row of an id (an integer id as its digits)."""
-
-    kind: Literal["id", "subject"]
-    value: str
-
-
 class Forgotten(BaseModel):
-    """The result of forgetting. `release` is the one served from now on; None where nothing had to change."""
+    """The result of forgetting. `release` is the one served from now on; None where nothing had to change.
+
+    With `dry_run` nothing was changed, and the other fields say what would have been.
+    """
 
     kind: Literal["id", "subject", "list"]
     rows: int
@@ -49,101 +48,192 @@ class Forgotten(BaseModel):
     shards: int
     release: str | None
     erased_releases: list[str]
+    dry_run: bool = False
+    in_shards: list[str] = Field(default=[], description="which shards")
+    unmatched: int = Field(default=0, description="targets that match no row: future rows are kept out")
+    checkpoints: list[str] = Field(default=[], description="that were trained on a target, so its name can be tested")
 
 
-def forget(store: str, *, subject: str | None = None, id_: str | None = None, wait: float = 0.0) -> Forgotten:
+def forget(
+    store: str, *, subject: str | None = None, id_: str | None = None, in_advance: bool = False, wait: float = 0.0
+) -> Forgotten:
     """Remove all rows of a subject, or the row of one id, and serve a release without them; see `forget_all`.
 
     Raises:
-        SettingsError: neither or both are given, or there is no store.
+        SettingsError: neither or both are given, nothing matches, or there is no store.
     """
     if subject is not None and id_ is None:
-        return forget_all(store, [Target("subject", subject)], wait=wait)
+        return forget_all(store, [Target("subject", subject)], in_advance=in_advance, wait=wait)
     if id_ is not None and subject is None:
-        return forget_all(store, [Target("id", id_)], wait=wait)
+        return forget_all(store, [Target("id", id_)], in_advance=in_advance, wait=wait)
     raise SettingsError("forget: pass either --subject or --id.")
 
 
-def read_targets(file: str) -> list[Target]:
-    """Read whom to forget from JSON lines, each `{"subject": "NAME"}` or `{"id": "ID"}`. Blank lines are skipped.
-
-    Raises:
-        SettingsError: there is no such file, or a line has another form. The message names the line, never a person.
-    """
-    try:
-        lines = Location(file).read_bytes().decode().splitlines()
-    except FileNotFoundError as error:
-        raise SettingsError(f"{file}: there is no such file.") from error
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{file}: is no UTF-8.") from error
-    targets = [_target(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not targets:
-        raise SettingsError(f'{file}: lists nobody; write lines such as {{"subject": "NAME"}}.')
-    return targets
-
-
-def _target(file: str, number: int, line: str) -> Target:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        found = None
-    if isinstance(found, dict) and len(found) == 1:
-        for kind in ("subject", "id"):
-            value = found.get(kind)
-            if value and (isinstance(value, str) or (kind == "id" and type(value) is int)):
-                return Target("subject" if kind == "subject" else "id", str(value))
-    raise SettingsError(f'{file}, line {number}: write {{"subject": "NAME"}} or {{"id": "ID"}}.')
-
-
-def forget_all(store: str, targets: Sequence[Target], *, wait: float = 0.0) -> Forgotten:
+def forget_all(
+    store: str,
+    targets: Sequence[Target],
+    *,
+    in_advance: bool = False,
+    dry_run: bool = False,
+    new_list: bool = False,
+    wait: float = 0.0,
+) -> Forgotten:
     """Remove the rows of all targets and serve one release without them.
 
     Every earlier tombstone is applied again as well, so running it once more completes what was interrupted.
-    Forgetting somebody who has no row keeps future rows out.
 
     Args:
         store: local path or s3://…
         targets: whom to forget, at least one.
+        in_advance: accept targets that match no row, to keep their future rows out.
+        dry_run: return what would be removed, and change nothing.
+        new_list: start a new list of tombstones, where the old one is lost and there is no backup.
         wait: seconds to wait for a run that holds the store.
 
     Raises:
-        SettingsError: there is no store.
+        SettingsError: there is no store, an id is not of its type, or a target matches no row.
+        TombstonesLostError: the list of tombstones has lost entries.
         StoreBusyError: another run holds the store or committed meanwhile.
         StoreError: a file of the served release is damaged.
     """
     history = Releases.of(Location(store))
     place = history.store
-    with store_lock(place, "forget", wait):
-        before, tombstones = Tombstones(place), Tombstones(place)
-        marks = [tombstones.mark(target.kind, target.value) for target in targets]
-        tombstones.add(marks)
-        outcome = _erase_and_serve(history, targets[0].kind if len(targets) == 1 else "list", tombstones, before)
-        if not set(marks) <= set(Tombstones(place).marks):  # object storage has no lock: two may overwrite each other
-            raise StoreBusyError(f"{place.uri}: another run forgot somebody at the same time; run this again.")
-        return outcome
+    with contextlib.nullcontext() if dry_run else store_lock(place, "forget", wait):
+        releases = history.all()
+        tombstones = Tombstones(place, load=False) if new_list else Tombstones.proven(place, releases)
+        targets = checked_targets(place, targets)
+        new = [(target, tombstones.tombstone(target.tombstone, target.value)) for target in targets]
+        every = tombstones.only([*tombstones.entries, *(one for _, one in new)])
+        matches = find_matches(place, releases, every)
+        missing = [target for target, one in new if one.mark not in matches.found and one.mark not in tombstones.marks]
+        if missing and not (in_advance or new_list):
+            raise _nothing_matched(place, releases, tombstones, targets, missing)
+        holding = [old.release for old in releases if not old.unusable and holds_forgotten(place, old, every)]
+        outcome = Forgotten(
+            kind=targets[0].kind if len(targets) == 1 else "list",
+            rows=matches.rows,
+            quarantined=matches.quarantined,
+            shards=len(matches.shards),
+            release=None,
+            erased_releases=holding,
+            dry_run=dry_run,
+            in_shards=sorted(matches.shards),
+            unmatched=len(missing),
+            checkpoints=_checkpoints(place, releases, new, matches),
+        )
+        if dry_run:
+            return outcome
+        found = matches.found
+        tombstones.add(one.replaced(rows=found[one.mark].rows if one.mark in found else 0) for _, one in new)
+        return _erase_and_serve(history, outcome, tombstones, NEW_LIST if new_list else "forget")
 
 
-def _erase_and_serve(
-    history: Releases, kind: Literal["id", "subject", "list"], tombstones: Tombstones, before: Tombstones
-) -> Forgotten:
+def list_tombstones(store: str) -> list[Tombstone]:
+    """Return the tombstones in force, oldest first.
+
+    Raises:
+        SettingsError: there is no store.
+        TombstonesLostError: the list of tombstones has lost entries.
+    """
+    history = Releases.of(Location(store))
+    return Tombstones.proven(history.store, history.all()).active
+
+
+def undo(store: str, mark: str, *, wait: float = 0.0) -> Tombstone:
+    """Lift a tombstone: from the next run on, rows that it kept out come back if the source still has them.
+
+    Releases that were erased stay so. Which tombstone was lifted stays in the list, and the log says when.
+
+    Args:
+        store: local path or s3://…
+        mark: its hash, or the first 8 characters or more.
+        wait: seconds to wait for a run that holds the store.
+
+    Raises:
+        SettingsError: there is no store, or not exactly one tombstone of this hash.
+        TombstonesLostError: the list of tombstones has lost entries.
+        StoreBusyError: another run holds the store.
+    """
+    history = Releases.of(Location(store))
+    with store_lock(history.store, "forget", wait):
+        tombstones = Tombstones.proven(history.store, history.all())
+        found = [one for one in tombstones.active if len(mark) >= 8 and one.mark.startswith(mark.lower())]
+        if len(found) != 1:
+            raise SettingsError(
+                f"forget --undo {clipped(mark)}: {len(found)} tombstones have this hash; give one of `frontalis forget "
+                "--list`, or its first 8 characters or more."
+            )
+        tombstones.undo(found[0].mark)
+        write_log(history.store, tombstones, "undo", kind=found[0].kind, rows=0)
+        return found[0]
+
+
+def _nothing_matched(
+    store: Location,
+    releases: Sequence[Release],
+    tombstones: Tombstones,
+    targets: Sequence[Target],
+    missing: Sequence[Target],
+) -> SettingsError:
+    """Return the refusal of targets that match nothing; it says where ignoring case would find some."""
+    folded = [tombstones.tombstone("subject_ignore_case", one.value) for one in missing if one.kind == "subject"]
+    rows = sum(one.rows for one in find_matches(store, releases, tombstones.only(folded)).found.values())
+    hint = f"--ignore-case would match {rows:,} rows; " if rows else ""
+    if len(targets) == 1:
+        what = f"{missing[0].where}: no row matches"
+    else:
+        lines = ", ".join(one.where.rpartition(" ")[2] for one in missing[:20])
+        what = f"{missing[0].where.rpartition(',')[0]}: {len(missing)} of {len(targets)} match no row (lines {lines})"
+    return SettingsError(
+        f"{what}, so NOBODY was forgotten and nothing was changed; check the spelling ({hint}`--dry-run` shows what "
+        "matches), or pass --in-advance to keep future rows out."
+    )
+
+
+def _checkpoints(
+    store: Location, releases: Sequence[Release], new: Sequence[tuple[Target, Tombstone]], matches: Matches
+) -> list[str]:
+    """Return the models in the store that record a subject among those they were trained or selected on."""
+    names = {target.value for target, _ in new if target.kind == "subject"}
+    for target, one in new:
+        if target.kind == "subject" and one.mark in matches.found:
+            names |= matches.found[one.mark].values
+    models = {model.path: model for old in releases if not old.vacuumed for model in old.models.values()}
+    found = []
+    for path, model in sorted(models.items()):
+        with contextlib.suppress(StoreError, BadModelError):
+            if names and stored_checkpoint(store, model).has_seen(sorted(names)).any():
+                found.append(path)
+    return found
+
+
+def _erase_and_serve(history: Releases, outcome: Forgotten, tombstones: Tombstones, action: str) -> Forgotten:
     store, releases = history.store, history.all()
     served = next((release for release in releases if release.serving), None)
     columns = _settings(store, served or releases[-1]).columns if releases else ColumnNames()
-    erased = erase(store, served, tombstones, before, columns)
+    erased = erase(store, served, tombstones, columns)
     usable = [old for old in releases if not old.unusable]
     holding = [old.release for old in usable if holds_forgotten(store, old, tombstones)]
-    outcome = Forgotten(
-        kind=kind,
-        rows=erased.rows,
-        quarantined=erased.quarantined,
-        shards=erased.shards,
-        release=None,
-        erased_releases=holding,
+    outcome = outcome.model_copy(
+        update={
+            "rows": erased.rows,
+            "quarantined": erased.quarantined,
+            "shards": erased.shards,
+            "erased_releases": holding,
+        }
     )
-    _write_log(store, outcome)
-    if not holding:
-        return outcome
-    after = [old.as_erased() if old.release in holding else old.as_checked_with(tombstones.digest) for old in releases]
+    if Tombstones(store).has_lost(tombstones):  # object storage has no lock: two may overwrite each other
+        raise StoreBusyError(f"{store.uri}: another run forgot somebody at the same time; run this again.")
+    counts = outcome.model_dump(include={"kind", "rows", "quarantined", "shards", "erased_releases"})
+    write_log(store, tombstones, action, **counts)
+    after = [
+        old
+        if old.unusable
+        else old.as_erased()
+        if old.release in holding
+        else old.as_matched_with(tombstones.digest, len(tombstones.entries))
+        for old in releases
+    ]
     if served is not None and served.release in holding:
         if any(file.rows for file in erased.features.files.values()):
             release = _release_without(store, served, releases, erased, tombstones)
@@ -151,7 +241,8 @@ def _erase_and_serve(
             after.append(release)
         else:
             log.warning("no row is left: nothing is served until the next `frontalis reprocess`")
-    history.rewrite(after, releases)
+    if after != releases:
+        history.rewrite(after, releases)
     return outcome
 
 
@@ -185,7 +276,7 @@ def _release_without(
             reason=f"without a comparison: {served.release} without {erased.rows} forgotten rows",
             compared_with=served.release,
         ),
-        tombstones=tombstones.digest,
+        tombstones=tombstones,
         source_version=served.source_version,
     )
     write_report(store, release, evaluation, releases)
@@ -223,14 +314,3 @@ def _data(store: Location, before: DataQuality, erased: Erased) -> DataQuality:
 
 def _settings(store: Location, release: Release) -> PipelineSettings:
     return checked(PipelineSettings, {**release.settings, "store": store.uri})
-
-
-def _write_log(store: Location, outcome: Forgotten) -> None:
-    """Add a line to the log: when, which kind and how many, never whom."""
-    place = store / FORGET_LOG
-    try:
-        lines = place.read_bytes()
-    except FileNotFoundError:
-        lines = b""
-    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **outcome.model_dump(exclude={"release"})}
-    place.write_bytes(lines + json.dumps(line).encode() + b"\n")

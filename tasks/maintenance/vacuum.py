@@ -65,7 +65,7 @@ def clean(
         grace_hours = 0.0 if place.is_local else OBJECT_STORAGE_GRACE_HOURS
     with store_lock(place, "vacuum", wait):
         listed = history.all()
-        releases = mark_erased(place, listed, Tombstones(place))
+        releases = mark_erased(place, listed, Tombstones.proven(place, listed))
         kept = kept_releases(releases, keep)
         names = {release.release for release in kept}
         gone = [old for old in releases if old.release not in names and not old.vacuumed]

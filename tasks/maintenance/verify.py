@@ -4,6 +4,7 @@ Nothing is changed. Each problem names the thing, what is wrong, and how to fix 
 listed; they are no problem.
 """
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterable
@@ -21,13 +22,13 @@ from storage.checksums import check_whole
 from storage.delta_log import DamagedFilesError
 from storage.features import feature_keys, features_table, quarantine_table
 from storage.ids import id_keys
-from storage.layout import report_folder
+from storage.layout import FORGET_LOG, TOMBSTONES, report_folder
 from storage.leftovers import find_leftovers
 from storage.location import Location, digest_file
 from storage.manifest import Manifest
 from storage.releases import Releases
 from storage.tables import NO_TABLE, FileTable, LiveFile, Snapshot
-from storage.tombstones import Tombstones
+from storage.tombstones import Tombstones, TombstonesLostError
 from storage.vectors.store import open_ids, open_index
 
 log = logging.getLogger("frontalis.verify")
@@ -36,6 +37,10 @@ RECOMPUTE = "delete it, then run `frontalis reprocess` with this source and thes
 RESTORE_LOG = "restore the table's _delta_log from a backup"
 LOST_VERSION = (
     "run `frontalis reprocess` with this source and these models: it publishes the version again, or marks the release"
+)
+RESTORE_LIST = (
+    "restore the newest copy of it from a backup: one that has every entry which releases and log prove is accepted; "
+    "without a backup run `frontalis forget --new-list --from FILE` with everybody who was ever forgotten"
 )
 FORGET_AGAIN = "run `frontalis forget` once more for the person last forgotten; it applies every tombstone"
 
@@ -86,7 +91,7 @@ class _Check:
         store = history.store
         self.problems: list[Problem] = []
         self.features, self.quarantine = features_table(store), quarantine_table(store)
-        self.tombstones = Tombstones(store)
+        self.tombstones = Tombstones(store, load=False)
         self.keys: dict[str, np.ndarray] = {}
         self.seen: set[str] = set()
         self.bytes = self.rows = 0
@@ -95,6 +100,7 @@ class _Check:
         releases = self.history.all()
         kept = [release for release in releases if not (release.erased or release.vacuumed)]
         self._one_served(releases)
+        self._list_of_tombstones(releases)
         features, quarantine = self._newest(self.features), self._newest(self.quarantine)
         for release in kept:
             log.info("verify: %s", release.release)
@@ -121,6 +127,16 @@ class _Check:
                 f"{len(served)} releases are served",
                 f"run `frontalis rollback --store {self.store.uri} {promoted[-1].release}`",
             )
+
+    def _list_of_tombstones(self, releases: list[Release]) -> None:
+        try:
+            self.tombstones = Tombstones.proven(self.store, releases)
+        except TombstonesLostError as error:
+            self._wrong(TOMBSTONES, error.what, RESTORE_LIST)
+            with contextlib.suppress(TombstonesLostError):
+                self.tombstones = Tombstones(self.store)
+        except StoreError as error:
+            self._wrong(FORGET_LOG, str(error), "restore it from a backup, or correct the line")
 
     def _newest(self, table: FileTable) -> Snapshot:
         try:

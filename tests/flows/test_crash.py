@@ -142,7 +142,7 @@ BETWEEN = {
     "nothing": lambda store: None,
     "vacuum": lambda store: clean(str(store), keep=1),
     "verify": lambda store: check(str(store)),
-    "forget": lambda store: forget(str(store), subject="nobody-of-that-name"),
+    "forget": lambda store: forget(str(store), subject="nobody-of-that-name", in_advance=True),
 }
 """What an operator may type after a kill."""
 

@@ -55,7 +55,7 @@ def live(store: Path) -> dict[str, bytes]:
 BETWEEN = {
     "nothing": lambda store: None,
     "vacuum": lambda store: clean(str(store), keep=1),
-    "forget": lambda store: forget(str(store), subject="nobody-of-that-name"),
+    "forget": lambda store: forget(str(store), subject="nobody-of-that-name", in_advance=True),
 }
 
 

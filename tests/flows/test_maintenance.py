@@ -15,7 +15,7 @@ from flows.verify import verify
 from schemas.errors import SettingsError
 from storage.location import Location
 from storage.releases import Releases
-from tasks.maintenance.forget import Target, read_targets
+from tasks.maintenance.targets import Target, read_targets
 
 
 def test_each_flow_does_its_work_and_the_name_stays_in_the_file(published, person, tmp_path, caplog) -> None:
@@ -36,7 +36,13 @@ def test_each_flow_does_its_work_and_the_name_stays_in_the_file(published, perso
         run = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
         )[0]
-    assert run.parameters == {"store": store, "file": str(names), "wait": 0.0}
+    assert run.parameters == {
+        "store": store,
+        "file": str(names),
+        "wait": 0.0,
+        "ignore_case": False,
+        "in_advance": False,
+    }
     assert person.subject not in run.model_dump_json()
     assert person.subject not in caplog.text
 

@@ -30,7 +30,7 @@ def test_there_are_no_tombstones_at_first(store: Location) -> None:
 def test_who_is_on_the_list_is_matched_by_id_or_subject(store: Location) -> None:
     tombstones = Tombstones(store)
     by_id, by_subject = tombstones.mark("id", "b"), tombstones.mark("subject", "q")
-    tombstones.add([by_id, by_subject])
+    tombstones.add([tombstones.tombstone("id", "b"), tombstones.tombstone("subject", "q")])
     ids = pa.array(["a", "b", None, "c", "q", "b"])
     subjects = pa.array(["p", "p", "q", None, "b", "q"])
     for again in (tombstones, Tombstones(store)):
@@ -45,7 +45,7 @@ def test_who_is_on_the_list_is_matched_by_id_or_subject(store: Location) -> None
 
 def test_integer_ids_are_matched_by_their_digits(store: Location) -> None:
     tombstones = Tombstones(store)
-    tombstones.add([tombstones.mark("id", "17")])
+    tombstones.add([tombstones.tombstone("id", "17")])
     assert tombstones.match(pa.array([17, None, 18]), None)[0].tolist() == [True, False, False]
 
 
@@ -58,7 +58,7 @@ def test_matching_agrees_with_a_naive_reading(
     tmp_path_factory, ids: list[str | None], start: int, gone: set[str]
 ) -> None:
     tombstones = Tombstones(Location(str(tmp_path_factory.getbasetemp() / "nobody")))
-    tombstones.marks = frozenset(tombstones.mark("id", name) for name in gone)
+    tombstones = tombstones.only(tombstones.tombstone("id", name) for name in gone)
     column = pa.array(ids, pa.string()).slice(start)
     rows, marks = tombstones.match(column, None)
     assert rows.tolist() == [name in gone for name in ids[start:]]
@@ -69,12 +69,12 @@ def test_the_list_grows_and_its_digest_follows_it(store: Location) -> None:
     tombstones = Tombstones(store)
     digests = [tombstones.digest]
     for name in ("a", "b"):
-        tombstones.add([tombstones.mark("id", name)])
+        tombstones.add([tombstones.tombstone("id", name)])
         digests.append(tombstones.digest)
     assert len(set(digests)) == 3
     again = Tombstones(store)
     assert (again.marks, again.salt, again.digest) == (tombstones.marks, tombstones.salt, digests[-1])
-    again.add([again.mark("id", "a")])
+    again.add([again.tombstone("id", "a")])
     assert again.digest == digests[-1]
 
 
@@ -82,7 +82,7 @@ def test_the_list_contains_no_names_and_each_store_has_its_own_salt(tmp_path: Pa
     marks = []
     for name in ("one", "two"):
         tombstones = Tombstones(Location(str(tmp_path / name)))
-        tombstones.add([tombstones.mark("subject", "Thomas Wayne")])
+        tombstones.add([tombstones.tombstone("subject", "Thomas Wayne")])
         marks.append(tombstones.marks)
         text = (tmp_path / name / "tombstones.json").read_text()
         assert "Thomas" not in text
@@ -93,7 +93,7 @@ def test_the_list_contains_no_names_and_each_store_has_its_own_salt(tmp_path: Pa
 def test_an_id_is_no_subject_of_the_same_name(store: Location) -> None:
     tombstones = Tombstones(store)
     assert tombstones.mark("id", "a") != tombstones.mark("subject", "a")
-    tombstones.add([tombstones.mark("id", "a")])
+    tombstones.add([tombstones.tombstone("id", "a")])
     assert not np.any(tombstones.match(pa.array(["b"]), pa.array(["a"]))[0])
 
 
@@ -116,5 +116,5 @@ def test_an_id_is_no_subject_of_the_same_name(store: Location) -> None:
 )
 def test_a_damaged_list_stops_the_run(store: Location, content: bytes) -> None:
     (store / "tombstones.json").write_bytes(content)
-    with pytest.raises(StoreError, match=r"tombstones\.json: is damaged \(.*\); restore it from a backup"):
+    with pytest.raises(StoreError, match=r"tombstones\.json: is damaged \(.*\)\. .* restore the newest copy"):
         Tombstones(store)

@@ -3,7 +3,6 @@
 import pickle
 import zipfile
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,6 @@ import pytest
 from models.checkpoint import load
 from models.inference import Reweighter
 from schemas.errors import SettingsError, StoreError
-from schemas.index import IndexSettings
-from schemas.releases import Release
-from schemas.reports import GateDecision
-from storage.location import Location
-from storage.releases import Releases
-from tasks.index import index_mode
 from tasks.query import MAX_K, answer, read_vectors
 
 D = 32
@@ -37,7 +30,7 @@ def write(path: Path, name: str, ids: list[object]) -> None:
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory, run_stages, pipeline_of) -> Callable[..., str]:
+def serve(tmp_path_factory, serve_stages, pipeline_of) -> Callable[..., str]:
     """`serve(ids of shard a, ids of shard b)` gives a store with one release that is served."""
 
     def make(*ids: list[object]) -> str:
@@ -46,28 +39,7 @@ def serve(tmp_path_factory, run_stages, pipeline_of) -> Callable[..., str]:
         for name, some in zip("ab", ids, strict=True):
             write(folder / "source", name, some)
         settings = pipeline_of(folder / "source", folder / "store")
-        plan, _, published = run_stages(settings)
-        indexes = {
-            mode: index_mode(Location(settings.store), "r1", mode, published.features, IndexSettings(), None)
-            for mode in ("raw", "per_sample", "batch_stat")
-        }
-        release = Release(
-            release="r1",
-            number=1,
-            created=datetime.now(UTC),
-            content="0" * 32,
-            source=settings.source,
-            features_version=published.features.version,
-            quarantine_version=None,
-            models=dict(plan.models),
-            indexes=indexes,
-            data=published.data,
-            gate=GateDecision(promoted=True, reason=""),
-            gated={},
-            gated_name="",
-            report=None,
-        )
-        Releases(Location(settings.store)).record(release, [])
+        serve_stages(settings)
         return settings.store
 
     return make
@@ -155,9 +127,19 @@ def test_integer_ids(integer_store: str) -> None:
     found = answer(integer_store, "raw", ids=["7", "-3", str(2**63 - 1)], k=1, include_self=True)
     assert [result.neighbours[0].id for result in found.results] == [7, -3, 2**63 - 1]
     assert [result.query for result in found.results] == [7, -3, 2**63 - 1]
-    for wrong in ("a", "1.5", "", "99999999999999999999", "7\x00"):
+    for wrong in ("a", "1.5", "", "99999999999999999999", "7\x00", "007", "+5", " 6", "6 ", "-0", "1_0", "\u0663"):
         with pytest.raises(SettingsError, match="ids of this store are integers"):
             answer(integer_store, "raw", ids=[wrong])
+
+
+def test_text_ids_are_compared_without_blanks_and_composition(serve) -> None:
+    names = [f"a-{row}" for row in range(ROWS)]
+    names[:4] = ["Zo\u00eb", "twin", "twin ", " padded"]
+    store = serve(names, [f"b-{row}" for row in range(ROWS)])
+    for typed, stored in (("Zoe\u0308 ", "Zo\u00eb"), ("padded", " padded"), ("twin", "twin"), ("twin ", "twin ")):
+        assert answer(store, "raw", ids=[typed]).results[0].query == stored
+    with pytest.raises(SettingsError, match=r"--id ' twin': 2 ids of release r1 differ from it only in blanks"):
+        answer(store, "raw", ids=[" twin"])
 
 
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
@@ -168,7 +150,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "unknown id": ({"ids": ["nobody"]}, "--id 'nobody': is not in release r1"),
     "endless id": ({"ids": ["x" * 10_000]}, r"x… \(10,000 characters\): is not in"),
     "id with control characters": ({"ids": ["\x1b[2J\n"]}, r"--id '\\x1b\[2J\\n'"),
-    "id that is no UTF-8": ({"ids": ["\udcff"]}, r"--id '\\udcff': is not in"),
+    "id that is no UTF-8": ({"ids": ["\udcff"]}, r"--id '\\udcff': is no UTF-8"),
     "unknown release": ({"ids": ["a-0"], "release": "r9"}, "release 'r9' is not in .*; the latest are: r1"),
 }
 

@@ -10,10 +10,12 @@ from schemas.errors import SettingsError
 from storage.location import Location
 from storage.releases import Releases
 from storage.tombstones import Tombstones
+from storage.vectors.store import open_ids
 from tasks.maintenance.forget import forget
 from tasks.maintenance.rollback import roll_back
 from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
+from tasks.outcome import CompletedWithBadShardsError
 from tasks.query import answer
 
 KEEP = {"keep": ["note"]}
@@ -21,7 +23,7 @@ KEEP = {"keep": ["note"]}
 
 def killed_after_its_tombstone(store: Path, subject: str) -> None:
     tombstones = Tombstones(Location(str(store)))
-    tombstones.add([tombstones.mark("subject", subject)])
+    tombstones.add([tombstones.tombstone("subject", subject)])
 
 
 def history(store: Path) -> Releases:
@@ -83,6 +85,45 @@ def test_a_run_without_change_checks_once(published, run_pipeline, person, tmp_p
     version = history(store).table.snapshot().version
     assert run_pipeline(others, store, columns=KEEP).status == "unchanged"
     assert history(store).table.snapshot().version == version
+
+
+def test_a_bad_shard_brings_nobody_back(published, run_pipeline, person, tmp_path) -> None:
+    """Its last good features were matched with an older list: without the person, or not at all."""
+    store, source = published(), tmp_path / "source"
+    shutil.copytree(person.source, source)
+    killed_after_its_tombstone(store, person.subject)
+    holding = next(
+        file for file in sorted(source.glob("*.parquet")) if person.subject in set(pl.read_parquet(file)["subject"])
+    )
+    for number in range(2):
+        holding.write_bytes(f"not Parquet {number}".encode())
+        with pytest.raises(CompletedWithBadShardsError) as raised:
+            run_pipeline(source, store, columns=KEEP)
+        outcome = raised.value.outcome
+        [fault] = outcome.data.bad_shards
+        assert not fault.kept
+        assert number or "hold rows of somebody who was forgotten, so they are left out" in fault.reason
+        release = next(one for one in history(store).all() if one.release == outcome.release)
+        ids = open_ids(Location(str(store)), release.indexes["raw"])
+        assert person.subject not in set(ids["subject"].to_pylist())
+    assert check(str(store)).problems == []
+
+
+def test_forgetting_once_more_keeps_a_bad_shard(published, run_pipeline, person, tmp_path) -> None:
+    store, source = published(), tmp_path / "source"
+    shutil.copytree(person.source, source)
+    killed_after_its_tombstone(store, person.subject)
+    forget(str(store), subject=person.subject)
+    served = history(store).serving()
+    for file in source.glob("*.parquet"):
+        if person.subject in set(pl.read_parquet(file)["subject"]):
+            file.write_bytes(b"not Parquet")
+    with pytest.raises(CompletedWithBadShardsError) as raised:
+        run_pipeline(source, store, columns=KEEP)
+    outcome = raised.value.outcome
+    assert [fault.kept for fault in outcome.data.bad_shards] == [True, True]
+    assert outcome.data.rows_features == served.data.rows_features
+    assert check(str(store)).problems == []
 
 
 def source_of_others(person, folder: Path) -> Path:

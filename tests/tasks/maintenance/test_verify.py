@@ -120,7 +120,7 @@ def test_a_missing_report_is_reported(published) -> None:
 def test_a_forgotten_row_that_is_still_there_is_reported(published, person) -> None:
     store = published()
     tombstones = Tombstones(Location(str(store)))
-    tombstones.add([tombstones.mark("subject", person.subject)])
+    tombstones.add([tombstones.tombstone("subject", person.subject)])
     problems = check(str(store)).problems
     where = " ".join(problem.thing for problem in problems)
     assert all(name in where for name in ("mode=raw", "mode=per_sample", "mode=batch_stat", "quarantine/", "mode raw"))
