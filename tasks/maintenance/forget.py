@@ -123,9 +123,15 @@ def forget_all(
         )
         if dry_run:
             return outcome
+        if not new_list and Tombstones(place).entries != tombstones.entries:  # object storage has no lock
+            raise _busy(place)
         found = matches.found
         tombstones.add(one.replaced(rows=found[one.mark].rows if one.mark in found else 0) for _, one in new)
         return _erase_and_serve(history, outcome, tombstones, NEW_LIST if new_list else "forget")
+
+
+def _busy(store: Location) -> StoreBusyError:
+    return StoreBusyError(f"{store.uri}: another run forgot somebody at the same time; run this again.")
 
 
 def list_tombstones(store: str) -> list[Tombstone]:
@@ -223,7 +229,7 @@ def _erase_and_serve(history: Releases, outcome: Forgotten, tombstones: Tombston
         }
     )
     if Tombstones(store).has_lost(tombstones):  # object storage has no lock: two may overwrite each other
-        raise StoreBusyError(f"{store.uri}: another run forgot somebody at the same time; run this again.")
+        raise _busy(store)
     counts = outcome.model_dump(include={"kind", "rows", "quarantined", "shards", "erased_releases"})
     write_log(store, tombstones, action, **counts)
     after = [

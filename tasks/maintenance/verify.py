@@ -133,10 +133,12 @@ class _Check:
             self.tombstones = Tombstones.proven(self.store, releases)
         except TombstonesLostError as error:
             self._wrong(TOMBSTONES, error.what, RESTORE_LIST)
-            with contextlib.suppress(TombstonesLostError):
-                self.tombstones = Tombstones(self.store)
         except StoreError as error:
             self._wrong(FORGET_LOG, str(error), "restore it from a backup, or correct the line")
+        else:
+            return
+        with contextlib.suppress(TombstonesLostError):  # what is left of it still finds rows
+            self.tombstones = Tombstones(self.store)
 
     def _newest(self, table: FileTable) -> Snapshot:
         try:

@@ -13,6 +13,7 @@ from schemas.errors import BadShardError, StoreBusyError, StoreError
 from schemas.settings import ReweightSettings
 from storage.features import features_table, quarantine_table
 from storage.location import Location
+from storage.tombstones import Tombstones
 from tasks.plan import make_plan, prepare_models
 from tasks.publish import publish
 from tasks.reweight import ReweightSpec, reweight_group
@@ -110,6 +111,33 @@ def test_shard_that_fails_while_it_is_read_keeps_its_last_good_rows(settings, ru
     _, _, third = run_stages(settings)
     assert not third.data.bad_shards
     assert third.data.rows_features == 59
+
+
+@pytest.mark.parametrize("unreadable", [False, True], ids=["while it is read", "at once"])
+@pytest.mark.parametrize("row", [2, 0], ids=["features", "quarantine"])
+def test_bad_shard_with_forgotten_rows_is_left_out(
+    settings, run_stages, source: Path, unreadable: bool, row: int
+) -> None:
+    """Its last good rows were matched with an older list, of which `forget` could not erase them."""
+    write(source, "b", zeros=1)
+    run_stages(settings)
+    tombstones = Tombstones(Location(settings.store))
+    tombstones.add([tombstones.tombstone("id", f"b-{row}")])
+    if unreadable:
+        (source / "b.parquet").write_bytes(b"not Parquet")
+    else:
+        write(source, "b", seed=4)
+        spoil(source / "b.parquet")
+    _, _, published = run_stages(settings)
+    [fault] = published.data.bad_shards
+    assert (fault.shard, fault.kept) == ("b", False)
+    assert "somebody who was forgotten, so they are left out" in fault.reason
+    for snapshot in (published.features, published.quarantine):
+        assert snapshot.of_shard("b") == []
+    tombstones.undo(tombstones.tombstone("id", f"b-{row}").mark)
+    write(source, "b")
+    data = run_stages(settings).published.data
+    assert (data.rows_read, data.forgotten) == (60, 0)
 
 
 def test_shard_of_mostly_bad_rows_keeps_its_last_good_ones(settings, run_stages, source: Path) -> None:

@@ -276,9 +276,9 @@ def test_a_damaged_list_of_tombstones_stops_every_run(published, run_pipeline, p
     store = published()
     forget(str(store), id_="x", in_advance=True)
     (store / "tombstones.json").write_text("{")
-    with pytest.raises(StoreError, match="restore it from a backup"):
+    with pytest.raises(StoreError, match="restore the newest copy of this file from a backup"):
         forget(str(store), id_="y")
-    with pytest.raises(StoreError, match="restore it from a backup"):
+    with pytest.raises(StoreError, match="restore the newest copy of this file from a backup"):
         run_pipeline(person.source, store, columns=KEEP)
 
 

@@ -15,11 +15,13 @@ from flows.reprocess import run as reprocess
 from frontalis.cli import app
 from frontalis.process import Command
 from models.checkpoint import load
-from schemas.errors import SettingsError
+from schemas.errors import SettingsError, StoreBusyError
 from storage.location import Location
 from storage.releases import Releases
 from storage.tombstones import Tombstones, TombstonesLostError
+from tasks.maintenance.erase import erase
 from tasks.maintenance.forget import forget_all, list_tombstones, undo
+from tasks.maintenance.forgotten_rows import find_matches
 from tasks.maintenance.rollback import roll_back
 from tasks.maintenance.targets import Target, read_targets
 from tasks.maintenance.vacuum import clean
@@ -214,6 +216,31 @@ def test_a_tombstone_is_lifted_from_the_next_run_on(store: str, original: Path, 
     (Path(store) / "tombstones.json").write_text(before)
     with pytest.raises(TombstonesLostError, match="has 2 entries, but"):
         list_tombstones(store)
+
+
+def test_of_two_erasures_at_once_the_one_that_was_overwritten_is_repeated(store: str, monkeypatch) -> None:
+    """Object storage has no lock: the list of the other one took the place of ours."""
+    other = Tombstones(Location(store))
+    in_advance(store, "first")
+
+    def slow(*words: object) -> object:
+        other.add([other.tombstone("subject", "other")])
+        return erase(*words)
+
+    def late(*words: object) -> object:
+        other.add([other.tombstone("subject", "other")])
+        return find_matches(*words)
+
+    before = (Path(store) / "tombstones.json").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("tasks.maintenance.forget.find_matches", late)
+        with pytest.raises(StoreBusyError, match="at the same time; run this again"):
+            in_advance(store, "second")
+    (Path(store) / "tombstones.json").write_bytes(before)
+    monkeypatch.setattr("tasks.maintenance.forget.erase", slow)
+    with pytest.raises(StoreBusyError, match="another run forgot somebody at the same time; run this again"):
+        in_advance(store, "second")
+    assert len((Path(store) / "forgotten.jsonl").read_text().splitlines()) == 1
 
 
 def test_hashes_of_a_training_subject_go_with_the_last_release_that_needs_the_model(
