@@ -32,10 +32,10 @@ class ShardRecord:
     """What is known of one shard.
 
     `size`, `mtime_ns` and `change` only decide whether to read it again; `basis` is the digest of what the counts
-    depend on beside the file (column names, tombstones, partition values). `partitions` is the digest of the partition
-    values, empty where there are none. `duplicates` and `collisions` are row numbers, `forgotten`
-    the tombstones that match a row, `forgotten_rows` how many rows they remove. `blank_subjects` counts the rows whose
-    subject is blank; it is None in a manifest of an earlier build, so the shard is read again.
+    depend on beside the file (column names and tombstones), `partitions` that of the partition values, empty where
+    there are none. `duplicates` and `collisions` are row numbers, `forgotten` the tombstones that match a row,
+    `forgotten_rows` how many rows they remove. `blank_subjects` counts the rows whose subject is blank; it is None in a
+    manifest of an earlier build, so the shard is read again.
     """
 
     key: str
@@ -83,12 +83,14 @@ class ShardRecord:
             self.mtime_ns,
             self.change,
             self.basis,
+            self.partitions,
         ) == (
             shard.uri,
             shard.size,
             shard.mtime_ns,
             shard.change,
-            _basis(basis, shard),
+            basis,
+            partition_digest(shard.partitions),
         )
 
 
@@ -197,7 +199,7 @@ class Manifest:
             size=shard.size,
             mtime_ns=shard.mtime_ns,
             change=shard.change,
-            basis=_basis(basis, shard),
+            basis=basis,
             content=content,
             rows=rows,
             dim=schema.dim,
@@ -292,14 +294,10 @@ def find_misfits(
     }
 
 
-def _basis(basis: str, shard: Shard) -> str:
-    """Return the basis with the partition values: two files of equal bytes may differ in them, and so their ids."""
-    partitions = partition_digest(shard.partitions)
-    return digest_of(basis.encode(), partitions.encode())[:12] if partitions else basis
-
-
 def _keys_path(record: ShardRecord) -> str:
-    return row_keys_path(record.content, record.basis)
+    # Two files of equal bytes may differ in their partition values, and so in their ids.
+    basis = digest_of(record.basis.encode(), record.partitions.encode())[:12] if record.partitions else record.basis
+    return row_keys_path(record.content, basis)
 
 
 def _concatenated(parts: list[np.ndarray]) -> np.ndarray:

@@ -21,11 +21,13 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable, write_deltalake
 
 from schemas.errors import FrontalisError, SettingsError, StoreBusyError, StoreError
 from storage.features import features_table, read_table
 from storage.location import Location
 from storage.releases import Releases
+from storage.shards import find_shards, still_same, stream_blocks
 from tasks.maintenance.forget import forget
 from tasks.maintenance.rollback import roll_back
 from tasks.maintenance.vacuum import clean
@@ -114,6 +116,23 @@ def test_other_tools_read_it(first_run, s3) -> None:
     frame = pl.scan_delta(f"{first_run}/features", storage_options=options).collect()
     assert frame.group_by("mode").len()["len"].n_unique() == 1
     assert set(frame["mode"]) == {"raw", "per_sample", "batch_stat"}
+
+
+def test_a_delta_table_and_hive_folders_are_sources(s3, tiny_source) -> None:
+    rows = pq.read_table(tiny_source, columns=["id", "pose"])
+    for source in ("s3://faces/table", "s3://faces/hive"):
+        place = Location(source)
+        write_deltalake(place.uri, rows, partition_by=["pose"], storage_options=place.delta_options)
+        DeltaTable(place.uri, storage_options=place.delta_options).delete("pose = 'profile'")
+    (Location("s3://faces/hive") / "_delta_log").delete()  # what is left is a hive folder with all of its files
+    for source, poses in (("s3://faces/table", {"frontal"}), ("s3://faces/hive", {"frontal", "profile"})):
+        found = [block for shard in find_shards(Location(source)) for _, block in stream_blocks(shard, ["pose"], 4096)]
+        assert set(pa.Table.from_batches(found)["pose"].to_pylist()) == poses
+    shards = find_shards(Location("s3://faces/table"))
+    assert [(shard.version, still_same(shard)) for shard in shards] == [(1, True)] * len(shards)
+    for refused in ("s3://faces/table/pose=frontal", "s3://faces"):
+        with pytest.raises(SettingsError, match="pass the table"):
+            find_shards(Location(refused))
 
 
 def test_a_query_is_answered(first_run, shards) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
@@ -16,6 +17,7 @@ from deltalake import DeltaTable
 from flows.query import answer
 from schemas.errors import SettingsError, StoreError
 from storage.location import Location
+from storage.manifest import Manifest
 from storage.releases import Releases
 from tasks.maintenance.forget import forget
 from tasks.maintenance.rollback import roll_back
@@ -270,6 +272,19 @@ def test_the_last_person_can_be_forgotten(run_pipeline, tmp_path) -> None:
     assert done.release is None
     with pytest.raises(StoreError, match="no release is served"):
         answer(str(store), "raw", ids=["any"])
+
+
+def test_a_subject_of_hive_folders_is_forgotten_and_stays_so(run_pipeline, tiny_source, tmp_path) -> None:
+    source, store = tmp_path / "hive", tmp_path / "store"
+    table = pq.read_table(tiny_source)
+    ds.write_dataset(table, source, format="parquet", partitioning=["subject"], partitioning_flavor="hive")
+    assert run_pipeline(source, store).data.rows_features == 280
+    forget(str(store), subject="subject-000003")
+    manifest = Manifest(Location(str(store))).load()
+    assert len(manifest.records) == 20
+    assert run_pipeline(source, store).status == "unchanged"
+    assert Manifest(Location(str(store))).load().records == manifest.records
+    assert rows_of(store, "subject-000003").is_empty()
 
 
 def test_a_damaged_list_of_tombstones_stops_every_run(published, run_pipeline, person) -> None:
