@@ -33,6 +33,7 @@ from tasks.gate import decide
 from tasks.index import Previous, is_indexed, previous_indexes, release_features
 from tasks.maintenance.erased_releases import mark_erased_releases
 from tasks.maintenance.lost_releases import is_published, mark_lost_releases
+from tasks.maintenance.vacuum import apply_retention
 from tasks.outcome import CompletedWithBadShardsError, Outcome
 from tasks.release import build_release, next_release_name, release_content, write_report
 from tasks.stages import evaluate_task, index_task, models_task, plan_task, publish_task
@@ -144,6 +145,7 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
     _show_in_prefect(store, release, evaluation)
     # The release that was served until now may hold a person whose erasure was interrupted.
     mark_erased_releases(history, tombstones)
+    apply_retention(store, settings.retention)
     outcome = Outcome.measured(settings.store, release, evaluation, plan, results, time.monotonic() - started)
     for warning in outcome.warnings:
         log.warning("%s", warning)

@@ -323,7 +323,7 @@ def forget(
 @_command(kept="run the same command again to remove the rest")
 def vacuum(
     store: Store,
-    keep: Annotated[int, typer.Option(help="How many promoted releases to keep.")] = 10,
+    keep: Annotated[int, typer.Option(help="How many promoted releases to keep.")] = 14,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be removed, and remove nothing.")] = False,
     grace_hours: Annotated[
         float | None,

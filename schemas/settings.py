@@ -17,6 +17,7 @@ from schemas.metrics import ALL, EER, FRONTAL_FRONTAL, FRONTAL_PROFILE, POSE_CLA
 from schemas.models import Mode, Precision
 
 Device = Literal["auto", "cpu", "cuda"]
+KEEP_RELEASES = 14
 HARMLESS = 0.002  # a fifth of a frontal EER of 1%; a difference this small is noise on dozens of subjects
 
 Checked = TypeVar("Checked", bound="Settings")
@@ -148,6 +149,15 @@ class RunnerSettings(Settings):
     address: str | None = Field(default=None, description="address of a running Dask scheduler")
 
 
+class RetentionSettings(Settings):
+    """What a run that made a release leaves of older ones; see `tasks.maintenance.vacuum`."""
+
+    keep: int = Field(default=KEEP_RELEASES, ge=0, description="promoted releases whose files stay; 0 keeps all")
+    min_age_hours: float | None = Field(
+        default=None, ge=0, le=1e6, description="younger files stay; None: 0 locally, 24 on object storage"
+    )
+
+
 class PipelineSettings(Settings):
     """All that `reprocess` needs; the content of `pipeline.toml`."""
 
@@ -160,6 +170,7 @@ class PipelineSettings(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
     runner: RunnerSettings = RunnerSettings()
+    retention: RetentionSettings = RetentionSettings()
     wait: float = Field(default=0.0, ge=0, description="seconds to wait for another run that holds the store")
 
     @field_validator("models")

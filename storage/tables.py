@@ -18,7 +18,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from schemas.errors import SettingsError, StoreBusyError, StoreError
-from storage.delta_log import DeltaLog
+from storage.delta_log import DamagedFilesError, DeltaLog
 from storage.location import Location
 
 APPLICATION = "frontalis"
@@ -185,6 +185,14 @@ class FileTable:
             raise StoreError(f"{self.place.uri}: the table cannot be made ({error}).") from error
 
     def _open(self, version: int | None = None) -> DeltaTable | None:
+        try:
+            return self._open_once(version)
+        except DamagedFilesError:
+            raise
+        except StoreError:  # a vacuum may have replaced commits with a checkpoint while they were read
+            return self._open_once(version)
+
+    def _open_once(self, version: int | None) -> DeltaTable | None:
         try:
             table = DeltaTable(self.place.uri, version=version, storage_options=self.place.delta_options)
             self._check_own(table)

@@ -49,8 +49,8 @@ def index_mode(
     """Make the index of one mode of a release, with the least work that gives it.
 
     In this order: the index is there already (a run was interrupted after it); nothing changed since the previous
-    release, so its files are shared; a part changed, so the rows of changed shards are removed and added; else it is
-    built.
+    release, so the new one names the same files; a part changed, so the rows of changed shards are removed and added;
+    else it is built.
 
     Raises:
         StoreError: a feature file is damaged or vectors differ in length.
@@ -65,10 +65,9 @@ def index_mode(
     old = previous.release.indexes.get(mode) if previous else None
     if previous is not None and old is not None:
         before = {file.path: file for file in previous.features.of_mode(mode)}
-        if list(before) == list(files) and choose_factory(old.rows, old.dim, settings) == old.factory:
-            shared = _share(store, old, folder)
-            if shared is not None:
-                return shared
+        unchanged = list(before) == list(files) and choose_factory(old.rows, old.dim, settings) == old.factory
+        if unchanged and _is_whole(store, old):
+            return old
         updated = _update(store, folder, table, old, before, files, settings)
         if updated is not None:
             return updated
@@ -134,15 +133,13 @@ def _finished(store: Location, folder: str) -> IndexRef | None:
     return reference
 
 
-def _share(store: Location, old: IndexRef, folder: str) -> IndexRef | None:
-    """Use the previous release's files under the new release's name, or None where they are damaged."""
+def _is_whole(store: Location, reference: IndexRef) -> bool:
     try:
-        ids = open_ids(store, old)
-        open_index(store, old)
+        open_ids(store, reference)
+        open_index(store, reference)
     except StoreError:
-        return None
-    (store / old.path).copy_to(store / f"{folder}/{INDEX_FILE}")
-    return _write_ids(store, folder, ids, old)
+        return False
+    return True
 
 
 def _update(

@@ -2,7 +2,8 @@
 
 Kept are the release that is served, the last `keep` promoted ones, and whatever else is among the newest `keep`; never
 one that holds a forgotten person. The others stay in the history with their metrics and are marked as vacuumed before
-the first file is deleted: a run that is interrupted leaves only leftovers for the next one.
+the first file is deleted: a run that is interrupted leaves only leftovers for the next one. Logs of the tables are cut
+to the oldest version that a kept release names, and a few more.
 """
 
 import logging
@@ -12,8 +13,10 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from schemas.errors import SettingsError
+from schemas.errors import FrontalisError, SettingsError
 from schemas.releases import Release
+from schemas.settings import KEEP_RELEASES, RetentionSettings
+from storage.features import features_table, quarantine_table
 from storage.leftovers import Leftover, find_leftovers
 from storage.location import Location
 from storage.lock import store_lock
@@ -23,7 +26,7 @@ from tasks.maintenance.erased_releases import mark_erased
 
 log = logging.getLogger("frontalis.vacuum")
 
-KEEP = 10
+LOG_MARGIN = 10  # newest commits that stay anyway: a reader or a rollback, which have no lock, may be at one of them
 # Object storage has no lock: a file this young may belong to a run that has not committed yet.
 OBJECT_STORAGE_GRACE_HOURS = 24.0
 
@@ -40,7 +43,7 @@ class Vacuumed(BaseModel):
 
 
 def clean(
-    store: str, *, keep: int = KEEP, dry_run: bool = False, grace_hours: float | None = None, wait: float = 0.0
+    store: str, *, keep: int = KEEP_RELEASES, dry_run: bool = False, grace_hours: float | None = None, wait: float = 0.0
 ) -> Vacuumed:
     """Remove what nothing needs.
 
@@ -60,24 +63,42 @@ def clean(
     if keep < 1:
         raise SettingsError(f"--keep {keep}: at least 1 release is kept.")
     history = Releases.of(Location(store))
+    with store_lock(history.store, "vacuum", wait):
+        return _clean(history, keep, dry_run, grace_hours)
+
+
+def apply_retention(store: Location, retention: RetentionSettings) -> None:
+    """Remove what nothing needs at the end of a run, which holds the lock. A failure is a warning: the run is done."""
+    if not retention.keep:
+        return
+    try:
+        done = _clean(Releases(store), retention.keep, False, retention.min_age_hours)
+    except (FrontalisError, OSError) as error:
+        log.warning("retention: not everything was removed (%s); run `frontalis vacuum --store %s`", error, store.uri)
+        return
+    if done.files:
+        log.info("retention: %d files of %d bytes removed", len(done.files), done.bytes)
+
+
+def _clean(history: Releases, keep: int, dry_run: bool, grace_hours: float | None) -> Vacuumed:
     place = history.store
     if grace_hours is None:
         grace_hours = 0.0 if place.is_local else OBJECT_STORAGE_GRACE_HOURS
-    with store_lock(place, "vacuum", wait):
-        listed = history.all()
-        releases = mark_erased(place, listed, Tombstones.proven(place, listed))
-        kept = kept_releases(releases, keep)
-        names = {release.release for release in kept}
-        gone = [old for old in releases if old.release not in names and not old.vacuumed]
-        find_leftovers(place, kept)  # refuses before anything is marked
-        after = [old if old.release in names else old.as_vacuumed() for old in releases]
-        if after != listed and not dry_run:
-            history.rewrite(after, listed)
-        found = find_leftovers(place, kept)
-        youngest = time.time_ns() - int(grace_hours * 3600e9)
-        old_enough = [one for one in found if not grace_hours or one.mtime_ns < youngest]
-        if not dry_run:
-            _delete(place, old_enough)
+    listed = history.all()
+    releases = mark_erased(place, listed, Tombstones.proven(place, listed))
+    kept = kept_releases(releases, keep)
+    names = {release.release for release in kept}
+    gone = [old for old in releases if old.release not in names and not old.vacuumed]
+    find_leftovers(place, kept)  # refuses before anything is marked
+    after = [old if old.release in names else old.as_vacuumed() for old in releases]
+    if after != listed and not dry_run:
+        history.rewrite(after, listed)
+    found = find_leftovers(place, kept)
+    youngest = time.time_ns() - int(grace_hours * 3600e9)
+    old_enough = [one for one in found if not grace_hours or one.mtime_ns < youngest]
+    if not dry_run:
+        _delete(place, old_enough)
+        _trim_logs(history, kept)
     return Vacuumed(
         dry_run=dry_run,
         kept_releases=[release.release for release in kept],
@@ -88,12 +109,23 @@ def clean(
     )
 
 
-def kept_releases(releases: Sequence[Release], keep: int = KEEP) -> list[Release]:
+def kept_releases(releases: Sequence[Release], keep: int = KEEP_RELEASES) -> list[Release]:
     """Return the releases whose files stay, oldest first."""
     sound = [release for release in releases if not (release.erased or release.vacuumed)]
     promoted = [release for release in sound if release.gate.promoted][-keep:]
     names = {release.release for release in [*promoted, *sound[-keep:]]}
     return [release for release in sound if release.serving or release.release in names]
+
+
+def _trim_logs(history: Releases, kept: Sequence[Release]) -> None:
+    features, quarantine = features_table(history.store), quarantine_table(history.store)
+    for table, versions in (
+        (features, [release.features_version for release in kept]),
+        (quarantine, [release.quarantine_version for release in kept if release.quarantine_version is not None]),
+        (history.table, []),
+    ):
+        newest = table.snapshot().version
+        table.log.trim(min([*versions, newest - LOG_MARGIN]), table.place.delta_options)
 
 
 def _delete(store: Location, leftovers: Sequence[Leftover]) -> None:

@@ -139,11 +139,8 @@ def test_nothing_changed_shares_the_files(features_of, store: Location) -> None:
     before = features_of()
     first = index_mode(store, "r1", "raw", before, FLAT, None)
     second = index_mode(store, "r2", "raw", before, FLAT, release_of("r1", before, first))
-    assert second.path == "indexes/r2/raw/index.faiss"
-    assert (second.digest, second.rows, second.changed) == (first.digest, first.rows, 0)
-    assert Path(store.path, first.path).samefile(Path(store.path, second.path))
-    (store / "indexes/r1").delete()
-    assert len(open_index(store, second)) == 400
+    assert second == first
+    assert not (store / "indexes/r2").exists()
 
 
 def test_finished_index_is_taken_as_it_is(features_of, store: Location) -> None:

@@ -55,7 +55,7 @@ def test_the_last_releases_stay_servable_and_the_others_go(store) -> None:
     assert set(before) - set(after) >= set(done.files)
     assert sum(before[name] for name in set(before) - set(after)) >= done.bytes > 0
     for name in names[:2]:
-        assert not list(store.glob(f"indexes/{name}/*"))
+        assert not list(store.glob(f"indexes/{name}/per_sample"))
         assert not list(store.glob(f"reports/{name}/*"))
         with pytest.raises(SettingsError, match="removed by `frontalis vacuum`"):
             roll_back(str(store), name)
