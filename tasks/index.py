@@ -31,6 +31,7 @@ log = logging.getLogger("frontalis.index")
 
 PREVIOUS_RELEASES = 10  # how far back an index to update is looked for
 AUDIT_QUERIES = 256
+TUNING_QUERIES = 128
 JOINED_ROWS = 16_384  # measured in docs/decisions.md, Incremental
 REFERENCE = b"frontalis.index"
 
@@ -78,7 +79,7 @@ def index_mode(
         raise StoreError(f"{store.uri}: mode {mode} has no row to index; every row of the source is bad or forgotten.")
     dim = _dim(table, files.values())
     index = build(lambda: _batches(table, files.values()), rows, dim, settings)
-    return _write(store, folder, index, table, files, ids, choose_factory(rows, dim, settings), 0)
+    return _write(store, folder, index, table, files, ids, choose_factory(rows, dim, settings), 0, settings)
 
 
 def previous_indexes(
@@ -175,7 +176,7 @@ def _update(
     if new.num_rows != rows or not np.array_equal(index.keys(), np.sort(new["key"].to_numpy())):
         log.warning("the previous index does not hold the rows of its release; building a new one")
         return None
-    return _write(store, folder, index, table, files, new, old.factory, old.changed + moved)
+    return _write(store, folder, index, table, files, new, old.factory, old.changed + moved, settings)
 
 
 def _write(
@@ -187,13 +188,14 @@ def _write(
     ids: pa.Table,
     factory: str,
     changed: int,
+    settings: IndexSettings,
 ) -> IndexRef:
     rows = sum(file.rows for file in files.values())
     if not len(index) == ids.num_rows == rows:
         raise StoreError(
             f"{store.uri}/{folder}: {len(index)} vectors and {ids.num_rows} ids for {rows} rows; run again."
         )
-    recall = _recall(index, table, files)
+    recall = _recall(index, table, files, None if settings.nprobe else settings.recall)
     path = f"{folder}/{INDEX_FILE}"
     with (store / path).writing() as file:
         written = index.write(file)
@@ -214,17 +216,19 @@ def _write(
     return _write_ids(store, folder, ids.sort_by("key"), reference)
 
 
-def _recall(index: VectorIndex, table: FileTable, files: Mapping[str, LiveFile]) -> Recall:
+def _recall(index: VectorIndex, table: FileTable, files: Mapping[str, LiveFile], wanted: float | None) -> Recall:
     """Audit the index on queries that are not its rows: between two neighbouring rows of a file, nearer to one.
 
-    Rows of one subject are neighbours in most shards, so most queries are where real ones are. 256 queries in all.
+    Rows of one subject are neighbours in most shards, so most queries are where real ones are. 256 queries in all; with
+    `wanted` recall 128 more, which tune the index.
     """
     if index.is_exact:
         return Recall(1.0, 1.0, 0)
     queries: list[np.ndarray] = []
-    share = max(1, -(-AUDIT_QUERIES // len(files)))
+    count = AUDIT_QUERIES + (TUNING_QUERIES if wanted is not None else 0)
+    share = max(1, -(-count // len(files)))
     for file in files.values():
-        if sum(map(len, queries)) >= AUDIT_QUERIES:
+        if sum(map(len, queries)) >= count:
             break
         for _, vectors in _batches(table, [file]):
             unit = unit_rows(vectors, index.dim)
@@ -232,7 +236,7 @@ def _recall(index: VectorIndex, table: FileTable, files: Mapping[str, LiveFile])
             usable = 2 * unit[:-1] + unit[1:] if len(unit) > 1 else unit
             queries.append(usable[np.linspace(0, len(usable) - 1, min(share, len(usable))).astype(int)])
             break
-    return audit_recall(index, lambda: _batches(table, files.values()), np.concatenate(queries))
+    return audit_recall(index, lambda: _batches(table, files.values()), np.concatenate(queries), wanted)
 
 
 def _write_ids(store: Location, folder: str, ids: pa.Table, reference: IndexRef) -> IndexRef:

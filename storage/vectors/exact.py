@@ -61,25 +61,40 @@ def exact_search(flat: Any, keys: np.ndarray, queries: np.ndarray, k: int) -> Be
         k: at most the number of rows.
     """
     rows = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
-    slack = flat.d * 2.0**-23
+    slack, step = flat.d * 2.0**-23, max(1, _BLOCK_NUMBERS // flat.d)
     proposed = min(k + max(16, k // 8), flat.ntotal)
     proposed_scores, proposed_at = flat.search(queries, proposed)
-    best_scores, best_keys = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-    step = max(1, _BLOCK_NUMBERS // (proposed * flat.d))
-    for start in range(0, len(queries), step):
-        part = slice(start, start + step)
-        at = proposed_at[part]
-        found = order_best(_scores(rows[at], queries[part, None]), keys[at])
-        best_scores[part], best_keys[part] = found[0][:, :k], found[1][:, :k]
+    best_scores, best_keys = rescore(rows, keys, queries, proposed_at, k)
     if proposed < flat.ntotal:
         for query in np.flatnonzero(proposed_scores[:, -1] >= best_scores[:, -1] - 2 * slack):
             _, _, at = flat.range_search(queries[query : query + 1], float(best_scores[query, -1]) - slack)
-            scores = np.concatenate(
-                [_scores(rows[at[s : s + step * proposed]], queries[query]) for s in range(0, len(at), step * proposed)]
-            )
+            scores = np.concatenate([_scores(rows[at[s : s + step]], queries[query]) for s in range(0, len(at), step)])
             found = order_best(scores[None], keys[at][None])
             best_scores[query], best_keys[query] = found[0][0, :k], found[1][0, :k]
     return best_scores, best_keys
+
+
+def rescore(rows: np.ndarray, keys: np.ndarray, queries: np.ndarray, at: np.ndarray, k: int) -> Best:
+    """Return the `k` best of each query's candidates, scored as in `exact_search`.
+
+    Args:
+        rows: unit vectors, float32 `[rows, D]`.
+        keys: int64 `[rows]`.
+        queries: unit vectors, float32 `[n, D]`.
+        at: row numbers of the candidates, int64 `[n, candidates]`, each once; negative ones stand for none.
+        k: at most the number of candidates; where there are fewer, the rest has score −inf and key −1.
+    """
+    scores, found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    step = max(1, _BLOCK_NUMBERS // (at.shape[1] * rows.shape[1]))
+    for start in range(0, len(queries), step):
+        part = slice(start, start + step)
+        none = at[part] < 0
+        ordered = order_best(
+            np.where(none, -np.inf, _scores(rows[at[part]], queries[part, None])).astype(np.float32),
+            np.where(none, -1, keys[at[part]]),
+        )
+        scores[part], found[part] = ordered[0][:, :k], ordered[1][:, :k]
+    return scores, found
 
 
 def order_best(scores: np.ndarray, keys: np.ndarray) -> Best:

@@ -14,6 +14,7 @@ from schemas.errors import SettingsError, StoreError
 from schemas.index import IndexSettings
 from storage.vectors.exact import Best, exact_search, order_best, unit_rows
 from storage.vectors.files import Written, read_faiss, write_faiss
+from storage.vectors.refined import K_FACTOR, Refined, list_keys, remove_from_lists
 
 Batch = tuple[np.ndarray, np.ndarray]
 """Keys, int64 `[n]`, and their vectors, float32 `[n, D]`; the vectors need not be normalised."""
@@ -22,8 +23,14 @@ Batches = Callable[[], Iterable[Batch]]
 
 EXACT_ROWS = 262_144
 """Up to here "auto" compares with every row: at 512 numbers one query takes 0.09 s on two cores (measured)."""
-ROWS_PER_LIST = 39
-"""Training rows that FAISS wants for a list, below which it warns of bad clusters."""
+WHOLE_ROWS = 32_768  # of a batch of `whole_rows`
+ROWS_PER_LIST = 40
+"""Training rows for a list: FAISS warns below 39, and recall does not grow above (docs/index.md)."""
+LEAST_TRAINING_ROWS = 16_384
+ITERATIONS = 6
+"""Of the clustering; recall does not grow above (docs/index.md)."""
+KEY_BYTES = 72
+"""A key costs 8 bytes in an array, 8 in a list or none, and 56 in a hash map."""
 
 
 def choose_factory(rows: int, dim: int, settings: IndexSettings) -> str:
@@ -32,11 +39,13 @@ def choose_factory(rows: int, dim: int, settings: IndexSettings) -> str:
     A string in the settings is taken as it is. "auto" gives the first of these that fits the memory budget:
 
     - `Flat`, up to `EXACT_ROWS` rows: exact, no training;
-    - `IVF…,Flat`: the rows in lists of which a search visits some, the vectors as they are (4·D bytes a row);
+    - `IVF…,PQ…x4fs,RFlat`: codes of half a byte for four numbers, in lists of which a search visits some; they propose
+      candidates, and the vectors beside them score these exactly (4.1·D bytes a row; where four does not divide D:
+      `IVF…,Flat`);
     - `IVF…,SQ8`: a byte for a number (D bytes a row);
     - `IVF…,PQ…`: D/2, D/4, … down to D/32 bytes a row, as far as D divides.
 
-    The number of lists is the power of two at or below 4·√rows, as far as `training_rows` feed so many clusters.
+    The number of lists is the power of two at or below 1.5·√rows, as far as `training_rows` feed so many clusters.
 
     Raises:
         SettingsError: FAISS does not know the string, or it cannot hold `dim` numbers or inner products; or no kind
@@ -46,11 +55,12 @@ def choose_factory(rows: int, dim: int, settings: IndexSettings) -> str:
         _empty_index(settings.factory, dim)
         return settings.factory
     budget = settings.memory_budget_gb * 1e9
-    if rows <= EXACT_ROWS and rows * (4 * dim + 64) <= budget:  # a key costs 8 bytes and its place in a hash map 56
+    if rows <= EXACT_ROWS and rows * (4 * dim + KEY_BYTES) <= budget:
         return "Flat"
-    lists = _power_of_two_below(min(4 * rows**0.5, min(rows, settings.training_rows) / ROWS_PER_LIST))
+    lists = _power_of_two_below(min(1.5 * rows**0.5, min(rows, settings.training_rows) / ROWS_PER_LIST))
     codes = {f"PQ{dim // part}": dim // part for part in (2, 4, 8, 16, 32) if dim % part == 0}
-    for name, code_bytes in ({"Flat": 4 * dim, "SQ8": dim} | codes).items():
+    whole = {"Flat": 4 * dim} if dim % 4 else {f"PQ{dim // 4}x4fs,RFlat": 4 * dim + dim // 8 + KEY_BYTES}
+    for name, code_bytes in (whole | {"SQ8": dim} | codes).items():
         needed = rows * (code_bytes + 8) + lists * dim * 4
         if needed <= budget:
             return f"IVF{lists},{name}"
@@ -64,8 +74,8 @@ def build(batches: Batches, rows: int, dim: int, settings: IndexSettings) -> "Ve
     """Build an index of the kind that `choose_factory` gives, trained on a random sample over all batches.
 
     The sample (`training_rows` of them, without replacement) and the clustering are drawn from `settings.seed`: the
-    same batches give the same bytes, except from kinds that grow a graph in parallel (HNSW, NSG). No rows give an empty
-    exact index.
+    same batches give the same bytes, except from kinds that grow a graph in parallel (HNSW, NSG). A refined kind holds
+    all vectors in any case, so it reads the batches once and is trained from memory. No rows give an empty exact index.
 
     Args:
         batches: gives a fresh pass over all rows; vectors are normalised here.
@@ -81,8 +91,18 @@ def build(batches: Batches, rows: int, dim: int, settings: IndexSettings) -> "Ve
     factory = choose_factory(rows, dim, settings) if rows else "Flat"
     index = _empty_index(factory, dim)
     _tune(index, settings)
+    refined = Refined.of(index)
+    if refined is not None:
+        vectors, all_keys = refined.reserve(rows), np.empty(rows, np.int64)
+        _read_all(batches, vectors, all_keys)
+        _train(
+            refined.codes, np.take(vectors, _training_rows(refined.codes, rows, settings), axis=0), factory, settings
+        )
+        refined.fill(all_keys)
+        _refuse_repeated(all_keys)
+        return VectorIndex(index)
     if not index.is_trained:
-        sample = _training_sample(batches, rows, dim, settings)
+        sample = _training_sample(batches, rows, dim, _training_rows(index, rows, settings))
         _train(index, sample, factory, settings)
         del sample
     seen = [np.empty(0, np.int64)]
@@ -91,10 +111,7 @@ def build(batches: Batches, rows: int, dim: int, settings: IndexSettings) -> "Ve
         index.add_with_ids(unit_rows(vectors, dim, keys), keys)
         seen.append(keys.copy())
     all_keys = np.concatenate(seen)
-    if len(all_keys) != rows:
-        raise StoreError(
-            f"{rows:,} rows were announced for the index but {len(all_keys):,} came; the features changed meanwhile"
-        )
+    _refuse_other_count(rows, len(all_keys))
     _refuse_repeated(all_keys)
     return VectorIndex(index)
 
@@ -106,6 +123,7 @@ class VectorIndex:
         self._index = index
         inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap2) else None
         self._flat = inner if isinstance(inner, faiss.IndexFlat) else None
+        self._refined = Refined.of(index)
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -122,7 +140,9 @@ class VectorIndex:
 
     @property
     def can_update(self) -> bool:
-        """Whether rows can be removed; graphs (HNSW, NSG) and re-ranked kinds cannot, and are rebuilt."""
+        """Whether rows can be removed; graphs (HNSW, NSG) and compressed refinements cannot, and are rebuilt."""
+        if self._refined is not None:
+            return self._refined.can_remove
         try:
             self._index.remove_ids(np.empty(0, np.int64))
         except RuntimeError:  # FAISS: "remove_ids not implemented for this type of index"
@@ -131,19 +151,30 @@ class VectorIndex:
 
     def keys(self) -> np.ndarray:
         """Return the keys of all rows, ascending."""
-        lists = _lists_of(self._index)
-        if lists is None:
+        if isinstance(self._index, faiss.IndexIDMap2):
             return np.sort(faiss.vector_to_array(self._index.id_map))
-        held = lists.invlists  # codes are not looked at: not every kind gives them as bytes
-        sizes = {number: held.list_size(number) for number in range(lists.nlist)}
-        found = [faiss.rev_swig_ptr(held.get_ids(number), rows) for number, rows in sizes.items() if rows]
-        return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
+        return np.sort(np.concatenate([np.empty(0, np.int64), *list_keys(_lists_of(self._index))]))
+
+    @property
+    def lists(self) -> int:
+        """How many inverted lists there are; 0 for kinds without."""
+        lists = _lists_of(self._index)
+        return 0 if lists is None else int(lists.nlist)
+
+    def visit(self, lists: int) -> None:
+        """Let a search visit so many lists; the number is kept in the file."""
+        faiss.extract_index_ivf(self._index).nprobe = lists
 
     def whole_rows(self) -> Iterator[Batch] | None:
-        """Yield keys and unit vectors, list by list, where lists hold them uncompressed; None for other kinds.
+        """Yield keys and unit vectors where the index holds them uncompressed; None for other kinds.
 
         They are views, which the next change of the index makes invalid.
         """
+        if self._refined is not None:
+            keys, vectors = self._refined.keys, self._refined.vectors
+            return (
+                (keys[at : at + WHOLE_ROWS], vectors[at : at + WHOLE_ROWS]) for at in range(0, len(keys), WHOLE_ROWS)
+            )
         if type(self._index) is not faiss.IndexIVFFlat:
             return None
         return ((keys, codes.view(np.float32).reshape(-1, self.dim)) for keys, codes in _listed(self._index))
@@ -153,7 +184,8 @@ class VectorIndex:
 
         An exact index answers from the two vectors alone: scores are the float64 inner product rounded to float32,
         equal scores go to the smaller key, and neither batch size, threads nor the order in which rows were added
-        matter. Other kinds return FAISS's scores, equal ones ordered by key.
+        matter. Refined kinds score and order their candidates in the same way. Other kinds return FAISS's scores, equal
+        ones ordered by key.
 
         Args:
             vectors: queries `[n, D]`, any length but zero.
@@ -175,6 +207,8 @@ class VectorIndex:
             if self._flat is not None:
                 row_keys = faiss.rev_swig_ptr(self._index.id_map.data(), len(self))
                 scores[:, :found], keys[:, :found] = exact_search(self._flat, row_keys, queries, found)
+            elif self._refined is not None:
+                scores[:, :found], keys[:, :found] = self._refined.search(queries, found)
             else:
                 found_scores, found_keys = self._index.search(queries, found)
                 found_scores[found_keys < 0] = -np.inf
@@ -197,13 +231,20 @@ class VectorIndex:
         """
         if not self.can_update:
             raise StoreError(f"an index of kind {type(self._index).__name__} cannot remove rows; rebuild it")
-        self._index.remove_ids(np.ascontiguousarray(removed, np.int64))
+        self._remove(removed)
         for keys, vectors in batches:
             _check_keys(keys, vectors)
             _refuse_repeated(keys)
             unit = unit_rows(vectors, self.dim, keys)
-            self._index.remove_ids(np.ascontiguousarray(keys))
+            self._remove(keys)
             self._index.add_with_ids(unit, keys)
+
+    def _remove(self, keys: np.ndarray) -> None:
+        keys = np.ascontiguousarray(keys, np.int64)
+        if self._refined is not None:
+            self._refined.remove(keys)
+        else:
+            remove_from_lists(self._index, keys)
 
     def write(self, file: BinaryIO) -> Written:
         """Stream the index into `file` (any object with `write`), hashing on the way."""
@@ -227,6 +268,11 @@ def read_index(file: BinaryIO, digest: str, max_bytes: int, name: str = "index")
         raise StoreError(
             f"{name} is an index of kind {type(index).__name__} without inner product or keys; build it again"
         )
+    refined = Refined.of(index)
+    if isinstance(index, faiss.IndexIDMap2) and not (
+        index.id_map.size() == index.ntotal == index.index.ntotal and (refined is None or refined.is_consistent())
+    ):
+        raise StoreError(f"{name}: its keys are not those of its rows; build the index again")
     return VectorIndex(index)
 
 
@@ -264,6 +310,8 @@ def _empty_index(factory: str, dim: int) -> Any:
         ) from error
     if isinstance(index, faiss.IndexIDMap):
         raise SettingsError(f"factory = {factory!r}: leave the IDMap out, keys are kept in any case")
+    if isinstance(index, faiss.IndexRefineFlat):
+        index.k_factor = K_FACTOR
     return index if _holds_keys(index) else faiss.IndexIDMap2(index)
 
 
@@ -291,19 +339,27 @@ def _tune(index: Any, settings: IndexSettings) -> None:
     """Set what a search visits; FAISS keeps it in the file."""
     lists = _lists_of(index)
     if lists is not None:
-        # an eighth of the lists: recall@1 0.99 on 300,000 rows of 30,000 noisy clusters, a sixteenth 0.97 (measured)
+        # an eighth of the lists, until `storage.vectors.recall` finds how many the wanted recall needs
         lists.nprobe = min(lists.nlist, settings.nprobe or max(16, lists.nlist // 8))
         lists.cp.seed = settings.seed
+        lists.cp.niter = ITERATIONS
     graph = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap2) else index
     if isinstance(graph, faiss.IndexHNSW) and settings.ef_search:
         graph.hnsw.efSearch = settings.ef_search
 
 
-def _training_sample(batches: Batches, rows: int, dim: int, settings: IndexSettings) -> np.ndarray:
-    """Draw rows of all batches with equal chance, by position in the stream, however it is cut into batches."""
-    count = min(rows, settings.training_rows)
-    chosen = np.sort(np.random.default_rng(settings.seed).choice(rows, count, replace=False))
-    sample = np.empty((count, dim), np.float32)
+def _training_rows(index: Any, rows: int, settings: IndexSettings) -> np.ndarray:
+    """Return the numbers of the rows to train on, ascending: drawn with equal chance, no more than recall needs."""
+    lists = _lists_of(index)
+    wanted = max(LEAST_TRAINING_ROWS, ROWS_PER_LIST * (0 if lists is None else lists.nlist))
+    count = min(rows, settings.training_rows, wanted)
+    chosen: np.ndarray = np.sort(np.random.default_rng(settings.seed).choice(rows, count, replace=False))
+    return chosen
+
+
+def _training_sample(batches: Batches, rows: int, dim: int, chosen: np.ndarray) -> np.ndarray:
+    """Take the chosen rows of all batches, by position in the stream, however it is cut into batches."""
+    sample = np.empty((len(chosen), dim), np.float32)
     filled = start = 0
     for keys, vectors in batches():
         _check_keys(keys, vectors)
@@ -311,9 +367,30 @@ def _training_sample(batches: Batches, rows: int, dim: int, settings: IndexSetti
         here = chosen[filled:end] - start
         sample[filled:end] = unit_rows(vectors[here], dim, keys[here])
         filled, start = end, start + len(keys)
-        if filled == count:
+        if filled == len(chosen):
             return sample
-    raise StoreError(f"{rows:,} rows were announced for the index but {start:,} came; the features changed meanwhile")
+    _refuse_other_count(rows, start)
+    return sample
+
+
+def _read_all(batches: Batches, vectors: np.ndarray, all_keys: np.ndarray) -> None:
+    """Fill `vectors` `[rows, D]`, at length 1, and `all_keys` `[rows]` from one pass."""
+    rows, dim = vectors.shape
+    start = 0
+    for keys, found in batches():
+        _check_keys(keys, found)
+        end = start + len(keys)
+        if end <= rows:
+            all_keys[start:end], vectors[start:end] = keys, unit_rows(found, dim, keys)
+        start = end
+    _refuse_other_count(rows, start)
+
+
+def _refuse_other_count(announced: int, came: int) -> None:
+    if came != announced:
+        raise StoreError(
+            f"{announced:,} rows were announced for the index but {came:,} came; the features changed meanwhile"
+        )
 
 
 def _train(index: Any, sample: np.ndarray, factory: str, settings: IndexSettings) -> None:

@@ -25,8 +25,8 @@ class Recall:
     queries: int
 
 
-def audit_recall(index: VectorIndex, batches: Batches, queries: np.ndarray) -> Recall:
-    """Compare the index with an exact search over the same rows.
+def audit_recall(index: VectorIndex, batches: Batches, queries: np.ndarray, wanted: float | None = None) -> Recall:
+    """Compare the index with an exact search over the same rows; with `wanted`, tune it first.
 
     Where the index has its vectors uncompressed, they are taken from it: they are unit rows already. Otherwise they
     come from `batches`; the answer is the same.
@@ -38,19 +38,51 @@ def audit_recall(index: VectorIndex, batches: Batches, queries: np.ndarray) -> R
         index: the one to be served.
         batches: a pass over all rows; one batch at a time is in memory.
         queries: `[n, D]`, held-out vectors.
+        wanted: recall@10. Of an index with inverted lists, every third query then chooses how many lists a search
+            visits, and the others measure.
     """
     k = min(10, len(index))
     if not k or not len(queries):
         return Recall(float("nan"), float("nan"), len(queries))
     unit_queries = unit_rows(queries, index.dim)
+    true = _nearest(index, batches, unit_queries, k)
+    if wanted is not None and index.lists and len(queries) > 2:
+        _tune(index, unit_queries[::3], true[::3], wanted)
+        measuring = np.arange(len(queries)) % 3 != 0
+        unit_queries, true = unit_queries[measuring], true[measuring]
+    return _recall(index, unit_queries, true)
+
+
+def _nearest(index: VectorIndex, batches: Batches, queries: np.ndarray, k: int) -> np.ndarray:
+    """Return the keys of the `k` nearest rows of each query, from one pass over all rows."""
     best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     rows = index.whole_rows() or ((keys, unit_rows(vectors, index.dim, keys)) for keys, vectors in batches())
     for keys, vectors in _joined(rows):
         part = faiss.IndexFlatIP(index.dim)
         part.add(vectors)
-        best = merge_best(best, exact_search(part, keys, unit_queries, min(k, len(keys))), k)
-    _, answers = index.search(queries, k)
-    hits = (answers[:, :, None] == best[1][:, None, :]) & (answers[:, :, None] >= 0)
+        best = merge_best(best, exact_search(part, keys, queries, min(k, len(keys))), k)
+    return best[1]
+
+
+def _tune(index: VectorIndex, queries: np.ndarray, true: np.ndarray, wanted: float) -> None:
+    """Visit the fewest lists, of powers of two up to half of them, that reach `wanted` recall.
+
+    Where compressed scores keep all of them below, the fewest that come within a hundredth of the best.
+    """
+    steps = [2**power for power in range(index.lists.bit_length()) if 2**power <= max(1, index.lists // 2)]
+    found: list[float] = []
+    for lists in steps:
+        index.visit(lists)
+        found.append(_recall(index, queries, true).at_10)
+        if found[-1] >= wanted:
+            break
+    goal = min(wanted, 0.99 * max(found))
+    index.visit(next(lists for lists, recall in zip(steps, found, strict=False) if recall >= goal))
+
+
+def _recall(index: VectorIndex, queries: np.ndarray, true: np.ndarray) -> Recall:
+    _, answers = index.search(queries, true.shape[1])
+    hits = (answers[:, :, None] == true[:, None, :]) & (answers[:, :, None] >= 0)
     return Recall(float(hits[:, 0, 0].mean()), float(hits.any(axis=2).mean()), len(queries))
 
 

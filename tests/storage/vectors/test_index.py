@@ -16,7 +16,7 @@ from storage.vectors.recall import audit_recall
 
 AUTO = IndexSettings()
 NO_KEYS = np.empty(0, np.int64)
-LISTS = ["IVF8,Flat", "IVF8,SQ8", "IVF8,PQ16x4", "PCAR24,IVF8,SQ8"]
+LISTS = ["IVF8,Flat", "IVF8,SQ8", "IVF8,PQ16x4", "PCAR24,IVF8,SQ8", "IVF8,PQ8x4fs,RFlat"]
 
 
 @pytest.fixture(autouse=True)
@@ -63,20 +63,23 @@ class TestChoice:
         [
             (1, 512, 16, "Flat"),
             (EXACT_ROWS, 512, 16, "Flat"),
-            (EXACT_ROWS + 1, 512, 16, "IVF2048,Flat"),
-            (2_000_000, 192, 16, "IVF4096,Flat"),  # 1.5 GB
-            (20_000_000, 192, 16, "IVF4096,Flat"),  # 15.5 GB; lists as training_rows = 262,144 feed: 6,721
+            (EXACT_ROWS + 1, 512, 16, "IVF512,PQ128x4fs,RFlat"),
+            (2_000_000, 192, 16, "IVF2048,PQ48x4fs,RFlat"),  # 1.7 GB
+            (2_000_000, 190, 16, "IVF2048,Flat"),  # four does not divide 190
+            (20_000_000, 192, 20, "IVF4096,PQ48x4fs,RFlat"),  # 17.4 GB; training_rows = 262,144 feed 6,553 lists
             (20_000_000, 512, 16, "IVF4096,SQ8"),  # 41 GB whole, 10.4 at a byte a number
             (40_000_000, 512, 16, "IVF4096,PQ256"),  # 20.8 at a byte, 10.6 at half a byte
             (1_000_000_000, 512, 30, "IVF4096,PQ16"),
-            (200_000, 512, 0.3, "IVF1024,SQ8"),  # few rows, but too many for this budget as they are
+            (200_000, 512, 0.3, "IVF512,SQ8"),  # few rows, but too many for this budget as they are
         ],
     )
     def test_the_least_compressed_kind_that_fits(self, rows, dim, budget, expected):
         assert choose_factory(rows, dim, IndexSettings(memory_budget_gb=budget)) == expected
 
     def test_more_training_rows_allow_more_lists(self):
-        assert choose_factory(20_000_000, 192, IndexSettings(training_rows=2_000_000)) == "IVF16384,Flat"
+        for training_rows, lists in ((262_144, 4096), (2_000_000, 32_768)):
+            settings = IndexSettings(training_rows=training_rows, memory_budget_gb=1000)
+            assert choose_factory(500_000_000, 192, settings) == f"IVF{lists},PQ48x4fs,RFlat"
 
     @pytest.mark.parametrize("dim", [100, 192, 126, 512])
     def test_what_is_chosen_can_be_made(self, dim):
@@ -175,15 +178,15 @@ class TestBuild:
         graph = kept("HNSW8")
         assert faiss.downcast_index(graph.index).hnsw.efSearch == 55
 
-    @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
+    @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IVF4,PQ4x4fs,RFlat"])
     def test_rows_that_cannot_be_indexed_are_refused(self, factory):
         keys, vectors = make_rows(200, 16)
         zero = vectors.copy()
         zero[150] = 0
         with pytest.raises(StoreError, match=f"key {keys[150]} is zero or not finite"):
             built(keys, zero, factory)
-        with pytest.raises(StoreError, match=r"\[64, 16\], the index wants \[n, 15\]"):
-            build(stream(keys, vectors), 200, 15, IndexSettings(factory=factory))
+        with pytest.raises(StoreError, match=r"\[64, 16\], the index wants \[n, 12\]"):
+            build(stream(keys, vectors), 200, 12, IndexSettings(factory=factory))
         twice = keys.copy()
         twice[199] = keys[0]
         with pytest.raises(StoreError, match=f"key {keys[0]} comes twice"):
@@ -195,7 +198,7 @@ class TestBuild:
         with pytest.raises(ValueError, match="not int64"):
             built(keys.astype(np.int32), vectors, factory)
 
-    @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
+    @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IVF4,PQ4x4fs,RFlat"])
     @pytest.mark.parametrize("promised", [199, 201])
     def test_a_stream_of_another_length_than_promised_is_refused(self, factory, promised):
         keys, vectors = make_rows(200, 16)
@@ -257,6 +260,7 @@ class TestUpdate:
 
     @pytest.mark.parametrize("factory", [
         "IVF16,PQ8x4fs", pytest.param("IVF16,PQ8", marks=pytest.mark.e2e), "IVF16,SQ8", "IVF16,Flat", "Flat", "HNSW8",
+        "IVF16,PQ8x4fs,RFlat", "IVF16,PQ8x4fs,Refine(SQ8)",
     ])  # fmt: skip
     def test_keys_of_every_kind_are_those_of_the_rows(self, factory):
         keys, vectors = make_rows(900, 32)
@@ -272,7 +276,7 @@ class TestUpdate:
     def test_kinds_with_lists_can_remove(self, factory):
         assert built(*make_rows(1000, 32), factory=factory).can_update
 
-    @pytest.mark.parametrize("factory", ["HNSW8", "IVF8,SQ8,RFlat"])
+    @pytest.mark.parametrize("factory", ["HNSW8", "HNSW8,RFlat", "IVF8,PQ8x4fs,Refine(SQ8)"])
     def test_kinds_that_cannot_remove_say_so(self, factory):
         keys, vectors = make_rows(1000, 32)
         index = built(keys, vectors, factory)
@@ -357,7 +361,7 @@ class TestRebuildReason:
     def test_an_exact_index_is_rebuilt_only_for_another_kind(self):
         index = built(*make_rows(100, 8))
         assert rebuild_reason(index, "Flat", 90, 190, AUTO) is None
-        assert "want IVF2048,Flat" in (rebuild_reason(index, "Flat", EXACT_ROWS * 2, 1, AUTO) or "")
+        assert "want IVF1024,PQ2x4fs,RFlat" in (rebuild_reason(index, "Flat", EXACT_ROWS * 2, 1, AUTO) or "")
 
     def test_trained_kinds_age(self):
         settings = IndexSettings(factory="IVF8,Flat", rebuild_share=0.2)

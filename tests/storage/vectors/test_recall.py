@@ -1,5 +1,6 @@
 """Recall: equal to NumPy's count of shared neighbours, wherever the rows that are compared come from."""
 
+import faiss
 import numpy as np
 import pytest
 
@@ -63,6 +64,29 @@ def test_an_index_of_uncompressed_vectors_is_measured_without_reading_them():
     assert found.at_10 < 1
     with pytest.raises(AssertionError, match="in the index"):
         audit_recall(built(keys, vectors, "IVF16,SQ8"), unread, queries)
+
+
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64,PQ16x4fs,RFlat"])
+def test_the_wanted_recall_chooses_the_lists_that_are_visited(factory):
+    keys, vectors = make_rows(4000, 32)
+    queries = vectors[np.random.default_rng(4).choice(4000, 384, replace=False)] + 0.5
+    found = {}
+    for wanted in (0.5, 0.98):
+        index = built(keys, vectors, factory)
+        recall = audit_recall(index, stream(keys, vectors), queries, wanted)
+        found[wanted] = faiss.try_extract_index_ivf(index._index).nprobe
+        assert recall.queries == 256
+        assert recall.at_10 > wanted - 0.03
+    assert found[0.5] < found[0.98] <= 32
+
+
+def test_a_recall_that_no_number_of_lists_reaches_takes_no_more_than_help():
+    keys, vectors = make_rows(4000, 32)
+    index = built(keys, vectors, "IVF64,PQ4x4")
+    recall = audit_recall(index, stream(keys, vectors), vectors[::10] + 0.5, 1.0)
+    all_lists = built(keys, vectors, "IVF64,PQ4x4", nprobe=64)
+    best = audit_recall(all_lists, stream(keys, vectors), vectors[::10] + 0.5).at_10
+    assert 0.95 * best < recall.at_10 < 0.9
 
 
 def test_fewer_than_ten_rows_none_and_no_queries():
