@@ -131,7 +131,7 @@ def remove_from_lists(index: Any, labels: np.ndarray) -> None:
     lists: Any | None = faiss.try_extract_index_ivf(index)
     if lists is None:
         return
-    held: Any = faiss.downcast_InvertedLists(lists.invlists)  # type: ignore[arg-type]
+    held: Any = faiss.downcast_InvertedLists(lists.invlists)
     if not isinstance(held, faiss.BlockInvertedLists):  # type: ignore[attr-defined]
         return
     packer: Any = held.packer
