@@ -28,6 +28,7 @@ from storage.lock import store_lock
 from storage.releases import Releases, refuse_foreign_tables
 from storage.shards import refuse_nested
 from storage.tombstones import Tombstones
+from tasks.changes import changes_since
 from tasks.evaluation.pairs import read_pairs
 from tasks.gate import decide
 from tasks.index import Previous, is_indexed, previous_indexes, release_features
@@ -36,14 +37,19 @@ from tasks.maintenance.lost_releases import is_published, mark_lost_releases
 from tasks.maintenance.vacuum import apply_retention
 from tasks.outcome import CompletedWithBadShardsError, Outcome
 from tasks.release import build_release, next_release_name, release_content, write_report
+from tasks.removal import is_allowed_now, limit_removal
 from tasks.stages import evaluate_task, index_task, models_task, plan_task, publish_task
 
 log = logging.getLogger("frontalis.reprocess")
 
 
 @flow(name="reprocess", validate_parameters=True)
-def reprocess(config: str | None = None, settings: PipelineSettings | None = None) -> State[Outcome] | Outcome:
+def reprocess(
+    config: str | None = None, settings: PipelineSettings | None = None, allow_removal: bool = False
+) -> State[Outcome] | Outcome:
     """Run the whole job as `pipeline.toml` (`config`) or `settings` say; the state of the run shows the outcome.
+
+    With `allow_removal` this one run may remove or quarantine more than `[gate]` allows.
 
     Raises:
         SettingsError: neither or both are given, or something in them cannot be used.
@@ -54,7 +60,7 @@ def reprocess(config: str | None = None, settings: PipelineSettings | None = Non
         settings = load_pipeline(config)
     elif config is not None or settings is None:
         raise SettingsError("reprocess: pass either config (a pipeline.toml) or settings.")
-    outcome = run(settings)
+    outcome = run(settings, allow_removal=allow_removal)
     if outcome.data.bad_shards:
         error = CompletedWithBadShardsError(outcome)
         return Failed(message=str(error), data=error, name="CompletedWithBadShards")
@@ -63,7 +69,7 @@ def reprocess(config: str | None = None, settings: PipelineSettings | None = Non
     return outcome
 
 
-def run(settings: PipelineSettings) -> Outcome:
+def run(settings: PipelineSettings, *, allow_removal: bool = False) -> Outcome:
     """Do the work of `reprocess`, inside its flow run. A file that turns out damaged is deleted and computed again."""
     check_runner(settings.runner)
     store = Location(settings.store)
@@ -74,7 +80,7 @@ def run(settings: PipelineSettings) -> Outcome:
         deleted = set[str]()
         while True:
             try:
-                return _run(settings, store, pairs)
+                return _run(settings, store, pairs, allow_removal)
             except DamagedFilesError as error:
                 damaged = {place.uri for place in error.places}
                 if damaged <= deleted:  # written again and damaged again: this disk cannot be relied on
@@ -85,7 +91,7 @@ def run(settings: PipelineSettings) -> Outcome:
                     place.delete()
 
 
-def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outcome:
+def _run(settings: PipelineSettings, store: Location, pairs: str | None, allow_removal: bool) -> Outcome:
     started = time.monotonic()
     history = Releases(store)
     tombstones = Tombstones.proven(store, history.all())
@@ -95,6 +101,8 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
     content = release_content(settings, plan.wanted, plan.faults, pairs)
     earlier = mark_lost_releases(history, earlier, content)
     latest = earlier[-1] if earlier and is_indexed(store, earlier[-1]) else None
+    if latest and is_allowed_now(latest, settings.gate, allowed=allow_removal):
+        latest = None  # what was rejected for what it removes is measured and decided again
     if not plan.groups and latest and latest.content == content and is_published(store, latest, plan.wanted):
         return _unchanged(settings, latest, plan.faults, started)
     log.info("plan: %d shards to compute, %d files to reuse, %d shards bad", len(plan.work), len(plan.reused),
@@ -125,6 +133,10 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
         settings.index,
         opaque(Previous(served, features)) if served and features else None,
     ).replaced(indexes={mode: index.audit for mode, index in indexes.items()})
+    modes = list(models)
+    changes = changes_since(served, features, published.features, modes, store) if served else None
+    gate = decide(evaluation, settings.gate, served)
+    gate = limit_removal(gate, changes, published.data, served, settings.gate, allowed=allow_removal)
     release = build_release(
         settings,
         earlier,
@@ -135,7 +147,7 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None) -> Outc
         indexes=indexes,
         data=published.data,
         evaluation=evaluation,
-        gate=decide(evaluation, settings.gate, served),
+        gate=gate,
         tombstones=tombstones,
         source_version=plan.source_version,
     )

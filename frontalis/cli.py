@@ -152,6 +152,12 @@ def reprocess(
     column: Columns = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker threads; one a core by default.")] = None,
     wait: Annotated[float | None, typer.Option(min=0, help="Seconds to wait for another run.")] = None,
+    allow_removal: Annotated[
+        bool, typer.Option("--allow-removal", help="Let this run remove or quarantine more than [gate] allows.")
+    ] = False,
+    drop_mode: Annotated[
+        list[str] | None, typer.Option("--drop-mode", help="A served mode that the release may lack; repeat.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring the store up to date, measure, and serve the result if the gate promotes it."""
@@ -174,6 +180,8 @@ def reprocess(
         changes["columns"]["keep"] = tuple(keep_columns)
     if workers is not None:
         changes["runner"]["workers"] = workers
+    if drop_mode:
+        changes["gate"]["drop_modes"] = tuple(drop_mode)
     settings = pipeline(**changes)
 
     from flows.reprocess import reprocess as flow
@@ -181,7 +189,7 @@ def reprocess(
     from tasks.outcome import CompletedWithBadShardsError, Outcome
 
     try:
-        outcome = _run_flow(flow, settings=settings)
+        outcome = _run_flow(flow, settings=settings, allow_removal=allow_removal)
     except CompletedWithBadShardsError as error:
         print_outcome(error.outcome, as_json)
         raise

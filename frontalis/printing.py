@@ -17,6 +17,7 @@ from rich.text import Text
 from reports.tables import filled
 from reports.text import (
     cell_name,
+    changes_in_words,
     counted,
     interval,
     pairs_remarks,
@@ -91,6 +92,8 @@ def print_outcome(outcome: "Outcome", as_json: bool) -> None:
         + (f", {data.forgotten:,} forgotten" if data.forgotten else "")
         + (f", {data.blank_subjects:,} with a blank subject" if data.blank_subjects else ""),
     )
+    if outcome.changes is not None:
+        _say(console, f"changes    {changes_in_words(outcome.changes)}")
     for fault in data.bad_shards:
         kept = "Its last good features are kept." if fault.kept else "None of its rows are in the release."
         _say(console, f"bad shard  {fault.reason} {kept}")
@@ -165,8 +168,9 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
     console = _console()
     table = _table(console, "releases, newest last")
     modes = list(dict.fromkeys(mode for release in releases for mode in release.gated))
-    for name in ("release", "created (UTC)", "served", "rows", *modes):
-        table.add_column(name, justify="right" if name in ("rows", *modes) else "left")
+    counts = ("rows", "added", "changed", "removed")
+    for name in ("release", "created (UTC)", "served", *counts, *modes):
+        table.add_column(name, justify="right" if name in (*counts, *modes) else "left")
     table.add_column("metric, %")
     table.add_column("decision", no_wrap=True, overflow="ignore")
     for release in releases:
@@ -177,6 +181,7 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
             f"{release.created:%Y-%m-%d %H:%M}",
             served,
             f"{release.data.rows_features:,}",
+            *_changes(release),
             *(_rate(release.gated.get(mode)) for mode in modes),
             release.gated_name if release.gated else "not measured",
             _text(release.gate.sentence),
@@ -184,6 +189,14 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
     console.print(table)
     if releases:
         _say(console, "metrics are over held-out subjects; n/e: not estimable")
+        _say(console, "added, changed, removed: rows, compared with the release that was served before")
+
+
+def _changes(release: Release) -> list[str]:
+    found = release.gate.changes
+    if found is None:
+        return ["", "", ""]
+    return [f"{rows:,}" for rows in (found.rows_added, found.rows_changed, found.rows_removed)]
 
 
 def print_forgotten(forgotten: "Forgotten", store: str, as_json: bool) -> None:

@@ -34,6 +34,7 @@ from reports.tables import (
 )
 from reports.text import (
     cell_name,
+    changes_in_words,
     metric_name,
     percent,
     percent_of,
@@ -100,6 +101,7 @@ def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None
         quality_share=percent(report.quality.rows_features / report.quality.rows_read)
         if report.quality.rows_read
         else None,
+        changes=changes_in_words(report.gate.changes) if report.gate.changes else None,
         provenance=[(key, _plain(value)) for key, value in report.provenance.items()],
     )
 

@@ -3,13 +3,14 @@
 Shares are printed in percent, differences in percentage points. Every metric here is an error: lower is better.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from schemas.errors import visible as visible
 from schemas.metrics import ALL, MetricId
-from schemas.reports import Estimate, PairsResult, Population
+from schemas.reports import Changes, Estimate, LimitName, LimitResult, PairsResult, Population
 
 Verdict = Literal["better", "worse", "no difference", "no interval"]
 
@@ -132,3 +133,59 @@ def pairs_remarks(pairs: PairsResult) -> list[str]:
 def threshold(score: float) -> str:
     """Print a threshold rounded down to seven decimals: scores are 2.4e-7 apart, so it decides every pair alike."""
     return minus(f"{np.floor(1e7 * score) / 1e7:.7f}")
+
+
+def changes_in_words(changes: Changes) -> str:
+    """Say how many rows a release adds, changes and removes."""
+    rows = f"{changes.rows_added:,} added, {changes.rows_changed:,} changed, {changes.rows_removed:,} removed"
+    return f"{rows} since {changes.since}"
+
+
+def removal_sentence(
+    exceeded: Sequence[LimitResult], missing_modes: Sequence[str], since: str | None, *, allowed: bool
+) -> str:
+    """Say what is missing in a release, which limits that exceeds, and the way out.
+
+    Args:
+        exceeded: the limits that are exceeded.
+        missing_modes: served modes that the run lacks.
+        since: the served release; None for a first release.
+        allowed: whether the run was allowed to exceed the limits.
+    """
+    parts = []
+    if exceeded:
+        limits = ", ".join(f"{limit.setting} = {limit.limit:g}" for limit in exceeded)
+        way_out = "passed by --allow-removal" if allowed else "fix the source, pass --allow-removal once, or raise it"
+        parts.append(f"{_missing_in_words(exceeded, since)}, more than [gate] {limits} allows; {way_out}")
+    if missing_modes:
+        names, options = " and ".join(missing_modes), " ".join(f"--drop-mode {mode}" for mode in missing_modes)
+        parts.append(f"{since} serves {names}, which this run lacks; pass the model, or {options}")
+    return "; ".join(parts)
+
+
+def _missing_in_words(exceeded: Sequence[LimitResult], since: str | None) -> str:
+    removed, parts = [], []
+    for limit in exceeded:
+        share = f"{limit.count:,} of {limit.total:,} {_COUNTED[limit.setting]} ({_one_decimal(limit.share)})"
+        if limit.setting == "max_quarantined":
+            before = f" ({_one_decimal(limit.share_before)} in {since})" if since else ""
+            parts.append(f"{share} cannot be used{before}")
+        else:
+            removed.append(share)
+    return " and ".join([f"{_listed(removed)} of {since} would be removed", *parts] if removed else parts)
+
+
+_COUNTED: dict[LimitName, str] = {
+    "max_removed_rows": "rows",
+    "max_removed_shards": "shards",
+    "max_removed_subjects": "labelled subjects",
+    "max_quarantined": "rows of the source",
+}
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _one_decimal(share: float) -> str:
+    return f"{100 * share:.1f}%"

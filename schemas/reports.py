@@ -222,7 +222,10 @@ class ShardFault(Record):
 
 
 class DataQuality(Record):
-    """Where the rows read have gone. `rows_read == rows_features + sum(quarantined.values()) + forgotten`."""
+    """Where the rows read have gone. `rows_read == rows_features + sum(quarantined.values()) + forgotten`.
+
+    `rows_in_bad_shards` are further rows: of bad shards without features, as far as they could be counted.
+    """
 
     shards: int
     rows_read: int
@@ -231,6 +234,62 @@ class DataQuality(Record):
     forgotten: int = 0
     blank_subjects: int = Field(default=0, description="rows read whose subject is empty or white space: unknown")
     bad_shards: list[ShardFault] = Field(default_factory=list)
+    rows_in_bad_shards: int = 0
+
+    @property
+    def rows_unusable(self) -> int:
+        """Rows of the source that cannot be used: quarantined, or in a bad shard without features."""
+        return sum(self.quarantined.values()) + self.rows_in_bad_shards
+
+    @property
+    def share_unusable(self) -> float:
+        """The share of all rows of the source that cannot be used."""
+        rows = self.rows_read + self.rows_in_bad_shards
+        return self.rows_unusable / rows if rows else 0.0
+
+
+class Changes(Record):
+    """What a release adds, changes and removes, compared with the release that was served when it was made.
+
+    Rows are compared by id. A changed row is in both releases, and its shard was written again, whether or not the row
+    itself differs. Rows of somebody who was forgotten are not counted as removed.
+    """
+
+    since: str = Field(description="the release that was served")
+    rows_before: int
+    rows_added: int
+    rows_changed: int
+    rows_removed: int
+    shards_before: int
+    shards_removed: int = Field(description="none of their rows is left, in whichever shard")
+    subjects_before: int | None = Field(
+        default=None, description="labelled ones; None where they were not counted, since none was removed"
+    )
+    subjects_removed: int = Field(default=0, description="none of their rows is left")
+    modes_removed: list[str] = Field(default_factory=list)
+
+
+LimitName = Literal["max_removed_rows", "max_removed_shards", "max_removed_subjects", "max_quarantined"]
+
+
+class LimitResult(Record):
+    """A limit of `[gate]` on what a release may lack: `count` of `total` against a largest share."""
+
+    setting: LimitName
+    count: int
+    total: int
+    share_before: float = Field(default=0.0, description="what the served release had already: only a rise counts")
+    limit: float
+
+    @property
+    def share(self) -> float:
+        """The share that is missing."""
+        return self.count / self.total if self.total else 0.0
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more is missing than the limit allows."""
+        return self.share - self.share_before > self.limit
 
 
 GuardOutcome = Literal["not worse", "worse", "not compared"]
@@ -258,6 +317,11 @@ class GateDecision(Record):
     reason: str
     compared_with: str | None = Field(default=None, description="the one reference of the decision, None if several")
     judged: list[GuardedResult] = Field(default_factory=list, description="every guarded metric of every mode")
+    held_out_subjects: int | None = Field(default=None, description="on how many the metrics rest; None without any")
+    changes: Changes | None = Field(default=None, description="since the served release; None for a first release")
+    limits: list[LimitResult] = Field(default_factory=list, description="on what is removed and quarantined")
+    missing_modes: list[str] = Field(default_factory=list, description="served, not in this run, not in `drop_modes`")
+    removal_allowed: bool = Field(default=False, description="the run was started with --allow-removal")
 
     @property
     def sentence(self) -> str:

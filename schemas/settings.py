@@ -131,6 +131,13 @@ class GateSettings(Guard):
     unmeasured: Literal["keep", "promote"] = Field(
         default="keep", description="a release that cannot be compared with the served one: keep that one, or promote"
     )
+    max_removed_rows: float = Field(default=0.2, ge=0, le=1, description="share of the served rows that may be missing")
+    max_removed_shards: float = Field(default=0.2, ge=0, le=1, description="the same of shards")
+    max_removed_subjects: float = Field(default=0.2, ge=0, le=1, description="the same of labelled subjects")
+    max_quarantined: float = Field(
+        default=0.2, ge=0, le=1, description="rise of the quarantined share of all rows, since the served release"
+    )
+    drop_modes: tuple[Mode, ...] = Field(default=(), description="served modes that a release may lack")
 
     @property
     def guarded(self) -> tuple[Guard, ...]:

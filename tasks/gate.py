@@ -9,7 +9,7 @@ measured of the next one too: without a comparison the release is rejected, unle
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reports.text import cell_name, metric_name, points, points_interval
+from reports.text import cell_name, counted, metric_name, points, points_interval
 from schemas.metrics import ALL, HELD_OUT, RAW, MetricId
 from schemas.releases import Release
 from schemas.reports import (
@@ -77,6 +77,8 @@ def decide(evaluation: Evaluation, settings: GateSettings, served: Release | Non
             return GateDecision(promoted=False, reason=_not_comparable(served, NOT_MEASURED))
         return GateDecision(promoted=True, reason=f"without a measurement: {NOT_MEASURED}")
     guards = guarded(population, settings)
+    subjects = population.n_subjects
+    measured_on = f"; on {counted(subjects, 'held-out subject')}"
     replaced = _replaced_cells(population, settings)
     results = [
         _compare(result, guard, settings, served, evaluation.served_unread)
@@ -87,17 +89,24 @@ def decide(evaluation: Evaluation, settings: GateSettings, served: Release | Non
     for one in results:
         if one.outcome == "worse":
             reason = f"{_sentence(one)}, significantly worse than the tolerance of {100 * one.tolerance:g} points"
-            return GateDecision(promoted=False, reason=reason + replaced, compared_with=one.reference, judged=results)
+            return GateDecision(
+                promoted=False,
+                reason=reason + measured_on + replaced,
+                compared_with=one.reference,
+                judged=results,
+                held_out_subjects=subjects,
+            )
     for one in results:
         if served is not None and one.outcome == "not compared" and _must_compare(one.mode, one, settings, served):
             reason = _not_comparable(served, f"{one.mode}: {one.difference.reason}")
-            return GateDecision(promoted=False, reason=reason + replaced, judged=results)
+            return GateDecision(promoted=False, reason=reason + replaced, judged=results, held_out_subjects=subjects)
     references = {one.reference for one in results if one.reference is not None}
     return GateDecision(
         promoted=True,
-        reason=_why_promoted(results, guards[0]) + replaced,
+        reason=_why_promoted(results, guards[0]) + (measured_on if references else "") + replaced,
         compared_with=references.pop() if len(references) == 1 else None,
         judged=results,
+        held_out_subjects=subjects,
     )
 
 

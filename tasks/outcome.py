@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from schemas.errors import ExitCode, FrontalisError
 from schemas.releases import Release
-from schemas.reports import DataQuality, Estimate, Evaluation, ShardFault
+from schemas.reports import Changes, DataQuality, Estimate, Evaluation, ShardFault
 from storage.location import Location
 from tasks.plan import Plan
 from tasks.reweight import ShardResult
@@ -25,6 +25,7 @@ class Outcome(BaseModel):
     rows_computed: int = 0
     seconds: float
     data: DataQuality
+    changes: Changes | None = None
     gated_name: str
     gated: dict[str, Estimate]
     evaluation: Evaluation | None = None
@@ -52,6 +53,7 @@ class Outcome(BaseModel):
             rows_computed=sum(work.rows for work in plan.work),
             seconds=seconds,
             data=release.data,
+            changes=release.gate.changes,
             gated_name=release.gated_name,
             gated=release.gated,
             evaluation=evaluation,

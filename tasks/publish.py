@@ -128,4 +128,5 @@ def data_quality(
         forgotten=forgotten,
         blank_subjects=sum(plan.records[shard].blank_subjects or 0 for shard in rows),
         bad_shards=list(faults),
+        rows_in_bad_shards=sum(plan.records[shard].rows for shard in faulty - rows.keys() if shard in plan.records),
     )

@@ -56,7 +56,9 @@ def release_content(
         pairs: digest of the pairs file, if there is one.
     """
     chosen = settings.model_dump(
-        mode="json", include={"index", "evaluation", "gate"}, exclude={"evaluation": {"device"}}
+        mode="json",
+        include={"index", "evaluation", "gate"},
+        exclude={"evaluation": {"device"}, "gate": {"drop_modes"}},
     )
     return digest_of(
         *(path.encode() for path in sorted(feature_files)),

@@ -31,6 +31,7 @@ from storage.releases import Releases
 from tasks.maintenance.rollback import roll_back
 from tasks.query import answer
 from tasks.release import provenance
+from tests.pipeline_fixtures import MILD_GATE
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_release_without_labels_does_not_replace_a_measured_one(
     assert blind.status == "rejected"
     assert f"cannot be compared with {first.release}" in blind.reason
     assert [release.serving for release in history(store)] == [True, False]
-    forced = run_pipeline(plain_source, store, gate={"unmeasured": "promote"})
+    forced = run_pipeline(plain_source, store, gate={**MILD_GATE, "unmeasured": "promote"})
     assert forced.status == "promoted"
     assert "without a measurement" in forced.reason
 

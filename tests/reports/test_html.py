@@ -18,7 +18,16 @@ from reports.html import draw, markdown_table, render_report
 from reports.text import threshold
 from reports.theme import PALETTE, plot_files
 from schemas.metrics import RAW
-from schemas.reports import DataQuality, Evaluation, GateDecision, GatedMetric, Population, ReportInput, ShardFault
+from schemas.reports import (
+    Changes,
+    DataQuality,
+    Evaluation,
+    GateDecision,
+    GatedMetric,
+    Population,
+    ReportInput,
+    ShardFault,
+)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "\"'></td></svg><script>pwned=1</script><img src=x onerror=pwned=1>{{7*7}}</style></title>\u202e&amp;$\\frac{"
@@ -135,6 +144,23 @@ def test_a_kept_release_says_what_is_served_instead(
     assert "Rejected</h1>" in decision
     assert sentence in decision
     assert "Queries are served from this release." not in decision
+
+
+def test_rows_added_changed_and_removed_are_shown(brief_input: ReportInput) -> None:
+    changes = Changes(
+        since="r7",
+        rows_before=5000,
+        rows_added=1200,
+        rows_changed=30,
+        rows_removed=4,
+        shards_before=3,
+        shards_removed=0,
+    )
+    gate = brief_input.gate.replaced(changes=changes)
+    page = render_report(brief_input.replaced(gate=gate, quality=brief_input.quality.replaced(rows_in_bad_shards=77)))
+    assert "1,200 added, 30 changed, 4 removed since r7" in page
+    assert re.search(r"in bad shards without features</th><td>77<", page)
+    assert "removed since" not in render_report(brief_input)
 
 
 def test_the_page_is_the_same_every_time(page_text: str, report_input: ReportInput) -> None:

@@ -229,7 +229,7 @@ def test_harm_to_frontal_pairs_rejects_what_helps_profiles() -> None:
     assert not decision.promoted
     assert decision.reason == (
         "per_sample: frontal–frontal EER 5.00%, +39.00 points against raw (95% interval +30.00 to +50.00), "
-        "significantly worse than the tolerance of 0.2 points"
+        "significantly worse than the tolerance of 0.2 points; on 5 held-out subjects"
     )
     assert decide(evaluation(RAW_MODE, harmful), ONE, None).promoted
 
@@ -239,7 +239,8 @@ def test_guards_tolerate_noise_and_are_named() -> None:
     decision = decide(evaluation(RAW_MODE, noisy), GateSettings(), None)
     assert decision.promoted
     assert decision.reason.endswith(
-        "; not significantly worse (95% paired bootstrap) in frontal–frontal EER or all pairs EER"
+        "; not significantly worse (95% paired bootstrap) in frontal–frontal EER or all pairs EER; "
+        "on 5 held-out subjects"
     )
     assert decision.sentence == f"promoted: {decision.reason}"
     assert [one.outcome for one in decision.judged] == ["not worse"] * 3
