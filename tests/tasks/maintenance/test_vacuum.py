@@ -113,7 +113,6 @@ def test_left_overs_of_killed_runs_go_and_other_files_stay(store) -> None:
     theirs = [
         store / "README.txt",
         store / "backup/features/mode=raw/x.parquet",
-        store / "forgotten.jsonl",
         store / "models/trained.safetensors",
         store / "reports/2025/q1.pdf",
         store / f"reports/{history(store)[0].release}-copy/index.html",
