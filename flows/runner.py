@@ -19,7 +19,7 @@ from prefect.futures import as_completed
 from prefect.settings import PREFECT_API_URL
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from schemas.errors import SettingsError
+from schemas.errors import SettingsError, first_line
 from schemas.releases import ModelRef
 from schemas.settings import PipelineSettings, RunnerSettings
 from tasks.plan import Plan, ShardWork
@@ -55,7 +55,7 @@ def check_runner(runner: RunnerSettings) -> None:
             Client(runner.address, timeout=CONNECT_SECONDS, set_as_default=False).close()
         except (OSError, ValueError) as error:
             raise SettingsError(
-                f"runner.address {runner.address}: no Dask scheduler answers ({str(error).splitlines()[0]}); start "
+                f"runner.address {runner.address}: no Dask scheduler answers ({first_line(error)}); start "
                 "`dask scheduler`, or leave the address out for a cluster on this machine."
             ) from error
 

@@ -8,12 +8,14 @@ answer at once.
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from frontalis.process import ensure_server, log_to_stderr, run
+from frontalis.process import log_to_stderr, run
+from frontalis.server import REQUEST_RETRIES, run_flow
 from schemas.errors import ExitCode, SettingsError
 
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -63,6 +65,9 @@ def _start(
     logging.getLogger("frontalis").setLevel(logging.WARNING if quiet else logging.INFO)
     # Prefect's own log would repeat ours; the server keeps its record of the run all the same.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")  # `run_flow` names a server that is lost
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", str(REQUEST_RETRIES))
+    warnings.filterwarnings("ignore", "Failed to create the Prefect home", UserWarning)  # `run_flow` refuses it
     # Nothing leaves the machine, usage statistics included.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -120,7 +125,7 @@ def train(
 
     before = Location(out).entry()
     try:
-        trained = _run_flow(
+        trained = run_flow(
             flow,
             sources=sources,
             out=out,
@@ -189,7 +194,7 @@ def reprocess(
     from tasks.outcome import CompletedWithBadShardsError, Outcome
 
     try:
-        outcome = _run_flow(flow, settings=settings, allow_removal=allow_removal)
+        outcome = run_flow(flow, settings=settings, allow_removal=allow_removal)
     except CompletedWithBadShardsError as error:
         print_outcome(error.outcome, as_json)
         raise
@@ -214,7 +219,7 @@ def evaluate(
     from frontalis.printing import print_evaluation
     from schemas.reports import Evaluation
 
-    result = _run_flow(flow, store=store, release=release, pairs=pairs, resamples=resamples)
+    result = run_flow(flow, store=store, release=release, pairs=pairs, resamples=resamples)
     assert isinstance(result, Evaluation)
     print_evaluation(result, as_json)
 
@@ -384,12 +389,3 @@ def _named(option: str, pairs: list[str] | None, form: str) -> dict[str, str]:
             raise SettingsError(f"{option} {pair}: {name} is given twice.")
         found[name] = value
     return found
-
-
-def _run_flow(flow: Any, **parameters: Any) -> Any:
-    """Run a Prefect flow in this process and return its result, or raise what it raised."""
-    ensure_server()
-    result = flow(**parameters, return_state=True).result(raise_on_failure=False)
-    if isinstance(result, BaseException):
-        raise result
-    return result

@@ -1,4 +1,4 @@
-"""The process of a command: signals, stdout, errors in one line, exit codes, and the Prefect server that a flow needs.
+"""The process of a command: signals, stdout, errors in one line, and exit codes.
 
 A refusal (`FrontalisError`), an interrupt and what the operating system refuses end in one line on stderr and an exit
 code (`schemas.errors.ExitCode`). Anything else is a defect, and its traceback is shown.
@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from schemas.errors import ExitCode, FrontalisError, SettingsError, one_line
 from storage.permissions import restrict_new_files
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SERVER_ANSWER_SECONDS = 20.0
 
 
 class Interrupt(BaseException):
@@ -144,6 +142,7 @@ class _Stdout:
 
 def log_to_stderr() -> None:
     """Log to stderr, one line a record. Prefect's own records stay out: they repeat errors with a traceback."""
+    logging.raiseExceptions = False  # or Prefect writes about each log record that its server did not take
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(lambda record: not record.name.startswith("prefect"))
@@ -155,57 +154,6 @@ class _OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
         return one_line(super().formatMessage(record))
-
-
-def ensure_server() -> None:
-    """Return once the Prefect server of `PREFECT_API_URL` has answered or, where that is unset, a temporary one runs.
-
-    Prefect itself would end with a traceback, in some cases after minutes.
-
-    Raises:
-        SettingsError: no Prefect server answers within `SERVER_ANSWER_SECONDS`, or the temporary one does not start.
-    """
-    from prefect import settings
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import PrefectHTTPStatusError
-
-    url = settings.PREFECT_API_URL.value()
-    if not url:
-        _start_temporary_server()
-        return
-    once = {settings.PREFECT_CLIENT_MAX_RETRIES: 0, settings.PREFECT_API_REQUEST_TIMEOUT: SERVER_ANSWER_SECONDS}
-    try:
-        with settings.temporary_settings(once), get_client(sync_client=True) as client:
-            client.api_version()
-    except Exception as error:  # no connection, no such host, no URL, no JSON: errors of several libraries
-        why = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        if isinstance(error, PrefectHTTPStatusError):
-            why = f"{error.response.status_code} {error.response.reason_phrase}"
-        shown = re.sub(r"//[^/@]*@", "//", url)  # a password may stand before the host
-        raise SettingsError(
-            f"PREFECT_API_URL = {shown}: no Prefect server answers there ({why}); start one with `prefect server "
-            "start`, or unset PREFECT_API_URL."
-        ) from error
-
-
-def _start_temporary_server() -> None:
-    """Start the server that Prefect would start with the flow, but with SIGINT blocked, which it inherits.
-
-    Ctrl-C in a terminal goes to every process of the command. A server that obeyed would be gone before the flow could
-    report its end. Prefect ends the server when this process exits.
-    """
-    from prefect.client.orchestration import get_client
-
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        get_client(sync_client=True)
-    except RuntimeError as error:
-        raise SettingsError(
-            f"Prefect's temporary server did not start ({error}); start one with `prefect server start`, and set "
-            "PREFECT_API_URL to its address."
-        ) from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_children() -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from models.architectures import build, check_arguments, describe, mode_of
 from models.split import subject_key
 from schemas.errors import BadModelError, SettingsError
+from schemas.files import read_regular
 from schemas.identity import normal_text
 from schemas.models import ModelCard, Precision, Statistic, uses_batch
 
@@ -205,15 +206,9 @@ def _check_weights(weights: Mapping[str, Tensor], skeleton: nn.Module, name: str
 
 def _read(name: str, max_bytes: int) -> bytes:
     try:
-        with Path(name).open("rb") as file:
-            data = file.read(max_bytes + 1) if os.fstat(file.fileno()).st_size <= max_bytes else None
+        return read_regular(name, max_bytes)
     except OSError as error:
         raise BadModelError(f"{name}: cannot be read ({error.strerror}); give the path of a model file") from error
-    if data is None or len(data) > max_bytes:
-        raise BadModelError(
-            f"{name}: more than the limit of {max_bytes:,} bytes; raise max_bytes if you trust the file"
-        )
-    return data
 
 
 def _read_card(data: bytes, name: str) -> ModelCard:

@@ -65,6 +65,12 @@ def clipped(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:60]}… ({len(str(value)):,} characters)"
 
 
+def first_line(error: BaseException, limit: int = 240) -> str:
+    """Return what an error of a library says, without the stack frames that compiled libraries may append."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
 def visible(text: str) -> str:
     r"""Return `text` with unprintable and direction-changing characters escaped (`\u202e`); tab and newline stay."""
     if text.isascii() and text.isprintable():

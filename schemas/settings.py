@@ -11,7 +11,8 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from schemas.errors import SettingsError
+from schemas.errors import SettingsError, first_line
+from schemas.files import read_regular
 from schemas.index import IndexSettings
 from schemas.metrics import ALL, EER, FRONTAL_FRONTAL, FRONTAL_PROFILE, POSE_CLASSES, MetricId, pose_cell, rate_text
 from schemas.models import Mode, Precision
@@ -29,6 +30,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+MAX_CONFIG_BYTES = 1 << 20
 WRITTEN_BESIDE = ("front", "identity", "pose_branch", "mode", "shard")
 COLUMN_ROLES = ("id", "embedding", "subject", "pose", "yaw", "pitch", "roll")
 
@@ -236,11 +238,11 @@ def load_pipeline(path: str, **overrides: object) -> PipelineSettings:
     """
     file = Path(path)
     try:
-        content = tomllib.loads(file.read_text())
+        content = tomllib.loads(read_regular(file, MAX_CONFIG_BYTES).decode())
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror}); pass --config FILE.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: is no TOML ({error}).") from error
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, an endless number, too many brackets
+        raise SettingsError(f"{path}: is no TOML ({first_line(error)}).") from error
     base = file.resolve().parent
     for key in ("source", "store"):
         if isinstance(content.get(key), str):

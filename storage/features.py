@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.errors import StoreError
+from schemas.errors import StoreError, first_line
 from schemas.features import PARTITIONS, VECTOR, VECTOR_COLUMNS, FeatureKey
 from storage.checksums import check_footer, check_whole, digesting_writer
 from storage.delta_log import DamagedFilesError
@@ -160,7 +160,7 @@ def opened(table: FileTable, file: LiveFile) -> Iterator[pq.ParquetFile]:
     except _UNREADABLE as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:  # of what is written from it
             raise
-        why = (str(error).splitlines() or ["no reason given"])[0][:120]
+        why = first_line(error, 120)
         if _damage(place, file.rows) is None:
             raise StoreError(f"{place.uri}: cannot be read now ({why}); run again.") from error
         raise DamagedFilesError([place], why) from error
@@ -224,7 +224,7 @@ def _damage(place: Location, rows: int) -> str | None:
     except pa.ArrowInvalid as error:
         return str(error)
     except OSError as error:
-        raise StoreError(f"{place.uri}: cannot be read now ({str(error).splitlines()[0][:120]}); run again.") from error
+        raise StoreError(f"{place.uri}: cannot be read now ({first_line(error, 120)}); run again.") from error
     return None if found == rows else f"{found} rows instead of {rows}"
 
 

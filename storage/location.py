@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from schemas.errors import SettingsError, StoreError
+from schemas.errors import SettingsError, StoreError, first_line
+from schemas.files import check_regular
 from storage.layout import temporary_name
 
 NOWHERE = -1  # the size of a link whose target does not exist
@@ -151,8 +152,10 @@ class Location:
         return sorted(kept, key=lambda entry: entry.name)
 
     def open_input(self) -> pa.NativeFile:
-        """Open the file for random access. Raises FileNotFoundError or StoreError."""
+        """Open the file for random access. Raises FileNotFoundError, or StoreError where it is no regular file."""
         with self._naming():
+            if self.is_local:
+                check_regular(self.path, os.stat(self.path).st_mode)  # noqa: PTH116 - beside os.scandir
             return self.fs.open_input_file(self.path)
 
     def read_bytes(self, limit: int = 1 << 30) -> bytes:
@@ -322,9 +325,8 @@ class Location:
         except FileNotFoundError:
             raise
         except OSError as error:
-            # pyarrow's errors carry no errno text of their own; the operating system's do.
             raise StoreError(
-                f"{self.uri}: {error.strerror or error}{where}. Nothing was published; fix that, then run again."
+                f"{self.uri}: {first_line(error)}{where}. Nothing was published; fix that, then run again."
             ) from error
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 from pydantic import ValidationError
 
-from schemas.errors import SettingsError, StoreBusyError, StoreError
+from schemas.errors import SettingsError, StoreBusyError, StoreError, first_line
 from schemas.features import digest_of
 from schemas.releases import RELEASES_SCHEMA, Release
 from storage.delta_log import DamagedFilesError
@@ -154,7 +154,7 @@ class Releases:
                 releases += [Release.model_validate_json(record) for record in rows["record"].to_pylist()]
             except (FileNotFoundError, pa.ArrowException, OSError, ValidationError, KeyError) as error:
                 raise StoreError(
-                    f"{place.uri}: the release history cannot be read ({str(error).splitlines()[0]}); restore the "
+                    f"{place.uri}: the release history cannot be read ({first_line(error)}); restore the "
                     "releases folder from a backup."
                 ) from error
         return sorted(releases, key=lambda release: release.number)

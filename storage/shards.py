@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.errors import BadShardError, SettingsError, StoreError
+from schemas.errors import BadShardError, SettingsError, StoreError, first_line
 from schemas.features import DIGEST_BYTES, printable, shard_key
 from schemas.settings import ColumnNames
 from storage.blocks import open_parquet, read_blocks
@@ -197,7 +197,7 @@ def _as_bad_shard(shard: Shard) -> Iterator[None]:
         ) from error
     except (StoreError, pa.ArrowException, OSError, UnicodeError) as error:
         # A StoreError here is about this one file, such as a missing permission; the store itself is not touched.
-        why = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0][:200]
+        why = first_line(error.__cause__ or error, 200)
         raise BadShardError(
             f"shard {shard.key}: {shard.uri} cannot be read as Parquet ({why}); write it again."
         ) from error

@@ -17,7 +17,7 @@ from deltalake import CommitProperties, DeltaTable, Field, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from schemas.errors import SettingsError, StoreBusyError, StoreError
+from schemas.errors import SettingsError, StoreBusyError, StoreError, first_line
 from storage.delta_log import DamagedFilesError, DeltaLog
 from storage.location import Location
 
@@ -164,7 +164,9 @@ class FileTable:
         except CommitFailedError as error:
             raise self._busy() from error
         except (DeltaError, OSError) as error:
-            raise StoreError(f"{self.place.uri}: the commit failed ({error}). Nothing was published; rerun.") from error
+            raise StoreError(
+                f"{self.place.uri}: the commit failed ({first_line(error)}). Nothing was published; rerun."
+            ) from error
         after = self.snapshot()
         self.log.sync(base.version + 1, after.version)
         return after
@@ -182,7 +184,7 @@ class FileTable:
         except CommitFailedError as error:
             raise self._busy() from error
         except (DeltaError, OSError) as error:
-            raise StoreError(f"{self.place.uri}: the table cannot be made ({error}).") from error
+            raise StoreError(f"{self.place.uri}: the table cannot be made ({first_line(error)}).") from error
 
     def _open(self, version: int | None = None) -> DeltaTable | None:
         try:
@@ -203,8 +205,7 @@ class FileTable:
             if damage is not None:
                 raise damage from error
             at = "" if version is None else f" at version {version}"
-            why = (str(error).splitlines() or ["no reason given"])[0]
-            raise StoreError(f"{self.place.uri}: the table{at} cannot be read ({why}).") from error
+            raise StoreError(f"{self.place.uri}: the table{at} cannot be read ({first_line(error)}).") from error
         return table
 
     def _check_own(self, table: DeltaTable) -> None:

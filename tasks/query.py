@@ -5,31 +5,25 @@ publishes meanwhile is never seen half.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel
 
-from schemas.errors import BadShardError, SettingsError, StoreError, clipped
-from schemas.features import BLOCK_ROWS
+from schemas.errors import SettingsError, StoreError, clipped
 from schemas.identity import parse_id
 from schemas.metrics import RAW
 from schemas.releases import Release
-from schemas.shards import embedding_dim
-from storage.blocks import open_parquet, read_blocks
-from storage.columns import embedding_matrix, plain_column
 from storage.features import features_table, matrix_of, read_rows
 from storage.ids import id_keys
 from storage.location import Location
+from storage.query_vectors import read_vectors
 from storage.releases import Releases
 from storage.tombstones import Tombstones
 from storage.vectors.store import open_ids, open_index
 
 MAX_K = 10_000
-MAX_NUMBERS = 1 << 28  # 1 GiB of float32 a call
-MAX_ID_BYTES = 1 << 28
 
 
 class Neighbour(BaseModel):
@@ -117,83 +111,6 @@ def answer(
         for at, (name, subject) in enumerate(zip(names, subjects, strict=True))
     ]
     return QueryAnswer(store=store, release=record.release, mode=mode, k=k, results=results)
-
-
-def read_vectors(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
-    """Return names and raw embeddings `[n, D]` of a `.npy` or `.parquet` file.
-
-    Raises:
-        SettingsError: no such file, another format, rows that are not finite, zero or of another length than `dim`.
-    """
-    suffix = Path(path).suffix.lower()
-    try:
-        if suffix == ".npy":
-            names, matrix = _from_npy(path)
-        elif suffix in (".parquet", ".pq"):
-            names, matrix = _from_parquet(path, dim)
-        else:
-            raise SettingsError(f"--vectors {path}: must end in .npy or .parquet.")
-    except FileNotFoundError as error:
-        raise SettingsError(f"--vectors {path}: there is no such file.") from error
-    except (ValueError, OSError, EOFError, SyntaxError, BadShardError, pa.ArrowException) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0][:240]
-        raise SettingsError(f"--vectors {path}: cannot be read ({why}).") from error
-    if matrix.shape[1] != dim:
-        raise SettingsError(f"--vectors {path}: has {matrix.shape[1]} numbers a row, the index {dim}.")
-    norms = np.linalg.norm(matrix.astype(np.float64), axis=1)
-    bad = np.flatnonzero(~np.isfinite(norms) | (norms < 1e-18))
-    if bad.size:
-        raise SettingsError(f"--vectors {path}: row {bad[0]} is zero or not finite, so it has no direction.")
-    return names, matrix
-
-
-def _from_npy(path: str) -> tuple[list[str | int], np.ndarray]:
-    # Mapped, so that a header which promises more than the file holds is refused before memory is asked for.
-    array = np.lib.format.open_memmap(path, mode="r")
-    if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or array.size == 0:
-        raise ValueError(f"array of {array.dtype} {array.shape}, wanted floats [D] or [n, D]")
-    _check_size(array.size)
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused as such
-        matrix = np.atleast_2d(array).astype(np.float32)
-    return list(range(len(matrix))), matrix
-
-
-def _from_parquet(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
-    with Path(path).open("rb") as file, open_parquet(file) as parquet:
-        found, rows = parquet.schema_arrow, parquet.metadata.num_rows
-        if found.names.count("embedding") != 1 or found.names.count("id") > 1 or not rows:
-            raise ValueError(
-                f"columns {', '.join(found.names[:8])}, {rows} rows; wanted one 'embedding', one 'id' at most"
-            )
-        width = embedding_dim(path, "embedding", found.field("embedding").type)
-        if width not in (None, dim):
-            raise ValueError(f"{width} numbers a row, the index has {dim}")
-        _check_size(rows * dim)
-        wanted = [name for name in ("id", "embedding") if name in found.names]
-        names: list[str | int] = []
-        matrix, text = np.empty((rows, dim), np.float32), 0
-        for first, block in read_blocks(file, "file", wanted, BLOCK_ROWS):
-            part, reasons = embedding_matrix(block.column("embedding"), dim)
-            for row, reason in enumerate(reasons, first):
-                if reason is not None:
-                    raise ValueError(f"row {row}: {reason}, wanted {dim} finite numbers that are not all zero")
-            matrix[first : first + len(part)] = part
-            ids = _names(block.column("id")) if "id" in wanted else pa.nulls(len(part))
-            text += ids.nbytes
-            if text > MAX_ID_BYTES:
-                raise ValueError(f"ids of more than {MAX_ID_BYTES:,} bytes in {rows:,} rows; split the file")
-            names += [row if name is None else name for row, name in enumerate(ids.to_pylist(), first)]
-    return names, matrix
-
-
-def _names(ids: pa.Array) -> pa.Array:
-    kind = ids.type.value_type if pa.types.is_dictionary(ids.type) else ids.type
-    return plain_column(ids, pa.int64() if pa.types.is_integer(kind) else pa.string())
-
-
-def _check_size(numbers: int) -> None:
-    if numbers > MAX_NUMBERS:
-        raise ValueError(f"{numbers:,} numbers, more than the {MAX_NUMBERS:,} of one call; split the file")
 
 
 def _through_model(store: Location, release: Release, mode: str, matrix: np.ndarray) -> np.ndarray:

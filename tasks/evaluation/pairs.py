@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from metrics.cosine import pair_scores
 from metrics.folds import fold_accuracy, why_not
 from metrics.verification import verify
-from schemas.errors import SettingsError, StoreError
+from schemas.errors import SettingsError, StoreError, first_line
 from schemas.features import digest_of
 from schemas.reports import PairsResult
 from storage.location import FileEntry, Location
@@ -118,7 +118,7 @@ def _read_pairs(uri: str, _: FileEntry | None) -> Pairs:
     except StoreError as error:
         raise SettingsError(f"pairs: {error}") from error
     except (pa.ArrowException, OSError) as error:
-        raise SettingsError(f"pairs {uri}: cannot be read as Parquet ({str(error).splitlines()[0][:120]}).") from error
+        raise SettingsError(f"pairs {uri}: cannot be read as Parquet ({first_line(error, 120)}).") from error
     missing = [name for name in ("id_a", "id_b", "same") if name not in table.column_names]
     if missing:
         raise SettingsError(
@@ -140,7 +140,9 @@ def _read_pairs(uri: str, _: FileEntry | None) -> Pairs:
             }
         )
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise SettingsError(f"pairs {uri}: {error}; wanted text ids, an integer fold and a boolean 'same'.") from error
+        raise SettingsError(
+            f"pairs {uri}: {first_line(error)}; wanted text ids, an integer fold and a boolean 'same'."
+        ) from error
     nulls = [name for name in pairs.column_names if pairs[name].null_count]
     if nulls:
         raise SettingsError(f"pairs {uri}: column {nulls[0]!r} has {pairs[nulls[0]].null_count} nulls; fill them in.")

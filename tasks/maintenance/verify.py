@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from schemas.errors import BadModelError, FrontalisError, StoreError
+from schemas.errors import BadModelError, FrontalisError, StoreError, first_line
 from schemas.metrics import RAW
 from schemas.releases import IndexRef, Release
 from storage.checksums import check_whole
@@ -212,7 +212,7 @@ class _Check:
             except FileNotFoundError:
                 self._wrong(name, "is missing", "run `frontalis reprocess` with this source and these models")
             except (pa.ArrowException, OSError, ValueError, KeyError, FrontalisError) as error:
-                self._wrong(name, f"cannot be read ({str(error).splitlines()[0][:120]})", RECOMPUTE)
+                self._wrong(name, f"cannot be read ({first_line(error, 120)})", RECOMPUTE)
 
     def _file(self, table: FileTable, file: LiveFile, name: str) -> None:
         """Read all of one file: it carries its digest, so a flipped bit shows."""

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as pe
 import pytest
 
-from schemas.errors import BadModelError, BadShardError, FrontalisError, SettingsError
+from schemas.errors import BadModelError, BadShardError, FrontalisError, SettingsError, StoreError
 from storage.features import features_table, quarantine_table, read_table
 from storage.location import Location
 
@@ -365,6 +365,7 @@ REFUSALS: dict[str, tuple[Callable[[Path, Mapping[str, str]], dict[str, object]]
     ),
     "truncated model": (lambda at, m: {"models": {"per_sample": str(at / "cut")}}, BadModelError, "model per_sample="),
     "pickle as model": (lambda at, m: {"models": {"per_sample": str(at / "pickle")}}, BadModelError, "safetensors"),
+    "named pipe as model": (lambda at, m: {"models": {"per_sample": str(at / "pipe")}}, StoreError, "is a named pipe"),
     "hostile header": (lambda at, m: {"models": {"per_sample": str(at / "huge")}}, BadModelError, "cut short"),
     "model of another dimension": (
         lambda at, m: {"models": {"per_sample": str(at / "other")}},
@@ -392,6 +393,7 @@ def test_refusal(name: str, tmp_path: Path, run_stages, pipeline_of, tiny_models
     pq.write_table(shard(), tmp_path / "twins" / "a.pq")
     good = tiny_models.per_sample.read_bytes()
     (tmp_path / "cut").write_bytes(good[: len(good) // 2])
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "pickle").write_bytes(b"\x80\x04cos\nsystem\n(S'touch /tmp/owned'\ntR." + b"\0" * 64)
     (tmp_path / "huge").write_bytes((2**62).to_bytes(8, "little") + b"{}")
     make_checkpoint(tmp_path / "other", "per_sample", dim=16)

@@ -1,6 +1,7 @@
 """The command line, typed as a person types it: the whole job on small shards, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 from frontalis.cli import app
 from frontalis.process import Command
 from schemas.errors import FrontalisError
+
+NAMED_PIPE = "pipe.npy: is a named pipe, not a regular file"
+pytestmark = pytest.mark.timeout(600)  # the whole job takes minutes on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -176,11 +180,18 @@ def test_report_is_written(job) -> None:
         (["train", "{tmp}", "--out", "{tmp}/x", "--column", "id=a", "--column", "id=b"], "id is given twice"),
         (["evaluate", "--store", "{store}", "--pairs", "{tmp}/none.parquet"], "there is no such file"),
         (["rollback", "--store", "ftp://x/y", "r1"], "scheme 'ftp' is not supported"),
+        (["query", "--store", "{store}", "--vectors", "{tmp}/pipe.npy"], NAMED_PIPE),
+        (["evaluate", "--store", "{store}", "--pairs", "{tmp}/pipe.npy"], NAMED_PIPE),
+        (["reprocess", "--config", "{tmp}/pipe.npy"], NAMED_PIPE),
+        (["explain", "--model", "{tmp}/pipe.npy", "--out", "{tmp}"], NAMED_PIPE),
+        (["forget", "--store", "{store}", "--from", "{tmp}/pipe.npy"], NAMED_PIPE),
+        (["reprocess", "--config", "/dev/zero"], "is a device, not a regular file"),
     ],
 )
 @pytest.mark.usefixtures("run_pipeline")  # which points Prefect to the session's server
 def test_refusals_name_the_thing_and_the_way_out(job, tmp_path, capsys, words, message) -> None:
     """In this process: that a refusal ends it with one line and this exit code is shown in `test_process.py`."""
+    os.mkfifo(tmp_path / "pipe.npy")
     filled = [word.format(store=job / "store", tmp=tmp_path) for word in words]
     with pytest.raises(FrontalisError) as refused:
         app(filled, standalone_mode=False, obj=Command())

@@ -1,7 +1,8 @@
-"""A Prefect server that does not answer: one line that names it and the way out, soon, and no traceback."""
+"""A Prefect server that does not answer or is lost: one line that names it and the way out, soon, and no traceback."""
 
 import http.server
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
+from storage.location import Location
+from storage.releases import Releases
+from tests import server_fixtures
 
 pytestmark = pytest.mark.e2e
 
@@ -97,3 +102,53 @@ def test_commands_without_a_flow_need_no_server(nobody, tmp_path, words) -> None
     assert done.returncode == 2, done.stderr
     assert "does not exist" in done.stderr
     assert "Prefect" not in done.stderr
+
+
+@pytest.mark.timeout(600)  # two servers, two runs
+def test_a_server_that_dies_during_a_run_is_named_and_the_next_run_finishes(
+    tiny_source, tiny_models, tmp_path, prefect_server
+) -> None:
+    store = tmp_path / "store"
+    words = ["reprocess", "--source", tiny_source, "--store", store, *tiny_models.arguments]
+    command = [sys.executable, "-m", "frontalis", *map(str, words)]
+    (tmp_path / "own").mkdir()
+    own = server_fixtures._start(tmp_path / "own")
+    env = {**prefect_server.env, "PREFECT_API_URL": own["url"], "PREFECT_CLIENT_MAX_RETRIES": "1"}
+    with (tmp_path / "stderr").open("wb") as errors:
+        run = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors)
+    try:
+        while run.poll() is None and not list(store.glob("features/mode=*")):
+            time.sleep(0.01)
+        os.killpg(own["process"], signal.SIGKILL)
+        printed, _ = run.communicate(timeout=300)
+    finally:
+        run.kill()
+        server_fixtures._end_group(own["process"])
+    said = (tmp_path / "stderr").read_text()
+    assert (run.returncode, printed) == (1, b""), said
+    *progress, last = said.splitlines()
+    assert last.startswith(f"frontalis: the Prefect server at {own['url']} stopped answering (")
+    assert last.endswith("What is complete is kept: run the same command again once a server is there.")
+    assert all(line[2] == ":" and line[9] in "IW" for line in progress), said
+
+    again = subprocess.run(command, env=prefect_server.env, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    (release,) = Releases(Location(str(store))).all()
+    assert release.serving
+
+
+def test_a_prefect_home_that_cannot_be_written_is_refused_at_once(tmp_path) -> None:
+    (tmp_path / "home").touch()  # a file in the place of the folder stops root as well
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    command = [sys.executable, "-m", "frontalis", "evaluate", "--store", str(tmp_path)]
+    started = time.monotonic()
+    for given, home in (
+        ({"PREFECT_HOME": str(tmp_path / "home")}, tmp_path / "home"),
+        ({"HOME": str(tmp_path / "home")}, tmp_path / "home/.prefect"),
+    ):
+        done = subprocess.run(command, env=env | given, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"frontalis: PREFECT_HOME = {home}: cannot be written (")
+        assert line.endswith("; set PREFECT_HOME to a folder of yours.")
+    assert time.monotonic() - started < 60

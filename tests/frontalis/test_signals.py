@@ -32,6 +32,17 @@ def command() -> None:
 sys.argv = ["frontalis"]
 sys.exit(run(app))
 """
+WAITS_FOR_A_DISK = """
+import sys, typer
+from frontalis.process import run
+app = typer.Typer()
+@app.command()
+def command() -> None:
+    print("ready", flush=True)
+    open("{path}")
+sys.argv = ["frontalis"]
+sys.exit(run(app))
+"""
 HANGS_WHILE_STOPPING = """
 import subprocess, sys, time, typer
 from frontalis.process import run
@@ -144,17 +155,13 @@ def test_commands_without_a_flow_say_what_is_left(tmp_path, words, number) -> No
 
 
 def test_a_command_that_waits_for_its_disk_is_ended(tmp_path) -> None:
-    store = tmp_path / "store"
-    store.mkdir()
-    (store / ".lock").touch()
-    os.mkfifo(store / "tombstones.json")  # nobody ever writes into it
-    with started("verify", "--store", store, errors=tmp_path / "stderr") as run:
-        time.sleep(8)
+    os.mkfifo(tmp_path / "pipe")  # nobody ever writes into it, so opening it waits as a disk that is gone
+    with python(WAITS_FOR_A_DISK.format(path=tmp_path / "pipe")) as run:
+        assert run.stdout.readline() == "ready\n"
+        time.sleep(0.5)  # until the call has begun
         run.send_signal(signal.SIGTERM)
         assert run.wait(60) == 128 + signal.SIGTERM
-    (said,) = run.errors.read_text().splitlines()
-    assert said.startswith("frontalis: interrupted")
-    assert said.endswith("; nothing was changed")
+        assert run.stderr.read() == "frontalis: interrupted; nothing was changed\n"
 
 
 def test_every_command_says_what_an_interrupt_leaves() -> None:
