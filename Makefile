@@ -77,9 +77,10 @@ types: $(READY) ## check types
 
 check: lint types test ## lint, types and test: what must be green before a change lands
 
-torture: $(READY) ## kill 60 runs on a local disk and 60 on S3, cut the power 60 times, simulate 400 runs
-	FRONTALIS_KILLS=60 FRONTALIS_CUTS=60 FRONTALIS_RUNS=400 $(BIN)/python -m pytest tests/flows/test_crash.py \
-	  tests/flows/test_object_storage.py tests/flows/test_power_cut.py tests/tasks/maintenance/test_growth.py --timeout 7200
+torture: $(READY) ## kill 60 runs on disk and 60 on S3, cut the power 60 times, simulate 400 runs, try 5,000 hostile commands
+	FRONTALIS_KILLS=60 FRONTALIS_CUTS=60 FRONTALIS_RUNS=400 FRONTALIS_FUZZED=5000 $(BIN)/python -m pytest \
+	  tests/flows/test_crash.py tests/flows/test_object_storage.py tests/flows/test_power_cut.py \
+	  tests/tasks/maintenance/test_growth.py tests/frontalis/test_hostile_commands.py --timeout 7200
 
 lock: ## resolve the dependencies again and write requirements/*.txt
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

@@ -6,6 +6,7 @@ answer at once.
 """
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -16,8 +17,9 @@ import typer
 
 from frontalis.process import log_to_stderr, run
 from frontalis.server import REQUEST_RETRIES, run_flow
-from schemas.errors import ExitCode, SettingsError
+from schemas.errors import MAX_WAIT_SECONDS, ExitCode, SettingsError
 
+ROWS = 1_000_000_000  # of synthetic shards; beyond it a number is a mistake
 Function = TypeVar("Function", bound=Callable[..., None])
 
 app = typer.Typer(
@@ -29,7 +31,17 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _number(value: float | None) -> float | None:
+    """Refuse NaN, which is neither below a minimum nor above a maximum."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is no number.")
+    return value
+
+
 Store = Annotated[str, typer.Option("--store", help="The store: a folder or s3://bucket/prefix.")]
+_WAIT = typer.Option(min=0, max=MAX_WAIT_SECONDS, callback=_number, help="Seconds to wait for another run.")
+Wait = Annotated[float, _WAIT]
 Columns = Annotated[
     list[str] | None, typer.Option("--column", help="ROLE=NAME, such as subject=person; repeat for each column.")
 ]
@@ -78,12 +90,12 @@ def _start(
 @_command(kept="the shards are not complete; empty the folder, then run the same command again")
 def synth(
     out: Annotated[str, typer.Argument(help="Folder for the shards, empty or absent.")],
-    subjects: Annotated[int, typer.Option(min=1)] = 500,
-    per_subject: Annotated[int, typer.Option(min=1)] = 14,
-    dim: Annotated[int, typer.Option(min=2)] = 512,
-    shards: Annotated[int, typer.Option(min=1)] = 8,
-    seed: int = 0,
-    bad_rows: Annotated[int, typer.Option(min=0, help="Add about this many bad rows of several kinds.")] = 0,
+    subjects: Annotated[int, typer.Option(min=1, max=ROWS)] = 500,
+    per_subject: Annotated[int, typer.Option(min=1, max=ROWS)] = 14,
+    dim: Annotated[int, typer.Option(min=2, max=65_536)] = 512,
+    shards: Annotated[int, typer.Option(min=1, max=100_000)] = 8,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 0,
+    bad_rows: Annotated[int, typer.Option(min=0, max=ROWS, help="Add about this many bad rows of several kinds.")] = 0,
 ) -> None:
     """Make synthetic shards that behave like measured embeddings."""
     # Blocks are computed side by side; threads of OpenBLAS inside each would wait for one another.
@@ -156,7 +168,7 @@ def reprocess(
     keep_columns: Annotated[list[str] | None, typer.Option(help="Further column to pass through; repeat.")] = None,
     column: Columns = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker threads; one a core by default.")] = None,
-    wait: Annotated[float | None, typer.Option(min=0, help="Seconds to wait for another run.")] = None,
+    wait: Annotated[float | None, _WAIT] = None,
     allow_removal: Annotated[
         bool, typer.Option("--allow-removal", help="Let this run remove or quarantine more than [gate] allows.")
     ] = False,
@@ -248,7 +260,7 @@ def explain(
     model: Annotated[str, typer.Option(help="Checkpoint file.")],
     out: Annotated[str, typer.Option(help="Folder for plots and tables.")],
     source: Annotated[str | None, typer.Option(help="Folder of shards; needed for per_sample models.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Top channels to list.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, max=65_536, help="Top channels to list.")] = 10,
     column: Columns = None,
     as_json: AsJson = False,
 ) -> None:
@@ -305,7 +317,7 @@ def forget(
     undo: Annotated[
         str | None, typer.Option(metavar="HASH", help="Lift a tombstone of --list, from the next run on.")
     ] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for another run.")] = 0.0,
+    wait: Wait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Delete a person or a row everywhere, and keep them out while the source still has them."""
@@ -340,9 +352,14 @@ def vacuum(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be removed, and remove nothing.")] = False,
     grace_hours: Annotated[
         float | None,
-        typer.Option(min=0, help="Keep files younger than this; 0 locally, 24 on object storage, which has no lock."),
+        typer.Option(
+            min=0,
+            max=1_000_000,
+            callback=_number,
+            help="Keep files younger than this; 0 locally, 24 on object storage, which has no lock.",
+        ),
     ] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for another run.")] = 0.0,
+    wait: Wait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Remove the files that no kept release needs."""

@@ -6,6 +6,7 @@ code (`schemas.errors.ExitCode`). Anything else is a defect, and its traceback i
 
 import atexit
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -18,7 +19,7 @@ from typing import Any, TextIO, cast
 
 import typer
 
-from schemas.errors import ExitCode, FrontalisError, SettingsError, one_line
+from schemas.errors import ExitCode, FrontalisError, SettingsError, first_line, one_line
 from storage.permissions import restrict_new_files
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -55,6 +56,9 @@ def run(app: typer.Typer) -> int:
     Where stdout is lost, because the disk is full or the reader has gone, the command still finishes its work. Its
     success then becomes exit code 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end the work
+            stream.reconfigure(errors="backslashreplace")
     stdout = None
     if sys.stdout is not None:  # None: whoever started the process closed it
         stdout = _Stdout(sys.stdout)
@@ -100,6 +104,8 @@ def _run(app: typer.Typer, command: Command) -> int:
         if isinstance(error, OSError) and error.strerror:
             file = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
             return _refuse(f"{file}{error.strerror}.", ExitCode.FAILED)
+        if isinstance(error, MemoryError):
+            return _refuse(f"not enough memory ({first_line(error)}).", ExitCode.FAILED)
         raise
 
 
@@ -145,7 +151,7 @@ def log_to_stderr() -> None:
     logging.raiseExceptions = False  # or Prefect writes about each log record that its server did not take
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
-    handler.addFilter(lambda record: not record.name.startswith("prefect"))
+    handler.addFilter(lambda record: not (record.name.startswith("prefect") or "/prefect/" in record.pathname))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 

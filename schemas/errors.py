@@ -11,6 +11,7 @@ from enum import IntEnum
 # Not printable in a message, a plot or a page, or printable only to deceive: control characters, lone surrogates, and
 # marks that change the direction of writing.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
+MAX_WAIT_SECONDS = 31_536_000.0  # a year, for a run that holds the store
 
 
 class ExitCode(IntEnum):

@@ -27,10 +27,10 @@ class IndexSettings(BaseModel):
 
     factory: Annotated[str, Field(min_length=1)] = "auto"
     memory_budget_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 16.0
-    training_rows: Annotated[int, Field(ge=1_000)] = 262_144
+    training_rows: Annotated[int, Field(ge=1_000, lt=2**31)] = 262_144
     recall: Annotated[float, Field(gt=0, le=1)] = 0.98
-    nprobe: Annotated[int, Field(ge=1)] | None = None
-    ef_search: Annotated[int, Field(ge=1)] | None = None
+    nprobe: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    ef_search: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     rebuild_share: Annotated[float, Field(ge=0, le=1)] = 0.2
     gpu: Literal["auto", "never"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

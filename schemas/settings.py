@@ -11,7 +11,7 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from schemas.errors import SettingsError, first_line
+from schemas.errors import MAX_WAIT_SECONDS, SettingsError, first_line
 from schemas.files import read_regular
 from schemas.index import IndexSettings
 from schemas.metrics import ALL, EER, FRONTAL_FRONTAL, FRONTAL_PROFILE, POSE_CLASSES, MetricId, pose_cell, rate_text
@@ -27,7 +27,7 @@ Checked = TypeVar("Checked", bound="Settings")
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -69,7 +69,7 @@ class ReweightSettings(Settings):
     )
     device: Device = "auto"
     precision: Precision = Field(default="float32", description="of products on a GPU: float32, tf32 or bf16")
-    group_rows: int = Field(default=200_000, ge=1, description="about how many rows one task works on")
+    group_rows: int = Field(default=200_000, ge=1, lt=2**31, description="about how many rows one task works on")
 
 
 class EvaluationSettings(Settings):
@@ -77,8 +77,10 @@ class EvaluationSettings(Settings):
 
     fmrs: tuple[str, ...] = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
     resamples: int = Field(default=1000, ge=0, le=100_000, description="bootstrap resamples; 0 gives no intervals")
-    seed: int = 0
-    max_rows: int = Field(default=50_000, ge=10, description="labelled rows beyond this are sampled by subject")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    max_rows: int = Field(
+        default=50_000, ge=10, lt=2**31, description="labelled rows beyond this are sampled by subject"
+    )
     frontal_yaw: float = Field(default=15.0, gt=0, le=180, description="|yaw| up to here is frontal (no pose label)")
     profile_yaw: float = Field(default=35.0, gt=0, le=180, description="|yaw| from here is profile (no pose label)")
     pairs: str | None = Field(default=None, description="Parquet of pairs with folds: protocol, fold, id_a, id_b, same")
@@ -180,7 +182,9 @@ class PipelineSettings(Settings):
     gate: GateSettings = GateSettings()
     runner: RunnerSettings = RunnerSettings()
     retention: RetentionSettings = RetentionSettings()
-    wait: float = Field(default=0.0, ge=0, description="seconds to wait for another run that holds the store")
+    wait: float = Field(
+        default=0.0, ge=0, le=MAX_WAIT_SECONDS, description="seconds to wait for another run that holds the store"
+    )
 
     @field_validator("models")
     @classmethod
@@ -219,7 +223,7 @@ class TrainingSettings(Settings):
         description="the network of the last step is kept, or raw where that is better on validation",
     )
     device: Device = "auto"
-    max_rows: int = Field(default=500_000, ge=100, description="more labelled rows are sampled by subject")
+    max_rows: int = Field(default=500_000, ge=100, lt=2**31, description="more labelled rows are sampled by subject")
     skip_bad_rows: bool = Field(default=False, description="leave out embeddings that are not finite or of odd length")
     resamples: int = Field(default=1000, ge=0, le=100_000)
 

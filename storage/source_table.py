@@ -11,7 +11,7 @@ import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from schemas.errors import SettingsError, StoreError
+from schemas.errors import SettingsError, StoreError, first_line
 from schemas.settings import ColumnNames
 from storage.location import FileEntry, Location
 from storage.partitions import Partition, Partitions
@@ -81,7 +81,7 @@ def live_files(source: Location, columns: ColumnNames) -> LiveFiles:
         schema = pa.schema(table.schema().to_arrow())
         vectors = _has_deletion_vectors(table)
     except (DeltaError, OSError, ValueError) as error:
-        why = (str(error).splitlines() or ["no reason given"])[0][:200]
+        why = first_line(error, 200)
         raise SettingsError(f"source {source.uri}: its Delta log cannot be read ({why}).") from error
     if mapping != "none":
         raise SettingsError(

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from schemas.errors import StoreError
+from schemas.errors import StoreError, first_line
 from schemas.features import DIGEST_BYTES
 from schemas.identity import folded_text, normal_text
 from schemas.releases import Release
@@ -73,7 +73,7 @@ class Tombstones:
             return
         except (ValueError, KeyError, TypeError) as error:
             # Without the list the next run would publish forgotten people again.
-            raise TombstonesLostError(self.place, f"is damaged ({str(error).splitlines()[0]})") from error
+            raise TombstonesLostError(self.place, f"is damaged ({first_line(error)})") from error
 
     @classmethod
     def proven(cls, store: Location, releases: Iterable[Release]) -> "Tombstones":
@@ -241,7 +241,7 @@ def read_log(store: Location) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except ValueError as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise StoreError(f"{place.uri}: is damaged ({why}); restore it from a backup first.") from error
 
 

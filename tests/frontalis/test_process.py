@@ -45,6 +45,38 @@ def test_output_that_cannot_be_written_is_an_error(tmp_path) -> None:
     assert len(list(tmp_path.glob("shards/*.parquet"))) == 1
 
 
+@pytest.mark.parametrize("setting", ["PYTHONIOENCODING=ascii", "PYTHONIOENCODING=ascii:strict"])
+def test_a_terminal_that_lacks_a_character_shows_its_number(tmp_path, setting) -> None:
+    done = shell(f"{setting} $F -q synth gesichter-é --subjects 2 --per-subject 2 --dim 8 --shards 1", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("gesichter-\\xe9\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "vacuum --grace-hours inf", "vacuum --grace-hours nan", "vacuum --wait nan", "vacuum --wait 1e300",
+        "forget --id x --wait inf", "query --id x -k " + "9" * 30, "query --id x -k -1",
+    ],
+)  # fmt: skip
+def test_numbers_that_are_out_of_range_are_refused(tmp_path, words) -> None:
+    done = shell(f"$F {words} --store {tmp_path}", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert words.split()[-2] in done.stderr
+
+
+def test_stack_frames_of_compiled_libraries_stay_out_of_messages(tmp_path) -> None:
+    log = tmp_path / "store" / "releases" / "_delta_log"
+    log.mkdir(parents=True)
+    (log / "00000000000000000000.json").write_text("{")
+    done = shell("RUST_BACKTRACE=1 $F releases --store store", tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "stack backtrace" not in line
+    assert "\\n" not in line
+
+
 def test_a_reader_that_has_read_enough_is_no_error(tmp_path) -> None:
     done = shell("$F -q synth shards --subjects 2 --per-subject 2 --dim 8 --shards 1 | true", tmp_path)
     assert done.returncode in (0, 1)
