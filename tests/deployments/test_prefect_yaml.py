@@ -71,6 +71,7 @@ def test_example_settings_show_every_setting_with_its_default(tmp_path) -> None:
         "models.batch_stat",
     }
     without_default = {"evaluation.pairs", "runner.workers", "runner.address", "index.nprobe", "index.ef_search"}
+    without_default |= {"retention.min_age_hours"}  # None there: it follows the kind of storage
     without_default |= {"gate.guards"}  # None there: its tolerance follows that of the gate
     file = tmp_path / "pipeline.toml"
     file.write_text(shown)
