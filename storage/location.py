@@ -5,6 +5,7 @@ environment variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID …). The
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -363,6 +364,8 @@ def make_folder(folder: Path) -> None:
     """Make a local folder and those above it; their names are on the disk before anything is written into them."""
     if folder.is_dir():
         return
+    if folder.exists():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _sync(folder.parent)
