@@ -14,7 +14,7 @@ from frontalis.cli import app
 from frontalis.process import Command
 from schemas.errors import FrontalisError
 
-NAMED_PIPE = "pipe.npy: is a named pipe, not a regular file"
+NAMED_PIPE = "is a named pipe, not a regular file"
 pytestmark = pytest.mark.timeout(600)  # the whole job takes minutes on a busy machine
 
 
