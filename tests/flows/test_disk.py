@@ -333,7 +333,7 @@ def test_a_clock_set_back(store, run_pipeline, plain_source, new_models, monkeyp
             return datetime.now(tz) - timedelta(days=400)
 
     first = Releases(Location(str(store))).serving()
-    monkeypatch.setattr("flows.reprocess.datetime", Yesterday)
+    monkeypatch.setattr("tasks.release.datetime", Yesterday)
     monkeypatch.setattr("storage.tables.time.time", lambda: 1e9)
     assert run_pipeline(plain_source, store, models=new_models).status == "promoted"
     now = Releases(Location(str(store))).serving()
