@@ -60,7 +60,7 @@ def run(app: typer.Typer) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end the work
             stream.reconfigure(errors="backslashreplace")
     stdout = None
-    if sys.stdout is not None:  # None: whoever started the process closed it
+    if sys.stdout is not None:  # None: the parent process closed it
         stdout = _Stdout(sys.stdout)
         sys.stdout = cast(TextIO, stdout)
     command = Command()

@@ -126,7 +126,7 @@ def _start_temporary_server() -> None:
 
 
 def _check_home(home: Path) -> None:
-    """Refuse a PREFECT_HOME in which the temporary server could write nothing: it would start to no end for minutes."""
+    """Refuse a PREFECT_HOME in which the temporary server could write nothing: it would retry for minutes."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=home):

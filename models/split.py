@@ -15,7 +15,7 @@ _POSITION_BITS = 53  # positions on [0, 1) that a float64 holds exactly
 def subject_key(subject: str, salt: str) -> int:
     """Return the signed 64-bit hash that stands for a subject: BLAKE2b (RFC 7693) keyed by the salt, little-endian.
 
-    It fits an int64 column. Names cannot be read back from it, but whoever has the salt can test a guessed name:
+    It fits an int64 column. Names cannot be read back from it, but anybody with the salt can test a guessed name:
     it is a pseudonym, not an anonymisation. Raises `ValueError` for a salt that is empty or longer than 64 bytes.
     """
     digest = hashlib.blake2b(subject.encode(), digest_size=8, key=valid_salt(salt).encode()).digest()

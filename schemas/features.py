@@ -1,6 +1,6 @@
 """The schemas of the store's tables, and the key of a feature file.
 
-The name of a feature file is its key: equal names hold equal bytes, whoever wrote them and whenever.
+The name of a feature file is its key: equal names hold equal bytes, on every machine and in every run.
 """
 
 import hashlib

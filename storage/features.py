@@ -1,6 +1,6 @@
 """Feature files: written block by block, read as vectors, checked for damage.
 
-The bytes of a file depend on its rows alone, so that whoever writes a name writes the same file. Vectors do not
+The bytes of a file depend on its rows alone, so that equal names hold equal bytes. Vectors do not
 compress: they are stored plain, without dictionary and statistics, in row groups of one block (measurements in
 `docs/decisions.md`). Every file carries digests of itself (`storage.checksums`). Readers raise `DamagedFilesError`;
 only `flows.reprocess` deletes a damaged file and computes it again. Which files are wanted is `tasks.plan`; committing

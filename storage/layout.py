@@ -79,7 +79,7 @@ def history_version(name: str) -> int | None:
 
 
 _HEX, _RELEASE = "[0-9a-f]+", "r[0-9]{5,}-[0-9a-f]+"
-_CENSUS = "census"  # what stores of earlier builds call the manifest: nothing reads it, so vacuum lists what is there
+_CENSUS = "census"  # the manifest of stores of earlier builds; nothing reads it, so vacuum deletes it
 _HISTORY = re.compile(rf"{RELEASES}/((?P<version>[0-9]{{8}})-)?{_HEX}\.parquet")
 _OWN = re.compile(
     rf"({FEATURES}/mode=[^/]+|{QUARANTINE})/shard=[^/]+/{DIGESTS}\.parquet"

@@ -191,7 +191,7 @@ def test_flipped_bits_in_feature_files_are_never_indexed(store, run_pipeline, pl
 
 
 def test_readers_leave_a_damaged_file_where_it_is(store) -> None:
-    """It may be the only copy of what is served; whoever reads holds no lock."""
+    """It may be the only copy of what is served; a reader holds no lock."""
     id_ = some_id(store)
     before = {}
     for file in store.glob("features/mode=per_sample/*/*.parquet"):

@@ -141,8 +141,8 @@ def test_columns_of_other_names_are_named_to_every_command_that_reads_shards(she
     named = ["--column", "subject=person", "--column", "embedding=vector"]
     model = tmp_path / "model.safetensors"
     source = tmp_path / "shards"
-    told = shell("train", source, "--out", model, "--steps", 2, *named[2:], code=2).stderr
-    assert "has no column 'subject', so there are no genuine pairs; name it with --column subject=NAME" in told
+    refusal = shell("train", source, "--out", model, "--steps", 2, *named[2:], code=2).stderr
+    assert "has no column 'subject', so there are no genuine pairs; name it with --column subject=NAME" in refusal
     shell("train", source, "--out", model, "--steps", 2, "--skip-bad-rows", *named)
     shell("explain", "--model", model, "--source", source, "--out", tmp_path / "out", *named)
     assert pl.read_csv(tmp_path / "out/channels.csv")["identity relatedness"].null_count() == 0

@@ -1,4 +1,4 @@
-"""The release history: one release served, a change of the history refused to whoever did not see it."""
+"""The release history: one release served, a change planned on an older history is refused."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path

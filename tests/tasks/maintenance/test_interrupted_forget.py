@@ -1,4 +1,4 @@
-"""Forgetting that ended right after its tombstone: whoever comes next sees it, and the person is served no more."""
+"""Forgetting that ended right after its tombstone: the next run detects it, and the person is not served."""
 
 import shutil
 from pathlib import Path
