@@ -4,7 +4,7 @@ Each metric is shown with its interval, its difference from raw and whether that
 number of the footnote that says why it is not estimable. Layout and escaping are left to the caller.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,17 +109,26 @@ def pose_table(population: Population, cells: Sequence[str], metrics: Sequence[M
     """Build the table of modes within pose pairs, with differences to raw."""
     title = "Modes by pose pair" if ALL in cells else "Modes by other pose pairs"
     table = Table(f"{title}, population {population.name}", [metric_name(metric) for metric in metrics])
+
+    def show(mode: ModeResult, cell: str) -> list[Shown]:
+        result = mode.cells[cell]
+        return [table.show(result.estimate(metric), mode.difference_to_raw(cell, metric)) for metric in metrics]
+
+    _add_pose_pairs(table, population, cells, show)
+    return table
+
+
+def _add_pose_pairs(
+    table: Table, population: Population, cells: Sequence[str], show: Callable[[ModeResult, str], list[Shown]]
+) -> None:
+    """Add a group for each pose pair: its number of pairs, and a row for each mode that has it."""
     for cell in cells:
         rows, sizes = [], ""
         for mode in population.modes.values():
-            result = mode.cells.get(cell)
-            if result is None:
-                continue
-            sizes = f"{result.n_genuine:,} genuine, {result.n_impostor:,} impostor pairs"
-            shown = [table.show(result.estimate(metric), mode.difference_to_raw(cell, metric)) for metric in metrics]
-            rows.append((_mode_name(mode.mode, population), shown))
+            if result := mode.cells.get(cell):
+                sizes = f"{result.n_genuine:,} genuine, {result.n_impostor:,} impostor pairs"
+                rows.append((_mode_name(mode.mode, population), show(mode, cell)))
         table.groups.append((cell_name(cell), sizes, rows))
-    return table
 
 
 def gate_tiles(population: Population, gated: GatedMetric) -> list[tuple[ModeName, Shown, Shown | None]]:
@@ -142,18 +151,14 @@ def detail_table(population: Population, fmrs: Sequence[str]) -> Table:
     """Build the folded table: every pose pair, AUC, d′ and every operating point at the pose pair's own threshold."""
     heads = ["AUC, %", "d\N{PRIME}", "EER", *(metric_name(MetricId.at("fnmr", fmr)) for fmr in fmrs)]
     table = Table("Every pose pair at thresholds of its own", heads)
-    for cell in filled(population):
-        rows, sizes = [], ""
-        for mode in population.modes.values():
-            result = mode.cells.get(cell)
-            if result is None:
-                continue
-            sizes = f"{result.n_genuine:,} genuine, {result.n_impostor:,} impostor pairs"
-            d_prime = Shown("\N{EN DASH}" if result.d_prime is None else f"{result.d_prime:.2f}")
-            shown = [table.show(result.auc), d_prime, table.show(result.eer)]
-            shown += [table.show(result.fnmr.get(fmr)) for fmr in fmrs]
-            rows.append((_mode_name(mode.mode, population), shown))
-        table.groups.append((cell_name(cell), sizes, rows))
+
+    def show(mode: ModeResult, cell: str) -> list[Shown]:
+        result = mode.cells[cell]
+        d_prime = Shown("\N{EN DASH}" if result.d_prime is None else f"{result.d_prime:.2f}")
+        own = [table.show(result.fnmr.get(fmr)) for fmr in fmrs]
+        return [table.show(result.auc), d_prime, table.show(result.eer), *own]
+
+    _add_pose_pairs(table, population, filled(population), show)
     return table
 
 
