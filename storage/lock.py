@@ -6,6 +6,7 @@ has no such lock: there the commits themselves refuse the second writer (`storag
 
 import contextlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -17,12 +18,14 @@ from schemas.errors import StoreBusyError, StoreError
 from storage.layout import LOCK
 from storage.location import Location, make_folder
 
+log = logging.getLogger("frontalis.lock")
+
 POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
 def store_lock(store: Location, what: str, wait: float = 0.0) -> Iterator[None]:
-    """Lock the store for one run.
+    """Lock the store for one run; log at once if that has to wait, and for whom.
 
     Args:
         store: the store.
@@ -37,10 +40,10 @@ def store_lock(store: Location, what: str, wait: float = 0.0) -> Iterator[None]:
         yield
         return
     path = Path(store.path) / LOCK
-    lock = FileLock(path, timeout=wait, poll_interval=POLL_SECONDS)
+    lock = FileLock(path, poll_interval=POLL_SECONDS)
     try:
         make_folder(path.parent)
-        lock.acquire()
+        _acquire(lock, path, store, wait)
     except Timeout as error:
         raise StoreBusyError(
             f"{store.uri}: held by another run ({_holder(path)}); wait for it, or pass --wait SECONDS."
@@ -55,6 +58,16 @@ def store_lock(store: Location, what: str, wait: float = 0.0) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, store: Location, wait: float) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise
+        log.info("%s: waiting up to %.10g s for %s", store.uri, wait, _holder(path))
+        lock.acquire(timeout=wait)
 
 
 def _holder(path: Path) -> str:

@@ -7,12 +7,14 @@ FRONTALIS_SEED changes them.
 """
 
 import contextlib
+import itertools
 import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -31,6 +33,7 @@ SEED = int(os.environ.get("FRONTALIS_SEED", "1"))
 SHIM = Path(__file__).parents[1] / "power_cut.c"
 COMMIT = re.compile(r"(features|quarantine|releases)/_delta_log/\d{20}\.json")
 ZEROS = bytes(300)
+HOW = ("unsynced gone", "empty", "zeros")
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -162,19 +165,19 @@ def test_what_a_run_confirmed_survives(recorded, tmp_path) -> None:
         assert files(store) == files(run.after)
 
 
-@pytest.mark.parametrize("how", ["unsynced gone", "empty", "zeros"])
-@pytest.mark.parametrize("run", [0, 1] if CUTS else [1])
-def test_a_cut_at_every_commit(recorded, run_pipeline, plain_source, tmp_path, run, how) -> None:
-    for number, events in enumerate(recorded[run].commits):
-        recover(recorded[run], events, how, tmp_path / str(number), run_pipeline, plain_source)
+def cuts() -> Iterator[tuple[int, str, float | None]]:
+    """Yield which run is cut, how, and when: after each commit (None), or after a share of its events."""
+    yield from itertools.product([0, 1] if CUTS else [1], HOW, [None])
+    for number in range(CUTS):
+        chance = random.Random(f"{SEED}-{number}")
+        yield number % 2, chance.choice(HOW), chance.random()
 
 
-@pytest.mark.parametrize("number", range(CUTS))
-def test_a_cut_at_a_random_moment(recorded, run_pipeline, plain_source, tmp_path, number) -> None:
-    chance = random.Random(f"{SEED}-{number}")
-    run = recorded[number % 2]
-    how = chance.choice(["unsynced gone", "empty", "zeros"])
-    recover(run, chance.randrange(len(run.events)), how, tmp_path / "store", run_pipeline, plain_source)
+@pytest.mark.parametrize(("run", "how", "share"), list(cuts()))
+def test_a_cut(recorded, run_pipeline, plain_source, tmp_path, run, how, share) -> None:
+    cut = recorded[run]
+    for number, events in enumerate(cut.commits if share is None else [int(share * len(cut.events))]):
+        recover(cut, events, how, tmp_path / str(number), run_pipeline, plain_source)
 
 
 def recover(run: Recorded, events: int, how: str, store: Path, run_pipeline, source: Path) -> None:

@@ -79,7 +79,12 @@ def test_two_threads_of_one_process_are_two_runs(store: Location) -> None:
         take(store)
 
 
-def test_waiting_takes_over_as_soon_as_the_store_is_free(store: Location) -> None:
+def test_waiting_says_so_and_takes_over_as_soon_as_the_store_is_free(
+    store: Location, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "frontalis.lock")
+    take(store, wait=60)
+    assert caplog.messages == [], "nobody holds the store"
     held, free = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -93,6 +98,8 @@ def test_waiting_takes_over_as_soon_as_the_store_is_free(store: Location) -> Non
     threading.Timer(0.3, free.set).start()
     take(store, wait=60)
     assert free.is_set()
+    (said,) = caplog.messages
+    assert said.startswith(f"{store.uri}: waiting up to 60 s for forget, process {os.getpid()} on ")
     first.join()
 
 
