@@ -18,7 +18,6 @@ from xml.sax.saxutils import escape
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from reports.text import visible
 
@@ -119,13 +118,13 @@ class Plot:
         Raises:
             ValueError: it holds a colour outside the palette, which would have no counterpart in the dark theme.
         """
-        for text in self.figure.findobj(Text):  # XML has no way to hold a control character, so they are written out
-            text.set_text(visible(text.get_text()))
         target = io.BytesIO()
         with drawing():
             self.figure.savefig(target, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         # Within a tag only: matplotlib writes < and > of a text as entities, so no text can pass for a tag.
         themed = re.sub(r"(?<=: )#[0-9a-f]{6}(?=[^<>]*>)", _variable, target.getvalue().decode())
+        # XML has no way to hold a control character, so they are written out.
+        themed = re.sub(r"[^\n\x20-\x7e]", lambda found: visible(found[0]), themed)
         added = f"<title>{escape(visible(self.alt))}</title>\n <style>{_svg_style()}</style>\n <defs>"
         return themed.replace("<defs>", added, 1).encode()
 

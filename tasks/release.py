@@ -18,7 +18,6 @@ from models.checkpoint import Checkpoint, library_versions
 from models.explain import agreement, member_weights, summarise, top_channels
 from models.inference import normalise
 from reports.html import draw, render_report
-from reports.theme import plot_files
 from schemas.features import digest_of
 from schemas.metrics import RAW, measured_modes
 from schemas.releases import IndexRef, ModelRef, Release, release_name
@@ -152,8 +151,8 @@ def write_report(store: Location, release: Release, evaluation: Evaluation, earl
     )
     folder = report_folder(release.release)
     drawn = draw(report)
-    for name, content in plot_files(plot for figure in drawn for plot in figure.plots).items():
-        (store / f"{folder}/{REPORT_PLOTS}/{name}").write_bytes(content)
+    for plot in (plot for figure in drawn for plot in figure.plots):
+        (store / f"{folder}/{REPORT_PLOTS}/{plot.name}.svg").write_bytes(plot.svg)
     metrics = {"release": json.loads(release.model_dump_json()), "evaluation": json.loads(evaluation.model_dump_json())}
     (store / f"{folder}/{REPORT_METRICS}").write_bytes(json.dumps(metrics, indent=1).encode())
     (store / f"{folder}/{REPORT_PAGE}").write_bytes(render_report(report, drawn).encode())
