@@ -1,4 +1,4 @@
-"""A trained network as one `.safetensors` file: weights, the card to rebuild it, and hashes of its training subjects.
+"""A trained network as one `.safetensors` file: weights, the card to rebuild it, and hashes of what it was trained on.
 
 Nothing in a file is executed, and everything in it is checked before use. Equal cards and weights give equal bytes.
 Fetching a file from an object store is left to the caller, who passes the bytes.
@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from models.architectures import build, check_arguments, describe, mode_of
+from models.seen import Hashes, Seen, name_hashes, rows_in
 from models.split import subject_key
 from schemas.errors import BadModelError, SettingsError
 from schemas.files import read_regular
@@ -34,58 +35,58 @@ MAX_BYTES = 2**30
 _MAX_HEADER_BYTES = 16 * 2**20
 _CARD = "frontalis_model_card"  # the only metadata key: safetensors writes several in random order
 _WEIGHTS = "model."
-_SEEN = "seen_subjects"
+_SEEN, _SEEN_ROWS = "seen_subjects", "seen_rows"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded model in `eval()` on the CPU, its card, the SHA-256 of its file, and the subjects it has seen.
 
-    `seen_subjects` holds the sorted hashes (int64, see `seen_hashes`) of the training and validation subjects, or None
-    where the file does not record them.
+    `seen_subjects` holds the sorted hashes (int64, see `models.seen`) of the subjects it was trained or selected on,
+    and `seen_rows` those of their rows; None where the file does not record them.
     """
 
     model: nn.Module
     card: ModelCard
     file_digest: str
-    seen_subjects: NDArray[np.int64] | None
+    seen_subjects: Hashes | None
+    seen_rows: Hashes | None = None
 
     def has_seen(self, subjects: Sequence[str]) -> NDArray[np.bool_]:
-        """Return, for each subject, whether the model was trained or chosen on it; these stay out of its evaluation.
+        """Return, for each subject, whether the model was trained or selected on one of this name.
 
-        Raises `BadModelError` when the file does not record it.
+        Such subjects stay out of its evaluation. Names compare as `models.seen` says. Raises `BadModelError` when the
+        file does not record them.
         """
         if self.seen_subjects is None or self.card.split is None:
             raise BadModelError("the checkpoint does not record its training subjects; train it again with a split")
-        names = list(subjects)
-        seen = np.isin(_keys(map(normal_text, names), self.card.seen_key or self.card.split.salt), self.seen_subjects)
-        if self.card.seen_key is None:  # older files hash names as they are
-            seen |= np.isin(_keys(names, self.card.split.salt), self.seen_subjects)
+        names, key = list(subjects), self.card.seen_key or self.card.split.salt
+        seen = np.isin(name_hashes(names, key), self.seen_subjects)
+        if self.seen_rows is None:  # older files hash names with their case, and before that as they are
+            seen |= np.isin(_keys(map(normal_text, names), key), self.seen_subjects)
+            seen |= np.isin(_keys(names, key), self.seen_subjects)
         return seen
 
+    def has_seen_rows(self, x: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Return, for each embedding of `[N, D]`, whether the model was trained or selected on it or on a copy of it.
 
-def seen_hashes(subjects: Iterable[str], card: ModelCard) -> NDArray[np.int64]:
-    """Return what `save` is given to record the training and validation subjects, under the key of the card.
-
-    Raises `ValueError` for a card without `seen_key`.
-    """
-    if card.seen_key is None:
-        raise ValueError("the card has no seen_key")
-    return np.unique(_keys(map(normal_text, subjects), card.seen_key))
+        Nowhere, where the file does not record rows.
+        """
+        if self.seen_rows is None or self.card.seen_key is None:
+            return np.zeros(len(x), bool)
+        return rows_in(x, self.seen_rows, self.card.seen_key)
 
 
 def _keys(names: Iterable[str], key: str) -> NDArray[np.int64]:
     return np.array([subject_key(name, key) for name in names], dtype=np.int64)
 
 
-def save(
-    card: ModelCard, model: nn.Module, path: str | os.PathLike[str], seen_subjects: NDArray[np.int64] | None = None
-) -> str:
+def save(card: ModelCard, model: nn.Module, path: str | os.PathLike[str], seen: Seen | None = None) -> str:
     """Write the checkpoint and return its SHA-256. The file appears whole or not at all; see `to_bytes`.
 
     Its permissions are those that the umask of the process leaves.
     """
-    data = to_bytes(card, model, seen_subjects)
+    data = to_bytes(card, model, seen)
     target = Path(path)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}"
     try:
@@ -100,23 +101,31 @@ def save(
     return hashlib.sha256(data).hexdigest()
 
 
-def to_bytes(card: ModelCard, model: nn.Module, seen_subjects: NDArray[np.int64] | None = None) -> bytes:
-    """Return the checkpoint as bytes, equal for an equal card, weights and subjects.
+def to_bytes(card: ModelCard, model: nn.Module, seen: Seen | None = None) -> bytes:
+    """Return the checkpoint as bytes, equal for an equal card, weights and hashes in any order.
 
-    `seen_subjects` are those of `seen_hashes`, or `subject_key`s under the salt of `card.split` for a card without
-    `seen_key`, in any order. Raises `BadModelError` when the
-    model is not the one that the card describes or holds a weight that is not finite, `ValueError` when there are seen
-    subjects without a split, or a metric is not finite (JSON has no NaN; write null).
+    The hashes take 8 bytes a subject and 8 bytes a row. For a card without `seen_key`, those of subjects are
+    `subject_key`s under the salt of `card.split`, and there are none of rows. Raises `BadModelError` when the model is
+    not the one that the card describes or holds a weight that is not finite, `ValueError` when there are hashes without
+    a key to look them up, or a metric is not finite (JSON has no NaN; write null).
     """
-    if seen_subjects is not None and card.split is None:
-        raise ValueError("seen_subjects without card.split: a subject cannot be looked up without the salt")
+    if seen is not None and card.split is None:
+        raise ValueError("seen subjects without card.split: a subject cannot be looked up without the salt")
+    if seen is not None and seen.rows is not None and card.seen_key is None:
+        raise ValueError("seen rows without card.seen_key: a row cannot be looked up without the key")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     _check_weights(weights, _skeleton(card), "the model to save")
     tensors = {_WEIGHTS + name: tensor for name, tensor in weights.items()}
-    if seen_subjects is not None:
-        tensors[_SEEN] = torch.from_numpy(np.unique(seen_subjects.astype(np.int64, casting="safe")))
+    if seen is not None:
+        tensors[_SEEN] = _sorted(seen.subjects)
+        if seen.rows is not None:
+            tensors[_SEEN_ROWS] = _sorted(seen.rows)
     text = json.dumps(card.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return safetensors.torch.save(tensors, {_CARD: text})
+
+
+def _sorted(hashes: Hashes) -> Tensor:
+    return torch.from_numpy(np.unique(hashes.astype(np.int64, casting="safe")))
 
 
 def load(source: bytes | str | os.PathLike[str], *, name: str | None = None, max_bytes: int = MAX_BYTES) -> Checkpoint:
@@ -137,14 +146,15 @@ def load(source: bytes | str | os.PathLike[str], *, name: str | None = None, max
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise BadModelError(f"{name}: not a readable safetensors file ({error}); copy it again") from error
-    seen = _read_seen(tensors.pop(_SEEN, None), card, name)
+    seen = _read_seen(tensors, _SEEN, card.split is not None, name)
+    rows = _read_seen(tensors, _SEEN_ROWS, card.seen_key is not None, name)
     unknown = [key for key in tensors if not key.startswith(_WEIGHTS)]
     if unknown:
         raise BadModelError(f"{name}: unknown tensor {min(unknown)!r}; write checkpoints with `frontalis train`")
     weights = {key.removeprefix(_WEIGHTS): tensor for key, tensor in tensors.items()}
     _check_weights(weights, skeleton, name)
     skeleton.load_state_dict(weights, assign=True)
-    return Checkpoint(skeleton.eval(), card, hashlib.sha256(data).hexdigest(), seen)
+    return Checkpoint(skeleton.eval(), card, hashlib.sha256(data).hexdigest(), seen, rows)
 
 
 def inference_options(
@@ -232,11 +242,13 @@ def _skeleton_of_file(card: ModelCard, name: str) -> nn.Module:
         raise BadModelError(f"{name}: the model card is wrong: {error}") from error
 
 
-def _read_seen(tensor: Tensor | None, card: ModelCard, name: str) -> NDArray[np.int64] | None:
+def _read_seen(tensors: dict[str, Tensor], key: str, has_key: bool, name: str) -> Hashes | None:
+    tensor = tensors.pop(key, None)
     if tensor is None:
         return None
     if tensor.dtype != torch.int64 or tensor.dim() != 1 or not (tensor[1:] > tensor[:-1]).all():
-        raise BadModelError(f"{name}: {_SEEN} is not a sorted list of int64; train the model again")
-    if card.split is None:
-        raise BadModelError(f"{name}: {_SEEN} without a split rule cannot be looked up; train the model again")
+        raise BadModelError(f"{name}: {key} is not a sorted list of int64; train the model again")
+    if not has_key:
+        what = "split rule" if key == _SEEN else "key"
+        raise BadModelError(f"{name}: {key} without a {what} cannot be looked up; train the model again")
     return tensor.numpy()

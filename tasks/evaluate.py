@@ -20,7 +20,7 @@ from schemas.settings import EvaluationSettings
 from storage.location import Location
 from storage.tables import Snapshot
 from tasks.evaluation.identification import identify_mode
-from tasks.evaluation.leakage import training_subjects
+from tasks.evaluation.leakage import TrainingData, held_out_rows
 from tasks.evaluation.pairs import Pairs, pairs_accuracy, read_pairs
 from tasks.evaluation.rows import (
     LabelledRows,
@@ -64,27 +64,32 @@ def evaluate(
     pairs = read_pairs(settings.pairs) if settings.pairs else None
     modes = measured_modes(models)
     labelled = read_subject_index(store, features)
-    seen, unknown = training_subjects(store, labelled.names, models)
-    notes = [
-        f"mode {mode}: {why}; results may be optimistic: leakage cannot be excluded" for mode, why in unknown.items()
-    ]
-    for note in notes:
-        log.warning("evaluation: %s", note)
+    training = TrainingData.of(store, models)
+    held_out = held_out_rows(store, features, labelled, training, settings.max_rows)
+    notes = list(held_out.notes)
     stored = stored_ids(store, features) if settings.pairs else frozenset[str]()
     measure = _Measure(
-        store, features, labelled, settings, index, models, pairs, frozenset(unknown), stored, Verifier(settings)
+        store,
+        features,
+        labelled,
+        settings,
+        index,
+        models,
+        pairs,
+        frozenset(training.unknown),
+        stored,
+        Verifier(settings),
     )
     everybody = measure.sample(np.arange(len(labelled)), [RAW])
-    held_out = np.flatnonzero(~seen[labelled.subjects])
     populations, served_unread = {}, None
     if len(labelled.names) < 2:
         notes.append("fewer than two labelled subjects: nothing can be measured")
     else:
         populations[ALL] = measure.population(ALL, everybody, [RAW], {})
-    if len(np.unique(labelled.subjects[held_out])) < 2:
+    if len(np.unique(labelled.subjects[held_out.rows])) < 2:
         notes.append("fewer than two labelled subjects are held out: modes cannot be compared")
     else:
-        sample = measure.sample(held_out, modes)
+        sample = measure.sample(held_out.rows, modes)
         versus_served: dict[str, Differences] = {}
         if served is not None:
             try:
@@ -186,10 +191,11 @@ class _Measure:
         A mode whose served model does not record its training subjects has no comparison.
         """
         there = {file.mode for file in served.features.files.values()}
-        seen, unknown = training_subjects(self.store, sample.rows.names, served.release.models)
-        old_modes = [mode for mode in modes if mode != RAW and mode in there and mode not in unknown]
+        training = TrainingData.of(self.store, served.release.models)
+        old_modes = [mode for mode in modes if mode != RAW and mode in there and mode not in training.unknown]
         if RAW not in there or not old_modes:
             return {}
+        seen = training.seen(sample.rows.names, sample.rows.subjects, sample.rows.features[RAW])
         held_out = np.flatnonzero(~seen[sample.rows.subjects])
         rows = sample.rows.take(held_out)
         at, before = served_features(

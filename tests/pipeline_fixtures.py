@@ -20,7 +20,8 @@ from flows.reprocess import reprocess
 from models.architectures import build
 from models.checkpoint import library_versions, save
 from models.se import gather_statistics
-from models.split import split_of, subject_key
+from models.seen import Seen
+from models.split import split_of
 from schemas.index import IndexSettings
 from schemas.models import Mode, ModelCard
 from schemas.releases import Release
@@ -39,6 +40,7 @@ from tasks.synthetic.shards import synthesize
 TINY_DIM = 32
 TINY_SUBJECTS = 20
 TINY_SPLIT = SplitRule(salt="tiny", train=0.4, validation=0.1, test=0.5)
+TINY_KEY = 32 * "0"
 # Tolerates any metric, any number of removed and quarantined rows, and modes that leave.
 MILD_GATE = {
     "tolerance": 1.0,
@@ -116,11 +118,12 @@ def _make_checkpoint(
         embedding_dim=dim,
         normalisation="l2",
         split=TINY_SPLIT,
+        seen_key=TINY_KEY,
         versions=library_versions(),
     )
     names = [f"subject-{number:06d}" for number in range(TINY_SUBJECTS)]
-    seen = [subject_key(name, TINY_SPLIT.salt) for name in names if split_of(name, TINY_SPLIT) != "test"]
-    save(card, model, path, torch.tensor(seen).numpy())
+    seen = [name for name in names if split_of(name, TINY_SPLIT) != "test"]
+    save(card, model, path, Seen.of(seen, [np.empty((0, dim))], TINY_KEY))
     return path
 
 

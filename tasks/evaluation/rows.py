@@ -129,6 +129,13 @@ def sample_subjects(labelled: SubjectIndex, rows: np.ndarray, limit: int) -> tup
     return rows[np.isin(subjects, chosen)], len(present)
 
 
+def read_raw(store: Location, features: Snapshot, labelled: SubjectIndex, rows: np.ndarray) -> np.ndarray:
+    """Read the raw embeddings of `rows` of the index (ascending), float32 `[n, D]`. Raises StoreError."""
+    shards, at = np.array(labelled.shards, dtype=object)[labelled.shard[rows]], labelled.row[rows]
+    read = rows_at(features_table(store), files_of(features, RAW), shards, at, ["front"])
+    return matrix_of(read["front"], f"mode {RAW}")
+
+
 def read_labelled(
     store: Location,
     features: Snapshot,

@@ -2,8 +2,8 @@
 
 One new release without the rows is served at once. Older releases that held them can no longer be served, and
 `tasks.maintenance.vacuum` removes their files. The source is not needed. What is left of a person afterwards is a
-salted hash, and whatever a model learned from them: a model forgets by being trained again. Its checkpoint also keeps a
-hash of the name, which `vacuum` deletes with the file once no kept release needs it.
+salted hash, and whatever a model learned from them: a model forgets by being trained again. Its checkpoint also keeps
+hashes of the name and of the rows, which `vacuum` deletes with the file once no kept release needs it.
 """
 
 import contextlib

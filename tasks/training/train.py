@@ -18,9 +18,10 @@ from torch import nn
 from metrics.bootstrap import paired_bootstrap
 from metrics.poses import PROFILE
 from models.architectures import build, check_arguments
-from models.checkpoint import library_versions, seen_hashes, to_bytes
+from models.checkpoint import library_versions, to_bytes
 from models.dual_branch import DualBranchSENet
 from models.inference import torch_device
+from models.seen import Seen
 from models.split import split_of, with_enough_validation
 from models.training import Candidate, Fitted, LabelledTensor, fit
 from schemas.errors import TrainingError
@@ -106,6 +107,7 @@ def train_model(settings: TrainingSettings, *, should_stop: Callable[[], bool] =
     _warn(fitted, improved)
     measured_on = "test" if _has_pairs(parts["test"]) else "validation"
     rates, difference = _measure(fitted.model, parts[measured_on].at_most(SCORED_ROWS), mean_norm, settings)
+    key = secrets.token_hex(16)
     card = ModelCard(
         architecture=settings.architecture,
         arguments=arguments,
@@ -115,7 +117,7 @@ def train_model(settings: TrainingSettings, *, should_stop: Callable[[], bool] =
         mean_norm=mean_norm,
         training_data=data,
         split=rule,
-        seen_key=secrets.token_hex(16),
+        seen_key=key,
         metrics={
             "loss": settings.loss,
             "seed": settings.seed,
@@ -136,8 +138,9 @@ def train_model(settings: TrainingSettings, *, should_stop: Callable[[], bool] =
         },
         versions=library_versions(),
     )
-    seen = np.unique(np.concatenate([parts["train"].subjects, parts["validation"].subjects]))
-    Location(settings.out).write_bytes(to_bytes(card, fitted.model, seen_hashes(seen, card)))
+    subjects = np.unique(np.concatenate([parts["train"].subjects, parts["validation"].subjects]))
+    seen = Seen.of(subjects, [learn.x, parts["validation"].x], key)
+    Location(settings.out).write_bytes(to_bytes(card, fitted.model, seen))
     Location(f"{settings.out}.md").write_bytes(card_markdown(card).encode())
     return Trained(
         out=settings.out,

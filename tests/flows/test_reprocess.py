@@ -22,7 +22,7 @@ from frontalis.cli import app
 from frontalis.printing import print_releases
 from frontalis.process import Command
 from models.checkpoint import load, save
-from models.split import subject_key
+from models.seen import Seen, name_hashes
 from schemas.errors import SettingsError
 from schemas.releases import Release
 from schemas.settings import pipeline
@@ -140,8 +140,8 @@ def test_model_trained_on_everybody_does_not_replace_a_measured_one(
     run_tiny()
     checkpoint = load(make_checkpoint(tmp_path / "everybody.safetensors", strength=1.0))
     names = [f"subject-{number:06d}" for number in range(20)]
-    keys = np.array([subject_key(name, checkpoint.card.split.salt) for name in names])
-    save(checkpoint.card, checkpoint.model, tmp_path / "everybody.safetensors", keys)
+    keys = name_hashes(names, checkpoint.card.seen_key)
+    save(checkpoint.card, checkpoint.model, tmp_path / "everybody.safetensors", Seen(keys, np.zeros(0, np.int64)))
     outcome = run_tiny(models={**tiny_models.by_mode, "per_sample": str(tmp_path / "everybody.safetensors")})
     assert outcome.status == "rejected"
     assert "fewer than two labelled held-out subjects" in outcome.reason

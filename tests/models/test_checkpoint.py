@@ -20,10 +20,10 @@ from models.checkpoint import (
     load,
     model_digest,
     save,
-    seen_hashes,
     to_bytes,
 )
 from models.dual_branch import DualBranchSENet
+from models.seen import Seen
 from models.split import subject_key
 from schemas.errors import BadModelError, SettingsError
 from schemas.models import ModelCard
@@ -49,6 +49,7 @@ def card(**changes: object) -> ModelCard:
 
 
 def keys(*subjects: str) -> np.ndarray:
+    """Hashes of names as older files hold them."""
     return np.array([subject_key(subject, RULE.salt) for subject in subjects], dtype=np.int64)
 
 
@@ -61,7 +62,7 @@ def test_round_trip_keeps_outputs_card_and_subjects(trained, tmp_path, architect
     written = card(architecture=architecture, arguments=arguments, mode=mode, created="2026-01-01T00:00:00Z")
     path = tmp_path / "model.safetensors"
     before = os.umask(0o077)
-    digest = save(written, model, path, keys("zoe", "adam", "zoe"))
+    digest = save(written, model, path, Seen(keys("zoe", "adam", "zoe")))
     os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -86,8 +87,8 @@ def test_loaded_model_can_be_trained_on(trained):
 @pytest.mark.e2e
 def test_equal_models_give_equal_bytes_in_any_process(trained):
     model = trained(DIM, False)
-    first = to_bytes(card(), model, keys("adam", "zoe"))
-    assert to_bytes(card(metrics=dict(reversed(card().metrics.items()))), model, keys("zoe", "adam")) == first
+    first = to_bytes(card(), model, Seen(keys("adam", "zoe")))
+    assert to_bytes(card(metrics=dict(reversed(card().metrics.items()))), model, Seen(keys("zoe", "adam"))) == first
     script = (
         "import hashlib, torch\n"
         "from models.checkpoint import to_bytes\n"
@@ -118,7 +119,7 @@ def test_any_change_changes_the_digest(trained):
     contents = [
         to_bytes(card(), model),
         to_bytes(card(normalisation="none"), model),
-        to_bytes(card(), model, keys("a")),
+        to_bytes(card(), model, Seen(keys("a"))),
     ]
     with torch.no_grad():
         model.fusion_logit += 1e-3
@@ -128,7 +129,7 @@ def test_any_change_changes_the_digest(trained):
 
 def test_has_seen_knows_exactly_the_subjects_it_was_given(trained):
     seen = [f"person {i}" for i in range(0, 100, 3)]
-    loaded = load(to_bytes(card(), trained(DIM, False), keys(*seen)))
+    loaded = load(to_bytes(card(), trained(DIM, False), Seen(keys(*seen))))
     everybody = [f"person {i}" for i in range(100)]
     np.testing.assert_array_equal(loaded.has_seen(everybody), [name in seen for name in everybody])
     assert loaded.has_seen([]).shape == (0,)
@@ -137,20 +138,26 @@ def test_has_seen_knows_exactly_the_subjects_it_was_given(trained):
 def test_hashes_of_seen_subjects_have_a_key_of_their_own(trained):
     """A table of names under the salt of the split, or under the key of another checkpoint, finds nothing."""
     cards = [card(seen_key=32 * digit) for digit in "ab"]
+    rows = np.random.default_rng(0).normal(size=(9, DIM))
     seen = ["adam", " Zoe\u0308"]
-    first, second = (load(to_bytes(one, trained(DIM, False), seen_hashes(seen, one))) for one in cards)
+    first, second = (
+        load(to_bytes(one, trained(DIM, False), Seen.of(seen, [rows[:4], rows[4:8]], one.seen_key))) for one in cards
+    )
     for loaded in (first, second):
-        assert loaded.has_seen(["adam", "Zo\u00eb", " adam "]).all()
+        assert loaded.has_seen(["adam", "Zo\u00eb", " adam ", "ADAM", "zo\u00cb"]).all()
+        assert loaded.has_seen_rows(rows.astype(np.float32)).tolist() == [True] * 8 + [False]
         assert not loaded.has_seen(["zoe", "eve"]).any()
         assert not np.isin(keys("adam", "Zo\u00eb"), loaded.seen_subjects).any()
     assert not np.isin(first.seen_subjects, second.seen_subjects).any()
-    with pytest.raises(ValueError, match="no seen_key"):
-        seen_hashes(["adam"], card())
+    assert not np.isin(first.seen_rows, second.seen_rows).any()
+    with pytest.raises(ValueError, match=r"without card\.seen_key"):
+        to_bytes(card(), trained(DIM, False), Seen(keys("adam"), first.seen_rows))
 
 
 def test_older_checkpoints_are_read_with_the_salt_of_the_split(trained):
-    loaded = load(to_bytes(card(), trained(DIM, False), keys("adam", " eve")))
+    loaded = load(to_bytes(card(), trained(DIM, False), Seen(keys("adam", " eve"))))
     assert loaded.has_seen(["adam", "adam ", " eve", "eve"]).tolist() == [True, True, True, False]
+    assert not loaded.has_seen_rows(np.ones((2, DIM))).any()
 
 
 def test_has_seen_refuses_to_guess(trained):
@@ -159,7 +166,7 @@ def test_has_seen_refuses_to_guess(trained):
     with pytest.raises(BadModelError, match="does not record"):
         loaded.has_seen(["adam"])
     with pytest.raises(ValueError, match=r"without card\.split"):
-        to_bytes(card(split=None), trained(DIM, False), keys("adam"))
+        to_bytes(card(split=None), trained(DIM, False), Seen(keys("adam")))
 
 
 @pytest.mark.parametrize(
@@ -334,6 +341,8 @@ def damaged(name: str, tensor: torch.Tensor | None) -> bytes:
         ("seen_subjects", torch.tensor([[2]]), "sorted list"),
         ("seen_subjects", torch.tensor([2.0]), "sorted list"),
         ("seen_subjects", torch.tensor(2), "sorted list"),
+        ("seen_rows", torch.tensor([3, 2]), "sorted list"),
+        ("seen_rows", torch.tensor([2, 3]), "without a key"),
     ],
 )
 def test_wrong_tensor_is_refused_by_name(name, tensor, named):

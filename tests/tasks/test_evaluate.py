@@ -14,7 +14,7 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from models.checkpoint import load, save
-from models.split import subject_key
+from models.seen import Seen, name_hashes
 from schemas.index import IndexSettings
 from schemas.metrics import ALL, HELD_OUT, RAW
 from schemas.releases import Release
@@ -135,12 +135,41 @@ def test_seen_subjects_are_left_out_where_modes_are_compared(evaluation) -> None
     assert paired.value == pytest.approx(expected, abs=1e-12)
 
 
+def test_names_in_capitals_and_renamed_subjects_give_the_same_held_out_subjects(
+    tmp_path, tiny_source, make_checkpoint
+) -> None:
+    made = load(make_checkpoint(tmp_path / "made.safetensors"))
+    rows = pl.read_parquet(tiny_source / "*.parquet")
+    seen = made.has_seen(rows["subject"].to_list())
+    x = rows["embedding"].to_numpy()[seen]
+    model = tmp_path / "model.safetensors"
+    save(made.card, made.model, model, Seen.of(rows["subject"].filter(seen).unique(), [x], made.card.seen_key))
+    expected = None
+    for number, rename in enumerate((None, str.upper, lambda name: f"{int(name[-6:]) + 7:d}")):
+        source = table_with(tmp_path / str(number), tiny_source, lambda table, rename=rename: _renamed(table, rename))
+        chosen = pipeline(source=str(source), store=str(source.parent / "store"), models={"per_sample": str(model)})
+        evaluation = measure(chosen, publish_all(chosen), EvaluationSettings(resamples=0))
+        found = evaluation.populations[HELD_OUT]
+        expected = expected or found
+        assert found.left_out_subjects == 13
+        assert found.modes["per_sample"].cells == expected.modes["per_sample"].cells
+        warned = any(
+            note.startswith("warning: mode per_sample: 13 subjects were left out") for note in evaluation.notes
+        )
+        assert warned == (rename not in (None, str.upper))
+
+
+def _renamed(table: pa.Table, rename) -> pa.Table:
+    names = [rename(name) if rename else name for name in table["subject"].to_pylist()]
+    return table.set_column(table.schema.get_field_index("subject"), "subject", pa.array(names, pa.string()))
+
+
 def test_model_that_has_seen_everybody_is_reported(tmp_path, tiny_source, make_checkpoint) -> None:
     model = make_checkpoint(tmp_path / "leaky.safetensors")
     checkpoint = load(model)
     names = pl.read_parquet(tiny_source / "*.parquet")["subject"].unique()
-    keys = np.array([subject_key(name, checkpoint.card.split.salt) for name in names])
-    save(checkpoint.card, checkpoint.model, model, keys)
+    keys = name_hashes(names, checkpoint.card.seen_key)
+    save(checkpoint.card, checkpoint.model, model, Seen(keys, np.zeros(0, np.int64)))
     leaky = pipeline(source=str(tiny_source), store=str(tmp_path / "store"), models={"per_sample": str(model)})
     evaluation = measure(leaky, publish_all(leaky))
     assert list(evaluation.populations) == [ALL]
@@ -191,7 +220,7 @@ def test_against_the_served_release(settings, features, tmp_path, make_checkpoin
 
 def table_with(tmp_path: Path, source: Path, change) -> Path:
     folder = tmp_path / "changed"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     table = pa.concat_tables(pq.read_table(file, use_threads=False) for file in sorted(source.glob("*.parquet")))
     pq.write_table(change(table), folder / "all.parquet")
     return folder
@@ -254,9 +283,9 @@ def test_training_subjects_of_the_served_model_are_not_compared(settings, featur
     before = as_served(settings, features)
     checkpoint = load(make_checkpoint(tmp_path / "served.safetensors"))
     names = pl.read_parquet(Path(settings.source) / "*.parquet")["subject"].unique().sort()
-    keys = np.array([subject_key(name, checkpoint.card.split.salt) for name in names])
+    keys = name_hashes(names, checkpoint.card.seen_key)
     path = Path(settings.store) / "models" / "served.safetensors"
-    save(checkpoint.card, checkpoint.model, path, keys)
+    save(checkpoint.card, checkpoint.model, path, Seen(keys, np.zeros(0, np.int64)))
     model = before.release.models["per_sample"].model_copy(update={"path": "models/served.safetensors"})
     leaky = replace(before, release=before.release.model_copy(update={"models": {"per_sample": model}}))
     result = measure(settings, features, served=leaky).populations[HELD_OUT].modes["per_sample"]

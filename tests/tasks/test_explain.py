@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from models.checkpoint import load, save
+from models.seen import Seen
 from schemas.errors import BadModelError, SettingsError, TrainingError
 from schemas.settings import ColumnNames
 from tasks.explain import explain_model
@@ -208,6 +209,6 @@ def test_a_batch_statistic_that_was_never_gathered_needs_rows(tiny_models, peopl
         if "frozen" in name or "gathered" in name:
             buffer.zero_()
     bare = tmp_path / "bare.safetensors"
-    save(checkpoint.card, checkpoint.model, bare, np.zeros(0, np.int64))
+    save(checkpoint.card, checkpoint.model, bare, Seen(np.zeros(0, np.int64)))
     with pytest.raises(SettingsError, match="pass --source"):
         explain_model(str(bare), None, str(tmp_path / "out"))

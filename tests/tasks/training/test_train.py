@@ -75,6 +75,7 @@ def test_model_helps_the_subjects_that_its_card_calls_held_out(trained, syntheti
     held_out = rows.take(~seen)
     assert {split_of(name, checkpoint.card.split) for name in held_out.subjects} == {"test"}
     assert {split_of(name, checkpoint.card.split) for name in rows.subjects[seen]} == {"train", "validation"}
+    assert checkpoint.has_seen_rows(rows.x.astype(np.float16)).tolist() == seen.tolist()
     _, codes = np.unique(held_out.subjects, return_inverse=True)
     front = Reweighter(checkpoint, device="cpu")(held_out.x)["front"]
     again = error_rates(compare_by_pose(front, codes, held_out.classes).cells["frontal-profile"])
