@@ -3,23 +3,27 @@
 These are the names to import; everything else is the application's own.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from frontalis.store import Store, open_store
     from models.dual_branch import DualBranchSENet
     from models.se import SEBlock
 
-__all__ = ["DualBranchSENet", "SEBlock"]
+__all__ = ["DualBranchSENet", "SEBlock", "Store", "open_store"]
+
+
+_MODULES = {
+    "DualBranchSENet": "models.dual_branch",
+    "SEBlock": "models.se",
+    "Store": "frontalis.store",
+    "open_store": "frontalis.store",
+}
 
 
 def __getattr__(name: str) -> object:
-    """Import a network when it is asked for: most commands need no torch, which takes a second to load."""
-    if name == "DualBranchSENet":
-        from models.dual_branch import DualBranchSENet
-
-        return DualBranchSENet
-    if name == "SEBlock":
-        from models.se import SEBlock
-
-        return SEBlock
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a name when it is asked for: most commands need no torch, which takes a second to load."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

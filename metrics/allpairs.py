@@ -23,12 +23,13 @@ from metrics.verification import (
     ScoreHistogram,
     Verification,
     det_curve,
+    fmr_by_score,
     rates_at,
     score_histogram,
     summarise,
 )
 from schemas.metrics import ALL, AUC, EER, MetricId
-from schemas.reports import Estimate
+from schemas.reports import Estimate, ScoreFmr
 
 _CLUSTER_SEED = 19795  # any fixed number: two modes on the same rows must get the same clusters
 
@@ -84,6 +85,7 @@ class AllPairs:
     overall: Cell
     cells: dict[str, Cell]
     clusters: NDArray[np.int64]
+    fmr_by_score: ScoreFmr | None = None
 
     def __iter__(self) -> Iterator[Cell]:
         yield self.overall
@@ -167,7 +169,9 @@ def all_pairs(
             name = f"{class_names[first]}-{class_names[second]}"
             cell_scores = _score_counts(counts)
             cells[name] = _cell(name, counts, cell_scores, summarise(cell_scores, fmr_points), verification.points)
-    return AllPairs(_cell(ALL, total, scores, verification, verification.points), cells, clusters)
+    return AllPairs(
+        _cell(ALL, total, scores, verification, verification.points), cells, clusters, fmr_by_score(scores, fmr_points)
+    )
 
 
 def _codes(name: str, codes: NDArray[np.integer[Any]], n_rows: int) -> NDArray[np.int64]:

@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from metrics.score_counts import ScoreCounts
-from schemas.reports import Estimate
+from schemas.reports import Estimate, ScoreFmr
 
 FMR_POINTS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+_R10 = ("8", "6.3", "5", "4", "3.15", "2.5", "2", "1.6", "1.25", "1")
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,43 @@ def operating_point(counts: ScoreCounts, target_fmr: float) -> OperatingPoint:
         needed = fewest_for(target_fmr)
         reason = f"FMR {target_fmr:g} needs {needed} impostor pairs or more; found {counts.n_impostor}"
         return OperatingPoint(target_fmr, None, None, None, reason)
-    # The largest impostor score at which too many would match; every observed score above it is strict enough.
-    too_lax = int(np.count_nonzero(counts.impostor_at_least > allowed)) - 1
-    threshold = counts.next_observed_above(float(counts.impostor[too_lax]))
+    threshold = _strictest_above(counts, allowed)
     if threshold is None:
-        ties = int(counts.impostor_at_least[too_lax])
+        ties = int(counts.impostor_at_least[counts.impostor_at_least > allowed][-1])
         reason = f"{ties} impostor scores tie at the largest score; FMR {target_fmr:g} allows {allowed}"
         return OperatingPoint(target_fmr, None, None, None, reason)
     fmr, fnmr = rates_at(counts, threshold)
     return OperatingPoint(target_fmr, threshold, fmr, fnmr)
+
+
+def fmr_by_score(counts: ScoreCounts, targets: Sequence[float] = ()) -> ScoreFmr:
+    """Return the operating thresholds at FMRs of ten a decade, and at `targets`, as far as they are estimable.
+
+    The FMRs are 0.8, 0.63, 0.5, 0.4, 0.315, 0.25, 0.2, 0.16, 0.125, 0.1 (the R10 series of ISO 3) and their tenths. The
+    rule is that of `operating_point`, except that no genuine pair is needed.
+
+    >>> found = fmr_by_score(ScoreCounts.from_scores([0.9], [0.5, 0.4, 0.3, 0.2]))
+    >>> found.targets, found.scores
+    ([0.8, 0.63, 0.5, 0.4, 0.315, 0.25], [0.3, 0.4, 0.4, 0.5, 0.5, 0.5])
+    """
+    n_impostor = counts.n_impostor
+    decades = range(len(str(n_impostor)) + 1) if n_impostor else ()
+    grid = {float(f"{step}e-{decade}") for decade in decades for step in _R10}
+    found: list[tuple[float, float, float]] = []
+    for target in sorted(grid.union(targets), reverse=True):
+        allowed = math.floor(_as_printed(target) * n_impostor)
+        threshold = _strictest_above(counts, allowed) if 0 < target < 1 and allowed else None
+        if threshold is not None:
+            found.append((target, threshold, int(counts.false_matches(threshold)) / n_impostor))
+    columns = [list(column) for column in zip(*found, strict=True)] or [[], [], []]
+    return ScoreFmr(n_impostor=n_impostor, targets=columns[0], scores=columns[1], fmr=columns[2])
+
+
+def _strictest_above(counts: ScoreCounts, allowed: int) -> float | None:
+    """Return the smallest observed score that at most `allowed` impostor scores reach, None where there is none."""
+    # The largest impostor score at which too many would match; every observed score above it is strict enough.
+    too_lax = len(counts.impostor) - int(np.searchsorted(counts.impostor_at_least[::-1], allowed, side="right")) - 1
+    return counts.next_observed_above(float(counts.impostor[too_lax]))
 
 
 def fewest_for(rate: float) -> int:

@@ -78,6 +78,19 @@ class CellResult(Record):
         return (self.fnmr_global if metric.is_global else self.fnmr).get(metric.fmr_text)
 
 
+class ScoreFmr(Record):
+    """FMR by score over all impostor pairs of a population, at fixed FMRs: ten a decade, and `[evaluation] fmrs`.
+
+    `scores[i]`, ascending, is the smallest observed score whose FMR is at most `targets[i]`; `fmr[i]` is its FMR. The
+    last target is the smallest that `n_impostor` pairs can show.
+    """
+
+    n_impostor: int
+    targets: list[float]
+    scores: list[float]
+    fmr: list[float]
+
+
 class PairsResult(Record):
     """Accuracy over one protocol of a pairs file: the threshold of a fold is chosen on the other folds.
 
@@ -143,6 +156,7 @@ class ModeResult(Record):
     model_digest: str | None
     training_subjects_known: bool = Field(default=True, description="False: leakage cannot be excluded")
     thresholds: dict[str, float | None] = Field(description="global `score >= t` threshold at each FMR point")
+    fmr_by_score: ScoreFmr | None = Field(default=None, description="FMR over all pairs; None in older releases")
     cells: dict[str, CellResult]
     difference: Differences = Field(
         default_factory=dict, description="cell → metric ('eer', 'fnmr@1e-3', …) → mode − raw with its paired interval"

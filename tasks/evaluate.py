@@ -162,6 +162,7 @@ class _Measure:
                 model_digest=self.models[mode].digest if mode in self.models else None,
                 training_subjects_known=mode not in self.unknown,
                 thresholds=verifier.thresholds(ours),
+                fmr_by_score=ours.fmr_by_score,
                 cells=verifier.cells(ours),
                 difference={} if mode == RAW else verifier.differences(compared[RAW], ours),
                 versus_served=versus_served.get(mode, {}),

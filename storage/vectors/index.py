@@ -179,6 +179,13 @@ class VectorIndex:
             return None
         return ((keys, codes.view(np.float32).reshape(-1, self.dim)) for keys, codes in _listed(self._index))
 
+    def vectors(self, keys: np.ndarray) -> np.ndarray | None:
+        """Return the unit vectors of some keys, float32 `[n, D]`; None for kinds that do not hold them uncompressed."""
+        if self._flat is None and self._refined is None:
+            return None
+        found: np.ndarray = self._index.reconstruct_batch(np.ascontiguousarray(keys, np.int64))
+        return found
+
     def search(self, vectors: np.ndarray, k: int) -> Best:
         """Return the `k` rows of highest cosine for each query, best first.
 

@@ -160,7 +160,7 @@ def test_report_is_written(job) -> None:
     ("words", "message"),
     [
         (["query", "--store", "{store}", "--id", "nobody"], "--id 'nobody': is not in release"),
-        (["query", "--store", "{store}", "--mode", "best", "--id", "x"], "--mode best: release"),
+        (["query", "--store", "{store}", "--mode", "best", "--id", "x"], "mode best: release"),
         (["query", "--store", "{store}"], "pass either --id or --vectors"),
         (["query", "--store", "{store}", "--id", "x", "-k", "0"], "-k 0: must be 1 to"),
         (["query", "--store", "{tmp}/none", "--id", "x"], "/none: does not exist; check the path"),

@@ -11,7 +11,8 @@ import pytest
 from models.checkpoint import load
 from models.inference import Reweighter
 from schemas.errors import SettingsError, StoreError
-from tasks.query import MAX_K, answer
+from tasks.query import answer
+from tasks.query.search import MAX_K
 
 D = 32
 ROWS = 40
@@ -161,7 +162,7 @@ def test_refused_questions(name: str, store: str) -> None:
 
 
 def test_refused_mode_and_store(store: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="--mode other: release r1 has raw, per_sample, batch_stat"):
+    with pytest.raises(SettingsError, match="mode other: release r1 has raw, per_sample, batch_stat"):
         answer(store, "other", ids=["a-0"])
     with pytest.raises(SettingsError, match="none: does not exist; check the path"):
         answer(str(tmp_path / "none"), "raw", ids=["a-0"])
