@@ -19,7 +19,7 @@ from flows.begin import begin_flow
 from flows.runner import check_runner, reweight_all
 from reports.html import markdown_table
 from schemas.errors import SettingsError
-from schemas.releases import Release
+from schemas.releases import ModelRef, Release
 from schemas.reports import Evaluation, ShardFault
 from schemas.settings import PipelineSettings, load_pipeline
 from storage.delta_log import DamagedFilesError
@@ -36,8 +36,10 @@ from tasks.maintenance.erased_releases import mark_erased_releases
 from tasks.maintenance.lost_releases import is_published, mark_lost_releases
 from tasks.maintenance.vacuum import apply_retention
 from tasks.outcome import CompletedWithBadShardsError, Outcome
+from tasks.plan import Plan
 from tasks.release import build_release, next_release_name, release_content, write_report
 from tasks.removal import is_allowed_now, limit_removal
+from tasks.reweight import ShardResult
 from tasks.stages import evaluate_task, index_task, models_task, plan_task, publish_task
 
 log = logging.getLogger("frontalis.reprocess")
@@ -107,9 +109,8 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None, allow_r
         return _unchanged(settings, latest, plan.faults, started)
     log.info("plan: %d shards to compute, %d files to reuse, %d shards bad", len(plan.work), len(plan.reused),
              len(plan.faults))  # fmt: skip
-    results = reweight_all(settings, plan, models) if plan.work else []
-    published = publish_task(settings, opaque(plan), opaque(results))
-    # A shard may turn out bad only while it is read; the content of the release must not promise it.
+    final, results = _compute(settings, plan, models)
+    published = publish_task(settings, opaque(final), opaque(results))
     content = release_content(settings, published.features.files, published.data.bad_shards, pairs)
     if latest and latest.content == content and is_published(store, latest, published.features.files):
         return _unchanged(settings, latest, published.data.bad_shards, started)
@@ -162,6 +163,25 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None, allow_r
     for warning in outcome.warnings:
         log.warning("%s", warning)
     return outcome
+
+
+def _compute(settings: PipelineSettings, plan: Plan, models: dict[str, ModelRef]) -> tuple[Plan, list[ShardResult]]:
+    """Reweight what is planned; return the results, and the plan as it is after all shards were read.
+
+    A shard may turn out bad only while it is read. Its last good features then own their ids, which the rows of other
+    shards may have taken over: the plan is made again, and those shards are computed without the rows.
+    """
+    results: list[ShardResult] = []
+    bad: list[ShardFault] = []
+    while plan.work:
+        found = reweight_all(settings, plan, models)
+        results += found
+        faults = [result.fault for result in found if result.fault is not None]
+        if not faults:
+            break
+        bad += faults
+        plan = plan_task(settings, models, bad)
+    return plan, results
 
 
 def _unchanged(settings: PipelineSettings, latest: Release, faults: Sequence[ShardFault], started: float) -> Outcome:

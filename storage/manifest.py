@@ -220,13 +220,22 @@ class Manifest:
         (self.store / _keys_path(record)).write_bytes(content)
 
 
-def mark_repeats(records: Mapping[str, ShardRecord], keys: Mapping[str, RowKeys]) -> dict[str, ShardRecord]:
+def mark_repeats(
+    records: Mapping[str, ShardRecord], keys: Mapping[str, RowKeys], owned: Mapping[str, RowKeys] | None = None
+) -> dict[str, ShardRecord]:
     """Return the records with `duplicates` and `collisions` set: rows whose key is that of an earlier row.
 
-    Earlier means: in a shard whose key sorts before, or above in the same shard. Equal checks make a duplicate id,
-    different ones a collision of two ids.
+    Earlier means: in `owned`, in a shard whose key sorts before, or above in the same shard. Equal checks make a
+    duplicate id, different ones a collision of two ids.
+
+    Args:
+        records: by shard.
+        keys: of the rows of these shards.
+        owned: of features that stay as they are, whatever the shards hold.
     """
+    owned = owned or {}
     order = sorted(records)
+    parts = [*owned.values(), *(keys[name] for name in order)]
     frame = pl.concat(
         [
             pl.DataFrame(
@@ -239,10 +248,10 @@ def mark_repeats(records: Mapping[str, ShardRecord], keys: Mapping[str, RowKeys]
             )
         ]
         + [
-            pl.DataFrame({"key": keys[name].keys, "check": keys[name].checks})
+            pl.DataFrame({"key": part.keys, "check": part.checks})
             .with_row_index("row")
             .select(pl.lit(number, pl.Int64).alias("shard"), pl.col("row").cast(pl.Int64), "key", "check")
-            for number, name in enumerate(order)
+            for number, part in enumerate(parts, -len(owned))
         ]
     ).filter(pl.col("key") != NO_KEY)
     first = pl.col("key").is_first_distinct()

@@ -8,7 +8,7 @@ progress of a run. Computing is left to `tasks.reweight`, committing to `tasks.p
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
@@ -20,12 +20,13 @@ from schemas.releases import ModelRef
 from schemas.reports import ShardFault
 from schemas.settings import ColumnNames, PipelineSettings
 from schemas.shards import check_shard
-from storage.features import complete_rows, feature_keys, features_table, quarantine_table
+from storage.features import complete_rows, feature_keys, features_table, quarantine_table, read_table
+from storage.ids import id_checks, id_keys
 from storage.layout import model_path
 from storage.location import Location
-from storage.manifest import Manifest, ShardRecord, find_misfits, mark_repeats
+from storage.manifest import Manifest, RowKeys, ShardRecord, find_misfits, mark_repeats
 from storage.shards import Shard, find_shards, read_schema
-from storage.tables import LiveFile, Snapshot
+from storage.tables import FileTable, LiveFile, Snapshot
 from storage.tombstones import Tombstones
 from tasks.maintenance.forgotten_rows import why_not_kept
 
@@ -128,8 +129,15 @@ def _row_options(settings: PipelineSettings) -> dict[str, object]:
     return {"columns": settings.columns.model_dump(mode="json"), "file": FILE_FORMAT}
 
 
-def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Plan:
+def make_plan(
+    settings: PipelineSettings, models: Mapping[str, ModelRef], unreadable: Sequence[ShardFault] = ()
+) -> Plan:
     """Compare the source with the store.
+
+    Args:
+        settings: of the run.
+        models: by mode, from `prepare_models`.
+        unreadable: shards that turned out bad while this run read them.
 
     Raises:
         SettingsError: the source is missing, empty, or holds no row.
@@ -144,28 +152,32 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
     dim = next(iter(models.values())).dim
     tombstones = Tombstones(store)
     contract = Contract(settings.columns, tombstones, dim, None if known is None else _id_type(known))
-    records, errors = update_manifest(manifest, shards, contract)
-    if not records:
-        raise next(iter(errors.values()))
-    manifest.save(records)
     digests = {RAW: raw_digest(settings, dim), **{mode: model.digest for mode, model in models.items()}}
-    inputs = {key: record.input_digest for key, record in records.items() if record.rows}
-    if not inputs:
-        raise SettingsError(f"source {settings.source}: its {len(records)} shards hold no row.")
-    keys = [FeatureKey(mode, shard, inputs[shard], model) for shard in inputs for mode, model in digests.items()]
-    wanted = {key.path: key for key in keys}
-    found = {shard.key: shard for shard in shards}
-    faults = []
+    bad = {fault.shard: BadShardError(fault.reason) for fault in unreadable}
+    records, errors, keys_of = count_shards(manifest, shards, contract, bad)
+    faults, kept = [], dict[str, list[FeatureKey]]()
     for shard, error in sorted(errors.items()):
-        last_good = [path for path, key in wanted.items() if key.shard == shard]
-        kept = bool(last_good) and all(_is_there(table.place, base.files.get(path)) for path in last_good)
-        why_not = why_not_kept(store, shard, last_good, tombstones) if kept else None
-        kept = kept and why_not is None
-        faults.append(ShardFault(shard=shard, reason=f"{error} {why_not}" if why_not else str(error), kept=kept))
-        if not kept:  # those of another model cannot stand beside the new ones
-            wanted = {path: key for path, key in wanted.items() if key.shard != shard}
-            inputs.pop(shard, None)
-    reused, missing = _find_reusable(store, base, wanted.values(), records)
+        last_good, why_not = _last_good(store, base, shard, digests, tombstones)
+        reason = f"{error} {why_not}" if why_not else str(error)
+        faults.append(ShardFault(shard=shard, reason=reason, kept=bool(last_good)))
+        if last_good:
+            kept[shard] = last_good
+    usable = {key: record for key, record in records.items() if key not in errors}
+    if not usable and not kept:
+        what = next(iter(errors.values()))
+        raise BadShardError(f"source {settings.source}: no row can be used, so nothing was published: {what}")
+    if errors or records != manifest.records:
+        owned = {shard: _stored_keys(table, base, keys) for shard, keys in kept.items()}
+        usable = mark_repeats(usable, keys_of, owned)
+        records |= usable
+    if not unreadable:  # the next run reads them again, and they may be good then
+        manifest.save(records)
+    inputs = {key: record.input_digest for key, record in usable.items() if record.rows}
+    if not inputs and not kept:
+        raise SettingsError(f"source {settings.source}: its {len(usable)} shards hold no row.")
+    keys = [FeatureKey(mode, shard, inputs[shard], model) for shard in inputs for mode, model in digests.items()]
+    reused, missing = _find_reusable(store, base, keys, records)
+    found = {shard.key: shard for shard in shards}
     work = [
         ShardWork(
             shard=found[shard],
@@ -178,21 +190,41 @@ def make_plan(settings: PipelineSettings, models: Mapping[str, ModelRef]) -> Pla
             quarantine=FeatureKey(RAW, shard, inputs[shard], digests[RAW]).quarantine_path,
         )
         for shard, lacking in _by_shard(missing).items()
-        if shard not in errors
     ]
-    readable = [found[key] for key in sorted(records) if key not in errors]
     return Plan(
         base=base,
-        schema=_schema(known, settings.columns, readable),
+        schema=_schema(known, settings.columns, [found[key] for key in sorted(usable)]),
         records=records,
-        inputs=inputs,
+        inputs=inputs | {shard: keys[0].input for shard, keys in kept.items()},
         models=dict(models),
-        wanted=wanted,
+        wanted={key.path: key for key in [*keys, *(key for some in kept.values() for key in some)]},
         reused=reused,
         groups=group_work(work, settings.reweight.group_rows, settings.runner.workers or os.cpu_count() or 1),
         faults=faults,
         source_version=shards[0].version,
     )
+
+
+def _last_good(
+    store: Location, base: Snapshot, shard: str, digests: Mapping[str, str], tombstones: Tombstones
+) -> tuple[list[FeatureKey], str | None]:
+    """Return the live files of a bad shard, one a mode, if they can stay; else none, and where there are some, why not.
+
+    Those of another model cannot stand beside the new ones.
+    """
+    place = features_table(store).place
+    keys = [key for key in feature_keys(base) if key.shard == shard and digests.get(key.mode) == key.model]
+    if len(keys) != len(digests) or any((place / key.path).size() != base.files[key.path].size for key in keys):
+        return [], None
+    why_not = why_not_kept(store, shard, [key.path for key in keys], tombstones)
+    return ([], why_not) if why_not else (keys, None)
+
+
+def _stored_keys(table: FileTable, base: Snapshot, keys: Sequence[FeatureKey]) -> RowKeys:
+    """Return the row keys of the features of a shard."""
+    files = [base.files[key.path] for key in keys if key.mode == RAW]
+    ids = read_table(table, files, ["id"])["id"].combine_chunks()
+    return RowKeys(id_keys(ids), id_checks(ids))
 
 
 @dataclass(frozen=True)
@@ -205,19 +237,26 @@ class Contract:
     id_type: str | None
 
 
-def update_manifest(
-    manifest: Manifest, shards: Sequence[Shard], contract: Contract
-) -> tuple[dict[str, ShardRecord], dict[str, BadShardError]]:
-    """Return the record of every usable shard and the error of every other one.
+def count_shards(
+    manifest: Manifest, shards: Sequence[Shard], contract: Contract, bad: Mapping[str, BadShardError]
+) -> tuple[dict[str, ShardRecord], dict[str, BadShardError], dict[str, RowKeys]]:
+    """Return what is known of every shard, the error of every bad one, and the row keys of the others.
 
-    A shard that has not changed since the last run is not opened. A bad shard keeps its last good record, so that its
-    features stay as they are; one that never was good owns no id.
+    A shard that has not changed since the last run is not opened. A bad shard keeps the record of the last run, if
+    there is one, changed so that the next run reads it again. Where nothing has changed and nothing is bad, there are
+    no row keys.
+
+    Args:
+        manifest: of the last run.
+        shards: of the source.
+        contract: what they must satisfy.
+        bad: shards that are known to be bad.
     """
     columns, tombstones = contract.columns, contract.tombstones
     basis = manifest_basis(columns, tombstones.digest)
     forget = tombstones.match if tombstones else None
     found = {shard.key: shard for shard in shards}
-    errors: dict[str, BadShardError] = {}
+    errors = {key: error for key, error in bad.items() if key in found}
 
     def count(shard: Shard) -> ShardRecord | BadShardError:
         try:
@@ -225,28 +264,30 @@ def update_manifest(
         except BadShardError as error:
             return error
 
-    def count_all(some: Sequence[Shard]) -> dict[str, ShardRecord]:
+    def count_all(some: Iterable[Shard]) -> dict[str, ShardRecord]:
+        wanted = [shard for shard in some if shard.key not in errors]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            seen = dict(zip((shard.key for shard in some), pool.map(count, some), strict=True))
+            seen = dict(zip((shard.key for shard in wanted), pool.map(count, wanted), strict=True))
         errors.update({key: error for key, error in seen.items() if isinstance(error, BadShardError)})
         return {key: record for key, record in seen.items() if isinstance(record, ShardRecord)}
 
     before = {key: record for key, record in manifest.records.items() if key in found}
     unchanged = {key: record for key, record in before.items() if record.describes(found[key], basis)}
-    fresh = count_all([shard for shard in shards if shard.key not in unchanged])
-    misfits = find_misfits({**unchanged, **fresh}, columns, contract.dim, contract.id_type)
-    errors |= misfits
-    last_good = {key: record for key, record in before.items() if key in errors and key not in unchanged}
-    usable = {key: record for key, record in {**unchanged, **fresh}.items() if key not in misfits}
-    records = {**usable, **last_good}
-    if records == manifest.records:
-        return records, errors
-    keys = {key: manifest.row_keys(record) for key, record in records.items()}
-    lost = count_all([found[key] for key, row_keys in keys.items() if row_keys is None and key not in errors])
-    records |= lost
-    keys |= {key: manifest.row_keys(record) for key, record in lost.items()}
-    whole = {key: row_keys for key, row_keys in keys.items() if row_keys is not None}
-    return {**records, **mark_repeats({key: records[key] for key in whole}, whole)}, errors
+    records = unchanged | count_all(shard for shard in shards if shard.key not in unchanged)
+    records = {key: record for key, record in records.items() if key not in errors}
+    errors |= find_misfits(records, columns, contract.dim, contract.id_type)
+    keys: dict[str, RowKeys | None] = {}
+    if errors or records != manifest.records:
+        keys = {key: manifest.row_keys(record) for key, record in records.items() if key not in errors}
+        lost = count_all([found[key] for key, row_keys in keys.items() if row_keys is None])
+        records |= lost
+        keys |= {key: manifest.row_keys(record) for key, record in lost.items()}
+    last = {key: replace(before[key], basis="") for key in errors if key in before}
+    return (
+        {key: record for key, record in records.items() if key not in errors} | last,
+        errors,
+        {key: row_keys for key, row_keys in keys.items() if row_keys is not None and key not in errors},
+    )
 
 
 def manifest_basis(columns: ColumnNames, tombstones: str) -> str:
@@ -311,10 +352,6 @@ def _find_reusable(
         else:
             reused.append(LiveFile(key.path, on_disk[key.path], rows, {"mode": key.mode, "shard": key.shard}))
     return reused, missing
-
-
-def _is_there(place: Location, file: LiveFile | None) -> bool:
-    return file is not None and (place / file.path).size() == file.size
 
 
 def _quarantined_rows(store: Location, wanted: Collection[str]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Publish: make what was computed visible, in one Delta commit a table.
 
-The content of the tables follows from the plan and from what reweighting could finish; the difference to what is live
-is the commit. The gate comes later: readers of the served release see nothing of this.
+The content of the tables follows from the plan; the difference to what is live is the commit. The gate comes later:
+readers of the served release see nothing of this.
 """
 
 from collections import Counter
@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from schemas.errors import BadShardError, StoreError
 from schemas.features import QUARANTINE_SCHEMA, FeatureKey
 from schemas.metrics import RAW
-from schemas.reports import DataQuality, ShardFault
+from schemas.reports import DataQuality
 from schemas.settings import PipelineSettings
-from storage.features import complete_rows, feature_keys, features_table, quarantine_table, read_table
+from storage.features import complete_rows, features_table, quarantine_table, read_table
 from storage.location import Location
 from storage.tables import FileTable, LiveFile, Snapshot
-from storage.tombstones import Tombstones
-from tasks.maintenance.forgotten_rows import why_not_kept
 from tasks.plan import Plan
 from tasks.reweight import ShardResult
 
@@ -34,50 +32,29 @@ class Published:
 def publish(settings: PipelineSettings, plan: Plan, results: Sequence[ShardResult]) -> Published:
     """Commit new feature files and remove those no longer wanted; the same for quarantine.
 
+    Args:
+        settings: of the run.
+        plan: the newest one, which knows every bad shard.
+        results: of all that was computed.
+
     Raises:
         StoreBusyError: another run committed since the plan was made.
         BadShardError: no row at all can be used; nothing was committed.
     """
     store = Location(settings.store)
     features = features_table(store)
-    wanted, faults = _final_files(store, plan, results)
+    wanted = plan.wanted
     fresh = {file.path: file for result in results for file in result.files} | {file.path: file for file in plan.reused}
     add = [file for path, file in fresh.items() if path in wanted and path not in plan.base.files]
     remove = [file for path, file in plan.base.files.items() if path not in wanted]
     rows = {file.path: file.rows for file in [*plan.base.files.values(), *fresh.values()]}
     if not any(rows[path] for path in wanted):
-        what = faults[0].reason if faults else "every row is bad or forgotten"
+        what = plan.faults[0].reason if plan.faults else "every row is bad or forgotten"
         raise BadShardError(f"source {settings.source}: no row can be used, so nothing was published: {what}")
     # Quarantine first: were the features live and their bad rows not, vacuum would remove those.
     quarantine = _publish_quarantine(store, wanted.values())
     snapshot = features.commit(plan.base, plan.schema, add, remove)
-    return Published(snapshot, quarantine, data_quality(plan, faults, snapshot, quarantine, quarantine_table(store)))
-
-
-def _final_files(
-    store: Location, plan: Plan, results: Sequence[ShardResult]
-) -> tuple[dict[str, FeatureKey], list[ShardFault]]:
-    """Return the files the table shall hold: those wanted, but for a shard that failed, its last good ones."""
-    wanted = dict(plan.wanted)
-    faults = list(plan.faults)
-    models = {key.mode: key.model for key in plan.wanted.values()}
-    live = feature_keys(plan.base)
-    place, tombstones = features_table(store).place, Tombstones(store)
-    for result in results:
-        if result.fault is None:
-            continue
-        wanted = {path: key for path, key in wanted.items() if key.shard != result.shard}
-        last_good = [key for key in live if key.shard == result.shard and key.model == models.get(key.mode)]
-        kept = len(last_good) == len(plan.modes) and all(
-            (place / key.path).size() == live[key].size for key in last_good
-        )
-        why_not = why_not_kept(store, result.shard, [key.path for key in last_good], tombstones) if kept else None
-        kept = kept and why_not is None
-        if kept:
-            wanted |= {key.path: key for key in last_good}
-        reason = f"{result.fault.reason} {why_not}" if why_not else result.fault.reason
-        faults.append(result.fault.replaced(kept=kept, reason=reason))
-    return wanted, faults
+    return Published(snapshot, quarantine, data_quality(plan, snapshot, quarantine, quarantine_table(store)))
 
 
 def _publish_quarantine(store: Location, features: Iterable[FeatureKey]) -> Snapshot:
@@ -97,9 +74,7 @@ def _publish_quarantine(store: Location, features: Iterable[FeatureKey]) -> Snap
     return table.commit(base, QUARANTINE_SCHEMA, add, remove)
 
 
-def data_quality(
-    plan: Plan, faults: Sequence[ShardFault], features: Snapshot, quarantine: Snapshot, table: FileTable
-) -> DataQuality:
+def data_quality(plan: Plan, features: Snapshot, quarantine: Snapshot, table: FileTable) -> DataQuality:
     """Count where all rows read have gone.
 
     Raises:
@@ -109,16 +84,21 @@ def data_quality(
     for file in features.files.values():
         rows.setdefault(file.shard, {})[file.mode] = file.rows
     quarantined = Counter({file.shard: file.rows for file in quarantine.files.values()})
-    faulty = {fault.shard for fault in faults}
-    read = forgotten = 0
+    faulty = {fault.shard for fault in plan.faults}
+    records = {shard: record for shard, record in plan.records.items() if record.input_digest == plan.inputs.get(shard)}
+    read = forgotten = blank = 0
     for shard, by_mode in rows.items():
         if set(by_mode) != set(plan.modes) or len(set(by_mode.values())) != 1:
             raise StoreError(f"shard {shard}: modes hold different rows ({by_mode}); run `frontalis verify --store …`.")
-        lost = plan.records[shard].unaccounted(by_mode[RAW], quarantined[shard])
+        read += by_mode[RAW] + quarantined[shard]
+        if (record := records.get(shard)) is None:  # a bad shard of which only its last good features are known
+            continue
+        lost = record.unaccounted(by_mode[RAW], quarantined[shard])
         if shard not in faulty and lost:
             raise StoreError(f"shard {shard}: {lost}; run `frontalis verify --store …`.")
-        read += by_mode[RAW] + quarantined[shard] + plan.records[shard].forgotten_rows
-        forgotten += plan.records[shard].forgotten_rows
+        read += record.forgotten_rows
+        forgotten += record.forgotten_rows
+        blank += record.blank_subjects or 0
     reasons = read_table(table, quarantine.files.values(), ["reason"])["reason"].to_pylist()
     return DataQuality(
         shards=len(rows),
@@ -126,7 +106,7 @@ def data_quality(
         rows_features=sum(by_mode[RAW] for by_mode in rows.values()),
         quarantined=dict(sorted(Counter(reasons).items())),
         forgotten=forgotten,
-        blank_subjects=sum(plan.records[shard].blank_subjects or 0 for shard in rows),
-        bad_shards=list(faults),
+        blank_subjects=blank,
+        bad_shards=list(plan.faults),
         rows_in_bad_shards=sum(plan.records[shard].rows for shard in faulty - rows.keys() if shard in plan.records),
     )

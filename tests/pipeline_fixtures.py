@@ -148,6 +148,9 @@ def run_stages() -> Callable[[PipelineSettings], StagesResult]:
         plan = make_plan(settings, models)
         spec = ReweightSpec.of(settings, models, plan.schema)
         results = [result for group in plan.groups for result in reweight_group(group, spec)]
+        if faults := [result.fault for result in results if result.fault]:
+            plan = make_plan(settings, models, faults)
+            results += [result for group in plan.groups for result in reweight_group(group, spec)]
         return StagesResult(plan, results, publish(settings, plan, results))
 
     return run
