@@ -17,9 +17,9 @@ from prefect.utilities.annotations import opaque
 
 from flows.begin import begin_flow
 from flows.runner import check_runner, reweight_all
-from reports.html import markdown_table
+from reports.html import markdown_stages, markdown_table
 from schemas.errors import SettingsError
-from schemas.releases import ModelRef, Release
+from schemas.releases import IndexRef, ModelRef, Release
 from schemas.reports import Evaluation, ShardFault
 from schemas.settings import PipelineSettings, load_pipeline
 from storage.delta_log import DamagedFilesError
@@ -29,6 +29,7 @@ from storage.releases import Releases, refuse_foreign_tables
 from storage.shards import refuse_nested
 from storage.tombstones import Tombstones
 from tasks.changes import changes_since
+from tasks.costs import Costs
 from tasks.evaluation.pairs import read_pairs
 from tasks.gate import decide
 from tasks.index import Previous, is_indexed, previous_indexes, release_features
@@ -82,7 +83,8 @@ def run(settings: PipelineSettings, *, allow_removal: bool = False) -> Outcome:
         deleted = set[str]()
         while True:
             try:
-                return _run(settings, store, pairs, allow_removal)
+                with Costs() as costs:
+                    return _run(settings, store, pairs, allow_removal, costs)
             except DamagedFilesError as error:
                 damaged = {place.uri for place in error.places}
                 if damaged <= deleted:  # written again and damaged again: this disk cannot be relied on
@@ -93,12 +95,14 @@ def run(settings: PipelineSettings, *, allow_removal: bool = False) -> Outcome:
                     place.delete()
 
 
-def _run(settings: PipelineSettings, store: Location, pairs: str | None, allow_removal: bool) -> Outcome:
+def _run(settings: PipelineSettings, store: Location, pairs: str | None, allow_removal: bool, costs: Costs) -> Outcome:
     started = time.monotonic()
     history = Releases(store)
     tombstones = Tombstones.proven(store, history.all())
-    models = models_task(settings)
-    plan = plan_task(settings, models)
+    with costs.stage("plan") as stage:
+        models = models_task(settings)
+        plan = plan_task(settings, models)
+        stage.rows = sum(record.rows for record in plan.records.values())
     earlier = mark_erased_releases(history, tombstones)
     content = release_content(settings, plan.wanted, plan.faults, pairs)
     earlier = mark_lost_releases(history, earlier, content)
@@ -109,31 +113,37 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None, allow_r
         return _unchanged(settings, latest, plan.faults, started)
     log.info("plan: %d shards to compute, %d files to reuse, %d shards bad", len(plan.work), len(plan.reused),
              len(plan.faults))  # fmt: skip
-    final, results = _compute(settings, plan, models)
-    published = publish_task(settings, opaque(final), opaque(results))
+    with costs.stage("reweight") as stage:
+        final, results = _compute(settings, plan, models)
+        stage.rows = sum(work.rows for work in plan.work)
+    with costs.stage("publish"):
+        published = publish_task(settings, opaque(final), opaque(results))
     content = release_content(settings, published.features.files, published.data.bad_shards, pairs)
     if latest and latest.content == content and is_published(store, latest, published.features.files):
         return _unchanged(settings, latest, published.data.bad_shards, started)
 
     name = next_release_name(earlier, content)
     previous = previous_indexes(store, earlier, models, tombstones.digest)
-    indexes = {
-        mode: index_task.with_options(task_run_name=f"index-{mode}")(
-            store, name, mode, opaque(published.features), settings.index, opaque(previous.get(mode))
-        )
-        for mode in plan.modes
-    }
+    indexes: dict[str, IndexRef] = {}
+    for mode in plan.modes:
+        with costs.stage(f"index {mode}") as stage:
+            indexes[mode] = index_task.with_options(task_run_name=f"index-{mode}")(
+                store, name, mode, opaque(published.features), settings.index, opaque(previous.get(mode))
+            )
+            stage.rows = indexes[mode].rows
     served = next((release for release in earlier if release.serving), None)
     features = release_features(store, served)
-    evaluation: Evaluation = evaluate_task(
-        store,
-        name,
-        opaque(published.features),
-        models,
-        settings.evaluation,
-        settings.index,
-        opaque(Previous(served, features)) if served and features else None,
-    ).replaced(indexes={mode: index.audit for mode, index in indexes.items()})
+    with costs.stage("evaluate") as stage:
+        evaluation: Evaluation = evaluate_task(
+            store,
+            name,
+            opaque(published.features),
+            models,
+            settings.evaluation,
+            settings.index,
+            opaque(Previous(served, features)) if served and features else None,
+        ).replaced(indexes={mode: index.audit for mode, index in indexes.items()})
+        stage.rows = sum(population.n_rows for population in evaluation.populations.values())
     modes = list(models)
     changes = changes_since(served, features, published.features, modes, store) if served else None
     gate = decide(evaluation, settings.gate, served)
@@ -151,8 +161,11 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None, allow_r
         gate=gate,
         tombstones=tombstones,
         source_version=plan.source_version,
+        stages=costs.stages,
     )
-    write_report(store, release, evaluation, earlier)
+    with costs.stage("report"):
+        write_report(store, release, evaluation, earlier)
+    release = release.replaced(stages=costs.stages)
     history.record(release, earlier)
     log.info("%s: %s", release.release, release.gate.sentence)
     _show_in_prefect(store, release, evaluation)
@@ -196,6 +209,11 @@ def _show_in_prefect(store: Location, release: Release, evaluation: Evaluation) 
         description=f"verification per mode of {release.release}",
     )
     page = store / str(release.report)
+    create_markdown_artifact(
+        markdown=f"# {release.release}\n\n{markdown_stages(release.stages)}",
+        key="frontalis-stages",
+        description=f"time and memory of each stage that made {release.release}",
+    )
     create_link_artifact(
         link=Path(page.uri).as_uri() if page.is_local else page.uri,
         link_text=f"report of {release.release}",

@@ -29,6 +29,7 @@ from reports.tables import (
     pose_table,
     present,
     search_table,
+    stage_rows,
     threshold_table,
     versus_rows,
 )
@@ -42,9 +43,12 @@ from reports.text import (
 )
 from reports.theme import Plot, mode_rules, variables
 from schemas.metrics import EER, HELD_OUT, MAIN_CELLS, MetricId
-from schemas.reports import Evaluation, ModeResult, Population, ReportInput
+from schemas.reports import Evaluation, ModeResult, Population, ReportInput, StageCost
 
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
+_STAGE_HEADS = ("stage", "seconds", "CPU seconds", "rows", "rows/s", "peak MB")
 
 
 _MAIN_METRICS = (EER, MetricId("fnmr_global@1e-2"), MetricId("fnmr_global@1e-3"))
@@ -102,6 +106,8 @@ def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None
         if report.quality.rows_read
         else None,
         changes=changes_in_words(report.gate.changes) if report.gate.changes else None,
+        stages=stage_rows(report.stages),
+        stage_heads=_STAGE_HEADS,
         provenance=[(key, _plain(value)) for key, value in report.provenance.items()],
     )
 
@@ -123,6 +129,12 @@ def markdown_table(evaluation: Evaluation) -> str:
     head = f"{_escape_markdown(population.name)}: {people}{left_out}. 95% intervals in brackets, then mode − raw. "
     head += "FNMR is at one threshold per mode, found at the global FMR."
     return "\n".join([head, "", *lines, *([""] if notes else []), *notes, ""])
+
+
+def markdown_stages(stages: Sequence[StageCost]) -> str:
+    """Return what the stages of a run took as a Markdown table, for a Prefect artifact."""
+    lines = [_markdown_row(_STAGE_HEADS), _markdown_row(["---"] * len(_STAGE_HEADS), escape=False)]
+    return "\n".join([*lines, *map(_markdown_row, stage_rows(stages)), ""])
 
 
 def _population(evaluation: Evaluation, wanted: str) -> Population | None:

@@ -24,7 +24,7 @@ from reports.text import (
 )
 from reports.theme import mode_role
 from schemas.metrics import ALL, EER, MAIN_CELLS, RAW, MetricId
-from schemas.reports import Estimate, Evaluation, GatedMetric, ModeResult, Population
+from schemas.reports import Estimate, Evaluation, GatedMetric, ModeResult, Population, StageCost
 
 _SIGNS: dict[Verdict, str] = {"better": "↓", "worse": "↑", "no difference": "=", "no interval": "?"}
 _MARKS = {RAW: "●", "per_sample": "■", "batch_stat": "▲"}
@@ -238,6 +238,20 @@ def index_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
             "queries": f"{index.queries:,}",
         }
         for mode, index in evaluation.indexes.items()
+    ]
+
+
+def stage_rows(stages: Sequence[StageCost]) -> list[list[str]]:
+    """Return the cells of the table of stages: name, seconds, CPU seconds, rows, rows a second, peak memory in MB."""
+    return [
+        [
+            one.stage,
+            f"{one.seconds:,.1f}",
+            f"{one.cpu_seconds:,.1f}",
+            *("" if number is None else f"{number:,.0f}" for number in (one.rows, one.rows_per_second)),
+            "" if one.peak_megabytes is None else f"{one.peak_megabytes:,}",
+        ]
+        for one in stages
     ]
 
 

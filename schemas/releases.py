@@ -7,7 +7,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from schemas.models import Statistic
-from schemas.reports import DataQuality, Estimate, GateDecision, IndexRecall, Record
+from schemas.reports import DataQuality, Estimate, GateDecision, IndexRecall, Record, StageCost
 
 
 class ModelRef(Record):
@@ -72,6 +72,7 @@ class Release(Record):
     tombstones: str = Field(default="none", description="digest of the list that its rows were matched with")
     tombstone_count: int | None = Field(default=None, description="entries in that list; None in older releases")
     settings: dict[str, Any] = Field(default_factory=dict)
+    stages: list[StageCost] = Field(default_factory=list, description="what the run that made it took")
 
     @property
     def unusable(self) -> bool:

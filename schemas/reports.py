@@ -235,6 +235,23 @@ class ShardFault(Record):
     kept: bool
 
 
+class StageCost(Record):
+    """What one stage of a run took, in the process of the run: workers in other processes are not counted."""
+
+    stage: str
+    seconds: float
+    cpu_seconds: float = Field(description="of all threads of the process, other stages at the same time included")
+    rows: int | None = Field(default=None, description="that it worked on; None for a stage that works on files")
+    peak_megabytes: int | None = Field(
+        default=None, description="largest resident memory seen, in 10⁶ bytes, sampled 20 times a second"
+    )
+
+    @property
+    def rows_per_second(self) -> float | None:
+        """Rows a second, None where there are no rows or no time passed."""
+        return self.rows / self.seconds if self.rows and self.seconds else None
+
+
 class DataQuality(Record):
     """Where the rows read have gone. `rows_read == rows_features + sum(quarantined.values()) + forgotten`.
 
@@ -369,6 +386,7 @@ class ReportInput(Record):
     gate: GateDecision
     gated: GatedMetric
     quality: DataQuality
+    stages: list[StageCost] = Field(default_factory=list, description="of the run that made it, up to this report")
     weights: list[ChannelWeights] = Field(default_factory=list)
     trend: list[TrendPoint] = Field(default_factory=list)
     provenance: dict[str, JsonValue] = Field(

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from schemas.errors import ExitCode, FrontalisError
 from schemas.releases import Release
-from schemas.reports import Changes, DataQuality, Estimate, Evaluation, ShardFault
+from schemas.reports import Changes, DataQuality, Estimate, Evaluation, ShardFault, StageCost
 from storage.location import Location
 from tasks.plan import Plan
 from tasks.reweight import ShardResult
@@ -31,6 +31,7 @@ class Outcome(BaseModel):
     evaluation: Evaluation | None = None
     report: str | None
     warnings: list[str] = Field(default_factory=list)
+    stages: list[StageCost] = Field(default_factory=list)
 
     @classmethod
     def measured(
@@ -59,6 +60,7 @@ class Outcome(BaseModel):
             evaluation=evaluation,
             report=_page(store, release),
             warnings=[warning for result in results for warning in result.warnings],
+            stages=release.stages,
         )
 
     @classmethod

@@ -28,6 +28,7 @@ from schemas.reports import (
     GateDecision,
     ReportInput,
     ShardFault,
+    StageCost,
     TrendPoint,
 )
 from schemas.settings import PipelineSettings, checked
@@ -86,6 +87,7 @@ def build_release(
     gate: GateDecision,
     tombstones: Tombstones,
     source_version: int | None = None,
+    stages: Sequence[StageCost] = (),
 ) -> Release:
     """Return the record of a new release. Nothing is written: see `write_report` and `storage.releases`.
 
@@ -102,6 +104,7 @@ def build_release(
         gate: whether it is promoted.
         tombstones: the list that the rows of features and quarantine were matched with.
         source_version: of the Delta table that was read, None for a folder.
+        stages: what the stages of the run took so far.
     """
     measured = gated(evaluation, settings.gate)
     name = next_release_name(earlier, content)
@@ -124,6 +127,7 @@ def build_release(
         tombstones=tombstones.digest,
         tombstone_count=len(tombstones.entries),
         settings=settings.model_dump(mode="json"),
+        stages=list(stages),
     )
 
 
@@ -145,6 +149,7 @@ def write_report(store: Location, release: Release, evaluation: Evaluation, earl
         gate=release.gate,
         gated=gated(evaluation, gate).metric,
         quality=release.data,
+        stages=release.stages,
         weights=release_weights(store, release),
         trend=[_point(old) for old in [*earlier[-TREND_RELEASES:], release] if old.gated_name == release.gated_name],
         provenance=provenance(release),

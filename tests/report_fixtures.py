@@ -23,6 +23,7 @@ from schemas.reports import (
     Population,
     ReportInput,
     ShardFault,
+    StageCost,
     TrendPoint,
 )
 
@@ -258,6 +259,11 @@ def report_input() -> ReportInput:
             forgotten=3,
             bad_shards=[ShardFault(shard="fold08.parquet", reason="no column 'embedding'", kept=True)],
         ),
+        stages=[
+            StageCost(stage="plan", seconds=1.94, cpu_seconds=2.5, rows=4911, peak_megabytes=412),
+            StageCost(stage="reweight", seconds=0.5, cpu_seconds=0.96, rows=4911, peak_megabytes=1690),
+            StageCost(stage="publish", seconds=0.04, cpu_seconds=0.04),
+        ],
         weights=_weights(rng),
         trend=trend,
         provenance={

@@ -222,7 +222,7 @@ def test_roll_back_serves_the_old_release_and_later_runs_start_from_there(
     assert [release.serving for release in history(tmp_path / "store")] == [False, False, True]
 
 
-def test_prefect_shows_the_table_of_modes_and_the_report(run_tiny, prefect_server) -> None:
+def test_prefect_shows_the_modes_the_stages_and_the_report(run_tiny, prefect_server, tmp_path) -> None:
     outcome = run_tiny()
     with temporary_settings({PREFECT_API_URL: prefect_server.url}), get_client(sync_client=True) as client:
         found = client.request("POST", "/artifacts/latest/filter", json={}).json()
@@ -230,6 +230,13 @@ def test_prefect_shows_the_table_of_modes_and_the_report(run_tiny, prefect_serve
     assert "per_sample" in by_key["frontalis-modes"]["data"]
     assert outcome.release in by_key["frontalis-modes"]["data"]
     assert outcome.release in by_key["frontalis-report"]["data"]
+    stages = history(tmp_path / "store")[0].stages
+    assert [one.stage for one in stages] == [
+        *("plan", "reweight", "publish", "index raw", "index per_sample", "index batch_stat", "evaluate", "report")
+    ]
+    assert [one.rows for one in stages[:2]] == [280, 280]
+    assert all(f"| {one.stage.replace('_', chr(92) + '_')} |" in by_key["frontalis-stages"]["data"] for one in stages)
+    assert outcome.stages == stages
 
 
 def test_evaluate_measures_a_release_again(run_tiny, tmp_path, prefect_server) -> None:

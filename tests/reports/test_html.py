@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from reports.html import draw, markdown_table, render_report
+from reports.html import draw, markdown_stages, markdown_table, render_report
 from reports.text import threshold
 from reports.theme import PALETTE, plot_files
 from schemas.metrics import RAW
@@ -207,6 +207,12 @@ def test_recall_is_that_of_the_indexes_of_the_release(page_text: str) -> None:
     assert "■per_sampleIVF256,SQ84,87497.2096.34256" in cells
     assert "●rawFlat4,874exact:everyrowiscompared" in cells
     assert "served index" not in page_text
+
+
+def test_the_stages_of_the_run_are_shown_on_the_page_and_in_markdown(page_text: str, report_input: ReportInput) -> None:
+    part = page_text[page_text.index('<section id="stages"') :]
+    assert "<td>9,822</td><td>1,690</td>" in part[: part.index("</section>")]
+    assert "| reweight | 0.5 | 1.0 | 4,911 | 9,822 | 1,690 |" in markdown_stages(report_input.stages).splitlines()
 
 
 def test_every_plot_has_an_alternative_text(page_text: str) -> None:

@@ -11,6 +11,7 @@ from reports.tables import (
     pose_table,
     present,
     search_table,
+    stage_rows,
     threshold_table,
     versus_rows,
 )
@@ -146,6 +147,12 @@ def test_the_indexes_of_the_release_are_shown_with_what_was_measured_of_them(rep
         ["97.20", "96.34"],
         "256",
     )
+
+
+def test_stages_are_shown_with_their_rate_and_what_was_not_measured_is_left_empty(report_input: ReportInput) -> None:
+    _, reweight, publish = stage_rows(report_input.stages)
+    assert reweight == ["reweight", "0.5", "1.0", "4,911", "9,822", "1,690"]
+    assert publish == ["publish", "0.0", "0.0", "", "", ""]
 
 
 def test_search_table_is_absent_where_nothing_was_searched(population: Population) -> None:
