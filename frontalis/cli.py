@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from frontalis.process import log_to_stderr, run
-from frontalis.server import REQUEST_RETRIES, run_flow
+from frontalis.server import REQUEST_RETRIES, require_home, run_flow
 from schemas.errors import MAX_WAIT_SECONDS, ExitCode, SettingsError
 
 ROWS = 1_000_000_000  # of synthetic shards; beyond it a number is a mistake
@@ -131,6 +131,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one checkpoint and measure it on held-out subjects."""
+    require_home()
     from flows.train import train as flow
     from frontalis.printing import print_trained
     from storage.location import Location
@@ -201,6 +202,7 @@ def reprocess(
         changes["gate"]["drop_modes"] = tuple(drop_mode)
     settings = pipeline(**changes)
 
+    require_home()
     from flows.reprocess import reprocess as flow
     from frontalis.printing import print_outcome
     from tasks.outcome import CompletedWithBadShardsError, Outcome
@@ -227,6 +229,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a release again, on its own features."""
+    require_home()
     from flows.evaluate import evaluate as flow
     from frontalis.printing import print_evaluation
     from schemas.reports import Evaluation

@@ -147,11 +147,16 @@ class _Stdout:
 
 
 def log_to_stderr() -> None:
-    """Log to stderr, one line a record. Prefect's own records stay out: they repeat errors with a traceback."""
+    """Log to stderr, one line a record.
+
+    Prefect's own records stay out, because they repeat errors with a traceback, and Matplotlib's about its cache.
+    """
     logging.raiseExceptions = False  # or Prefect writes about each log record that its server did not take
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
-    handler.addFilter(lambda record: not (record.name.startswith("prefect") or "/prefect/" in record.pathname))
+    handler.addFilter(
+        lambda record: not (record.name.startswith(("prefect", "matplotlib")) or "/prefect/" in record.pathname)
+    )
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 

@@ -1,5 +1,6 @@
 """The Prefect server that a flow needs: found or started before the flow, and named where it stops answering."""
 
+import os
 import re
 import signal
 import tempfile
@@ -125,6 +126,23 @@ def _start_temporary_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def require_home() -> None:
+    """Return if Prefect can be imported: it asks for the home directory, and reads its profiles there.
+
+    Raises:
+        SettingsError: this user has no home directory, or must not read it.
+    """
+    try:
+        home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+        (home / "profiles.toml").exists()
+    except RuntimeError as error:
+        raise SettingsError(
+            f"HOME is not set, and user {os.getuid()} has no home directory; set HOME to a folder of yours."
+        ) from error
+    except OSError as error:
+        raise _unusable(home, "read", error) from error
+
+
 def _check_home(home: Path) -> None:
     """Refuse a PREFECT_HOME in which the temporary server could write nothing: it would retry for minutes."""
     try:
@@ -132,6 +150,10 @@ def _check_home(home: Path) -> None:
         with tempfile.TemporaryFile(dir=home):
             pass
     except OSError as error:
-        raise SettingsError(
-            f"PREFECT_HOME = {home}: cannot be written ({error.strerror}); set PREFECT_HOME to a folder of yours."
-        ) from error
+        raise _unusable(home, "written", error) from error
+
+
+def _unusable(home: Path, what: str, error: OSError) -> SettingsError:
+    return SettingsError(
+        f"PREFECT_HOME = {home}: cannot be {what} ({error.strerror}); set PREFECT_HOME to a folder of yours."
+    )

@@ -7,6 +7,9 @@ Text is compared after NFC normalisation and without blanks at either end. Integ
 import re
 import unicodedata
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from schemas.errors import SettingsError, clipped
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
@@ -20,6 +23,11 @@ def normal_text(value: str) -> str:
 def folded_text(value: str) -> str:
     """Return text as it is compared where case is ignored."""
     return unicodedata.normalize("NFC", normal_text(value).casefold())
+
+
+def normal_texts(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Return a column of text as `normal_text` would each value."""
+    return pc.utf8_trim_whitespace(pc.utf8_normalize(column, form="NFC"))
 
 
 def parse_id(value: str, *, integer: bool, shown: str | None = None) -> int | str:

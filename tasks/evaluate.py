@@ -61,13 +61,15 @@ def evaluate(
         SettingsError: the pairs file cannot be used.
         StoreError: a feature file or a model is missing or damaged; for the served release that is a note instead.
     """
-    pairs = read_pairs(settings.pairs) if settings.pairs else None
+    pairs, stored = None, frozenset[str]()
+    if settings.pairs:
+        ids = stored_ids(store, features)
+        pairs, stored = read_pairs(settings.pairs).as_stored(ids), frozenset(map(str, ids.to_pylist()))
     modes = measured_modes(models)
     labelled = read_subject_index(store, features)
     training = TrainingData.of(store, models)
     held_out = held_out_rows(store, features, labelled, training, settings.max_rows)
     notes = list(held_out.notes)
-    stored = stored_ids(store, features) if settings.pairs else frozenset[str]()
     measure = _Measure(
         store,
         features,

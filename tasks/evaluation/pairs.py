@@ -1,7 +1,7 @@
 """Accuracy over a pairs file: given pairs in folds, the threshold of a fold chosen on the others."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 from metrics.cosine import pair_scores
 from metrics.folds import fold_accuracy, why_not
 from metrics.verification import verify
-from schemas.errors import SettingsError, StoreError, first_line
+from schemas.errors import SettingsError, StoreError, clipped, first_line
 from schemas.features import digest_of
+from schemas.identity import normal_texts, parse_id
 from schemas.reports import PairsResult
 from storage.location import FileEntry, Location
 from storage.parquet import from_parquet
@@ -22,8 +23,45 @@ from tasks.evaluation.rows import LabelledRows
 class Pairs:
     """A checked pairs file: `table` has protocol, fold, id_a, id_b and same; `digest` is of the file's bytes."""
 
+    uri: str
     table: pa.Table
     digest: str
+
+    def as_stored(self, stored: pa.ChunkedArray) -> "Pairs":
+        """Return the pairs with each id as the release spells it: exactly so, else one that is equal when normalised.
+
+        Args:
+            stored: ids of all rows of the release, text or integer. An id that is not among them stays as it is.
+
+        Raises:
+            SettingsError: an id has no usual form, or several stored ones are equal to it when normalised.
+        """
+        integer = pa.types.is_integer(stored.type)
+        texts = stored.cast(pa.string())
+        used = pc.unique(pa.chunked_array([*self.table["id_a"].chunks, *self.table["id_b"].chunks], pa.string()))
+        names = {}
+        for name in used.filter(pc.invert(pc.is_in(used, value_set=texts))).to_pylist():
+            names[name] = str(parse_id(name, integer=integer, shown=f"pairs {self.uri}: id {clipped(name)}"))
+        if integer or not names:
+            return self
+        normal = normal_texts(texts)
+        same = pc.is_in(normal, value_set=pa.array(list(names.values()), pa.string()))
+        spelled: dict[str, list[str]] = {}
+        for name, spelling in zip(normal.filter(same).to_pylist(), texts.filter(same).to_pylist(), strict=True):
+            spelled.setdefault(name, []).append(spelling)
+        for typed, name in names.items():
+            found = spelled.get(name, [typed])
+            if len(found) > 1:
+                raise SettingsError(
+                    f"pairs {self.uri}: id {clipped(typed)}: {len(found)} stored ids differ from it only in blanks or "
+                    "in how characters are composed; write one of them exactly."
+                )
+            names[typed] = found[0]
+        table = self.table
+        for column in ("id_a", "id_b"):
+            ids = pa.array([names.get(name, name) for name in table[column].to_pylist()], pa.string())
+            table = table.set_column(table.schema.get_field_index(column), column, ids)
+        return replace(self, table=table)
 
 
 def pairs_accuracy(rows: LabelledRows, features: np.ndarray, pairs: Pairs, stored: frozenset[str]) -> list[PairsResult]:
@@ -146,4 +184,4 @@ def _read_pairs(uri: str, _: FileEntry | None) -> Pairs:
     nulls = [name for name in pairs.column_names if pairs[name].null_count]
     if nulls:
         raise SettingsError(f"pairs {uri}: column {nulls[0]!r} has {pairs[nulls[0]].null_count} nulls; fill them in.")
-    return Pairs(pairs, digest_of(content))
+    return Pairs(uri, pairs, digest_of(content))

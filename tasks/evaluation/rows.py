@@ -106,10 +106,9 @@ def read_subject_index(store: Location, features: Snapshot) -> SubjectIndex:
     )
 
 
-def stored_ids(store: Location, features: Snapshot) -> frozenset[str]:
+def stored_ids(store: Location, features: Snapshot) -> pa.ChunkedArray:
     """Return the ids of all rows, with a subject or not. Raises StoreError."""
-    found = read_table(features_table(store), files_of(features, RAW).values(), ["id"])["id"]
-    return frozenset(map(str, found.to_pylist()))
+    return read_table(features_table(store), files_of(features, RAW).values(), ["id"])["id"]
 
 
 def sample_subjects(labelled: SubjectIndex, rows: np.ndarray, limit: int) -> tuple[np.ndarray, int | None]:

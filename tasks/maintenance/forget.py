@@ -22,10 +22,12 @@ from storage.features import features_table, quarantine_table, read_table
 from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
+from storage.tables import Snapshot
 from storage.tombstones import NEW_LIST, Tombstones, write_log
 from tasks.checkpoints import stored_checkpoint
 from tasks.evaluate import evaluate
 from tasks.evaluation.pairs import read_pairs
+from tasks.evaluation.rows import stored_ids
 from tasks.index import Previous, index_mode
 from tasks.maintenance.erase import Erased, erase
 from tasks.maintenance.erased_releases import holds_forgotten
@@ -257,7 +259,7 @@ def _release_without(
 ) -> Release:
     """Return the release that replaces the served one: indexed and measured as in `flows.reprocess`."""
     settings = _settings(store, served)
-    pairs, notes = _pairs(settings.evaluation)
+    pairs, notes = _pairs(settings.evaluation, store, erased.features)
     content = release_content(settings, erased.features.files, served.data.bad_shards, pairs)
     name = next_release_name(releases, content)
     indexes = {
@@ -289,10 +291,12 @@ def _release_without(
     return release.as_served()
 
 
-def _pairs(chosen: EvaluationSettings) -> tuple[str | None, list[str]]:
-    """Return the digest of the pairs file; out of reach none, and a note: forgetting must not wait for it."""
+def _pairs(chosen: EvaluationSettings, store: Location, features: Snapshot) -> tuple[str | None, list[str]]:
+    """Return the digest of the pairs file; or none and a note: forgetting does not wait for it."""
+    if not chosen.pairs:
+        return None, []
     try:
-        return (read_pairs(chosen.pairs).digest if chosen.pairs else None), []
+        return read_pairs(chosen.pairs).as_stored(stored_ids(store, features)).digest, []
     except SettingsError as error:
         return None, [f"without the pairs file: {error}"]
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from schemas.errors import SettingsError, StoreError, clipped
 from schemas.features import PARTITIONS, VECTOR_COLUMNS
-from schemas.identity import parse_id
+from schemas.identity import normal_texts, parse_id
 from schemas.releases import Release
 from storage.features import READERS, features_table, matrix_of, opened, read_table, take_rows
 from storage.ids import id_keys
@@ -101,7 +101,7 @@ class StoredRows:
 
     @cached_property
     def _normal_ids(self) -> pa.ChunkedArray:
-        return pc.utf8_trim_whitespace(pc.utf8_normalize(self.ids, form="NFC"))
+        return normal_texts(self.ids)
 
     @cached_property
     def subject_codes(self) -> np.ndarray:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from frontalis import cli, process
 from storage.location import Location
 from storage.releases import Releases
 from tests import server_fixtures
@@ -147,7 +148,31 @@ def test_a_prefect_home_that_cannot_be_written_is_refused_at_once(tmp_path) -> N
     ):
         done = subprocess.run(command, env=env | given, capture_output=True, text=True, timeout=120, check=False)
         assert (done.returncode, done.stdout) == (2, "")
-        *_, line = done.stderr.splitlines()  # before it, Matplotlib may say that it has no cache there
-        assert "Traceback" not in done.stderr
+        (line,) = done.stderr.splitlines()
         assert line.startswith(f"frontalis: PREFECT_HOME = {home}: cannot be written (")
         assert line.endswith("; set PREFECT_HOME to a folder of yours.")
+
+
+@pytest.mark.parametrize("command", ["train", "reprocess", "evaluate"])
+def test_a_home_that_prefect_needs_and_cannot_use_is_named(
+    tiny_source, tiny_models, tmp_path, monkeypatch, capsys, command
+) -> None:
+    """Prefect, were it imported, would end with a traceback."""
+
+    def run() -> str:
+        words = commands(tiny_source, tiny_models, tmp_path)[command]
+        monkeypatch.setattr("sys.argv", ["frontalis", *map(str, words)])
+        assert process._run(cli.app, process.Command()) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / ("x" * 300)))  # cannot be read, not even by root
+    assert run() == (
+        f"frontalis: PREFECT_HOME = {tmp_path / ('x' * 300)}/.prefect: cannot be read (File name too long); set "
+        "PREFECT_HOME to a folder of yours.\n"
+    )
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # an arbitrary user of a container
+    assert run() == (
+        f"frontalis: HOME is not set, and user {os.getuid()} has no home directory; set HOME to a folder of yours.\n"
+    )

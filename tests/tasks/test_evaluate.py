@@ -263,7 +263,7 @@ def test_pairs_of_rows_without_a_subject_are_left_out_not_missing(tmp_path, tiny
     ids = pl.read_parquet(source / "*.parquet")["id"].to_list()
     pairs = tmp_path / "pairs.parquet"
     pl.DataFrame(
-        {"id_a": [ids[0], ids[20], "nobody"], "id_b": [ids[1], ids[21], ids[0]], "same": [True, True, False]}
+        {"id_a": [ids[0], f" {ids[20]}\t", "nobody"], "id_b": [ids[1], ids[21], ids[0]], "same": [True, True, False]}
     ).write_parquet(pairs)
     partly = pipeline(source=str(source), store=str(tmp_path / "store"), models=tiny_models.by_mode)
     evaluation = measure(partly, publish_all(partly), EvaluationSettings(resamples=0, pairs=str(pairs)))

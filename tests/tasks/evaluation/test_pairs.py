@@ -2,6 +2,7 @@
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from schemas.errors import SettingsError
@@ -108,6 +109,34 @@ def test_protocol_and_fold_are_optional(tmp_path) -> None:
     pl.DataFrame({"id_a": ["a0"], "id_b": ["a1"], "same": [True]}).write_parquet(path)
     (found,) = pairs_accuracy(rows(), rows().features["raw"], read_pairs(str(path)), frozenset(ANGLES))
     assert (found.protocol, found.n_pairs) == ("pairs", 1)
+
+
+def written(tmp_path, first: list[object], second: list[object]):
+    path = tmp_path / "pairs.parquet"
+    pl.DataFrame({"id_a": first, "id_b": second, "same": [True] * len(first)}).write_parquet(path)
+    return read_pairs(str(path))
+
+
+def test_ids_are_those_of_the_store_however_they_are_written(tmp_path) -> None:
+    stored = pa.chunked_array([["caf\u00e9", " x", "x"], ["y ", "z"]])
+    pairs = written(tmp_path, ["cafe\u0301", "x", "y"], [" caf\u00e9\n", " x", "nobody"]).as_stored(stored)
+    assert pairs.table["id_a"].to_pylist() == ["caf\u00e9", "x", "y "]
+    assert pairs.table["id_b"].to_pylist() == ["caf\u00e9", " x", "nobody"]
+    with pytest.raises(SettingsError, match=r"pairs.parquet: id ' x ': 2 stored ids differ from it only in blanks"):
+        written(tmp_path, [" x "], ["z"]).as_stored(stored)
+    with pytest.raises(SettingsError, match=r"pairs.parquet: id ' ': is empty"):
+        written(tmp_path, ["z"], [" "]).as_stored(stored)
+
+
+def test_integer_ids_are_their_digits(tmp_path) -> None:
+    stored = pa.chunked_array([[7, 8, -1]])
+    for numbers in ([7, 9], ["7", "9"]):
+        pairs = written(tmp_path, numbers, [8, -1] if numbers[0] == 7 else ["8", "-1"]).as_stored(stored)
+        assert pairs.table["id_a"].to_pylist() == ["7", "9"]
+    for typed in ("007", "+7", " 7", "7.0", "x"):
+        with pytest.raises(SettingsError, match="the ids of this store are integers of 64 bits") as refused:
+            written(tmp_path, ["8"], [typed]).as_stored(stored)
+        assert f"id {typed!r}" in str(refused.value)
 
 
 def test_digest_is_of_the_content(tmp_path) -> None:
