@@ -19,7 +19,7 @@ from flows.begin import begin_flow
 from flows.runner import check_runner, reweight_all
 from reports.html import markdown_stages, markdown_table
 from schemas.errors import SettingsError
-from schemas.releases import IndexRef, ModelRef, Release
+from schemas.releases import IndexRef, ModelRef, Release, anchor_of
 from schemas.reports import Evaluation, ShardFault
 from schemas.settings import PipelineSettings, load_pipeline
 from storage.delta_log import DamagedFilesError
@@ -132,6 +132,7 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None, allow_r
             )
             stage.rows = indexes[mode].rows
     served = next((release for release in earlier if release.serving), None)
+    anchor = anchor_of(earlier)
     features = release_features(store, served)
     with costs.stage("evaluate") as stage:
         evaluation: Evaluation = evaluate_task(
@@ -142,11 +143,12 @@ def _run(settings: PipelineSettings, store: Location, pairs: str | None, allow_r
             settings.evaluation,
             settings.index,
             opaque(Previous(served, features)) if served and features else None,
+            opaque(anchor) if anchor else None,
         ).replaced(indexes={mode: index.audit for mode, index in indexes.items()})
         stage.rows = sum(population.n_rows for population in evaluation.populations.values())
     modes = list(models)
     changes = changes_since(served, features, published.features, modes, store) if served else None
-    gate = decide(evaluation, settings.gate, served)
+    gate = decide(evaluation, settings.gate, served, anchor)
     gate = limit_removal(gate, changes, published.data, served, settings.gate, allowed=allow_removal)
     release = build_release(
         settings,

@@ -297,6 +297,19 @@ def rollback(
     print(served.model_dump_json() if as_json else f"{served.release} is served now")  # noqa: T201
 
 
+@_command(kept="`frontalis releases` shows which release is the anchor")
+def anchor(
+    store: Store,
+    release: Annotated[str, typer.Argument(help="The release that no later one may be inferior to.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a release the anchor of the gate. The first release that was served is, until this moves it."""
+    from tasks.maintenance.anchor import move_anchor
+
+    moved = move_anchor(store, release)
+    print(moved.model_dump_json() if as_json else f"{moved.release} is the anchor now")  # noqa: T201
+
+
 @_command(kept="not everything is deleted yet; run the same command again")
 def forget(
     store: Store,

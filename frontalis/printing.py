@@ -29,7 +29,7 @@ from reports.text import (
 )
 from schemas.errors import one_line
 from schemas.metrics import ALL, EER, FRONTAL_PROFILE, MAIN_CELLS, RAW, MetricId
-from schemas.releases import Release
+from schemas.releases import Release, anchor_of
 from schemas.reports import Estimate, Evaluation, IdentificationResult, PairsResult, Population
 from schemas.tombstones import Tombstone
 
@@ -173,9 +173,10 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
         table.add_column(name, justify="right" if name in (*counts, *modes) else "left")
     table.add_column("metric, %")
     table.add_column("decision", no_wrap=True, overflow="ignore")
+    anchor = anchor_of(releases)
     for release in releases:
         gone = "erased" if release.erased else "vacuumed" if release.vacuumed else ""
-        served = "served" if release.serving else gone
+        served = ", ".join(filter(None, ("served" if release.serving else gone, "anchor" if release is anchor else "")))
         table.add_row(
             release.release,
             f"{release.created:%Y-%m-%d %H:%M}",
@@ -189,6 +190,7 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
     console.print(table)
     if releases:
         _say(console, "metrics are over held-out subjects; n/e: not estimable")
+        _say(console, "anchor: no release may be inferior to it; `frontalis anchor RELEASE` moves it")
         _say(console, "added, changed, removed: rows, compared with the release that was served before")
 
 

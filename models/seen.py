@@ -22,7 +22,6 @@ cannot read one from it.
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import torch
@@ -66,7 +65,7 @@ def row_hashes(x: NDArray[np.floating], key: str) -> Hashes:
 
     Two copies of a row may hash differently where a sign is in doubt: look rows up with `rows_in`.
     """
-    found = [_hash(code, key) for at in _blocks(x) for code in np.packbits(_projected(at, key) > 0, axis=1)]
+    found = [_hash(code, key) for block in _blocks(x) for code in _codes(_projected(block, key))]
     return np.array(found, np.int64)
 
 
@@ -82,28 +81,22 @@ def rows_in(x: NDArray[np.floating], hashes: Hashes, key: str) -> NDArray[np.boo
     >>> rows_in(rows.astype(np.float16), np.sort(row_hashes(rows[:2], "k")), "k").tolist()
     [True, True, False]
     """
-    tried, owner = [], []
-    start = 0
+    tried: list[int] = []
+    variants = []
     for block in _blocks(x):
         projected = _projected(block, key)
-        signs, doubtful = projected > 0, np.abs(projected) < DOUBT
-        codes = np.packbits(signs, axis=1)
-        for row in range(len(block)):
+        doubtful = np.abs(projected) < DOUBT
+        for row, code in enumerate(_codes(projected)):
             at = np.flatnonzero(doubtful[row])
             if len(at) > _MOST_DOUBTFUL:
                 at = at[np.argsort(np.abs(projected[row, at]))[:_MOST_DOUBTFUL]]
-            for flips in product((False, True), repeat=len(at)) if len(at) else ((),):
-                code = codes[row]
-                if any(flips):
-                    changed = signs[row].copy()
-                    changed[at] ^= np.array(flips)
-                    code = np.packbits(changed)
-                tried.append(_hash(code, key))
-                owner.append(start + row)
-        start += len(block)
+            codes = [code]
+            for sign in at.tolist():
+                codes += [one ^ (1 << (SIGNS - 1 - sign)) for one in codes]
+            tried += [_hash(one, key) for one in codes]
+            variants.append(len(codes))
     seen = np.zeros(len(x), bool)
-    if len(tried):
-        seen[np.array(owner)[np.isin(np.array(tried, np.int64), hashes)]] = True
+    seen[np.repeat(np.arange(len(x)), variants)[np.isin(np.array(tried, np.int64), hashes)]] = True
     return seen
 
 
@@ -120,6 +113,11 @@ def _projected(x: NDArray[np.floating], key: str) -> NDArray[np.float64]:
     return np.asarray((rows / lengths @ torch.from_numpy(weights / _SIGMA)).numpy())
 
 
-def _hash(code: NDArray[np.uint8], key: str) -> int:
-    digest = hashlib.blake2b(code.tobytes(), digest_size=8, key=key.encode()).digest()
+def _codes(projected: NDArray[np.float64]) -> list[int]:
+    """Return the signs of each row as an integer, the first sign in its highest bit."""
+    return [int.from_bytes(code.tobytes()) for code in np.packbits(projected > 0, axis=1)]
+
+
+def _hash(code: int, key: str) -> int:
+    digest = hashlib.blake2b(code.to_bytes(SIGNS // 8), digest_size=8, key=key.encode()).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -33,6 +33,11 @@ def points(difference: float) -> str:
     return minus(np.format_float_positional(value, precision=1, fractional=False, sign=True, trim="-"))
 
 
+def relative(share: float) -> str:
+    """Print a relative difference in percent, with the sign where it is negative: one decimal."""
+    return minus(f"{_without_rounding(100 * share):.1f}%")
+
+
 def counted(number: int, noun: str) -> str:
     """Print a number with its noun: `1 row`, `2,000 rows`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,5 +1,6 @@
 """The release record: one published result, complete enough to be served, compared, rolled back to and verified."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, Self
 
@@ -67,6 +68,7 @@ class Release(Record):
     gated_name: str = Field(description="what `gated` holds, such as 'frontal-profile eer'")
     report: str | None = Field(description="relative to the store")
     serving: bool = False
+    anchor: bool = Field(default=False, description="no release may be inferior to it; one at most")
     erased: bool = Field(default=False, description="a person was forgotten since: it can no longer be served")
     vacuumed: bool = Field(default=False, description="its files were removed: it can no longer be served")
     tombstones: str = Field(default="none", description="digest of the list that its rows were matched with")
@@ -78,6 +80,10 @@ class Release(Record):
     def unusable(self) -> bool:
         """Whether it can no longer be served: a person in it was forgotten, or its files were removed."""
         return self.erased or self.vacuumed
+
+    def as_anchor(self, anchor: bool) -> Self:
+        """Return the release as the anchor, or as one that is not."""
+        return self.replaced(anchor=anchor)
 
     def as_served(self) -> Self:
         """Return the release as the one that is served."""
@@ -98,6 +104,12 @@ class Release(Record):
     def as_matched_with(self, tombstones: str, count: int) -> Self:
         """Return the release as one that holds nobody of a list of tombstones, given by its digest and length."""
         return self.replaced(tombstones=tombstones, tombstone_count=count)
+
+
+def anchor_of(releases: Iterable[Release]) -> Release | None:
+    """Return the anchor of a history: the release marked as such, else the one that is served."""
+    known = list(releases)
+    return next((one for one in known if one.anchor), next((one for one in known if one.serving), None))
 
 
 RELEASES_SCHEMA = pa.schema(

@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from schemas.metrics import MetricId
+from schemas.metrics import ALL, MetricId
 
 
 class Record(BaseModel):
@@ -164,6 +164,9 @@ class ModeResult(Record):
     versus_served: Differences = Field(
         default_factory=dict, description="the same, this mode − the same mode of the served release"
     )
+    versus_anchor: Differences = Field(
+        default_factory=dict, description="the same, this mode − what the model of the anchor makes of the same rows"
+    )
     versus_modes: dict[str, Differences] = Field(
         default_factory=dict, description="by other mode: the same, this mode − the other"
     )
@@ -177,6 +180,24 @@ class ModeResult(Record):
     def difference_to_served(self, cell: str, metric: MetricId) -> Estimate | None:
         """Return this mode − the same mode of the served release, None where they were not compared."""
         return self.versus_served.get(cell, {}).get(metric)
+
+    def difference_to_anchor(self, cell: str, metric: MetricId) -> Estimate | None:
+        """Return this mode − the model of the anchor on the same rows, None where they were not compared."""
+        return self.versus_anchor.get(cell, {}).get(metric)
+
+    def false_matches(self, cell: str, metric: MetricId) -> int | None:
+        """Return on how many false matches a metric rests, about; None where it does not rest on any.
+
+        FNMR at an FMR: as many as the FMR allows, of all impostor pairs where the threshold is global. EER: as many as
+        there are at its threshold.
+        """
+        found = self.cells[cell]
+        if metric.kind == "eer":
+            return None if found.eer.value is None else round(found.eer.value * found.n_impostor)
+        if metric.fmr is None:
+            return None
+        impostors = (self.cells.get(ALL, found) if metric.is_global else found).n_impostor
+        return int(metric.fmr * impostors * (1 + 1e-9))
 
 
 class Population(Record):
@@ -207,6 +228,7 @@ class Evaluation(Record):
     unlabelled_rows: int
     notes: list[str] = Field(default_factory=list, description="what a reader should know of this evaluation")
     served_unread: str | None = Field(default=None, description="why the served release could not be compared with")
+    anchor_unread: str | None = Field(default=None, description="why the anchor could not be compared with")
     duplicate_rows: int = Field(
         description="of the rows evaluated, those whose raw embedding is byte-identical to another's: never paired"
     )
@@ -323,21 +345,32 @@ class LimitResult(Record):
         return self.share - self.share_before > self.limit
 
 
-GuardOutcome = Literal["not worse", "worse", "not compared"]
+Against = Literal["served", "anchor", "raw"]
+GuardOutcome = Literal["not worse", "worse", "undecided", "same model", "not compared"]
+FEWEST_FALSE_MATCHES = 30  # below, the error of a rate is of its own size (ISO/IEC 19795-1, "rule of 30")
 
 
 class GuardedResult(Record):
-    """A guarded metric of one mode at the gate: its value, and its difference to a reference."""
+    """A guarded metric of one mode at the gate: its value, and its difference to one reference."""
 
     mode: str
     cell: str
     metric: MetricId
     tolerance: float
     value: float | None = Field(description="None where it could not be measured; `difference` holds the reason")
+    against: Against = Field(default="served", description="which of the gate's comparisons this is")
     reference: str | None = Field(description="a release or raw; None where there was nothing to compare with")
     difference: Estimate
     outcome: GuardOutcome = Field(
-        default="not compared", description="worse: the 95% interval of the difference is wholly above the tolerance"
+        default="not compared",
+        description="worse: significantly above the tolerance (95%, Holm over modes and metrics) or, against the "
+        "anchor, not shown to be within the margin. undecided: the same, with too few subjects to show it",
+    )
+    relative_bound: float | None = Field(
+        default=None, description="one-sided 95% upper bound of the difference, as a share of the reference"
+    )
+    subjects_needed: int | None = Field(
+        default=None, description="about how many held-out subjects it takes to show that an equal model is not worse"
     )
 
 
@@ -346,7 +379,8 @@ class GateDecision(Record):
 
     promoted: bool
     reason: str
-    compared_with: str | None = Field(default=None, description="the one reference of the decision, None if several")
+    compared_with: str | None = Field(default=None, description="the served release or, without one, raw")
+    anchor: str | None = Field(default=None, description="the release that no release may be inferior to")
     judged: list[GuardedResult] = Field(default_factory=list, description="every guarded metric of every mode")
     held_out_subjects: int | None = Field(default=None, description="on how many the metrics rest; None without any")
     changes: Changes | None = Field(default=None, description="since the served release; None for a first release")

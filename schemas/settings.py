@@ -19,7 +19,7 @@ from schemas.models import Mode, Precision
 
 Device = Literal["auto", "cpu", "cuda"]
 KEEP_RELEASES = 14
-HARMLESS = 0.002  # a fifth of a frontal EER of 1%; a difference this small is noise on dozens of subjects
+HARMLESS = 0.0005  # a twentieth of a frontal FNMR of 1%: half of what the margin allows there
 
 Checked = TypeVar("Checked", bound="Settings")
 
@@ -99,7 +99,7 @@ class EvaluationSettings(Settings):
 
 
 class Guard(Settings):
-    """A guarded metric: no mode may be significantly worse than the reference by more than `tolerance`."""
+    """A guarded metric: in no mode may it be worse than the references of the gate, beyond `tolerance`."""
 
     cell: str = Field(description="'all' or a pair such as 'frontal-profile'; 'all' is used where it is empty")
     metric: MetricId = Field(
@@ -130,7 +130,13 @@ class GateSettings(Guard):
     tolerance: float = Field(default=0.0, ge=0, le=1, description="absolute worsening that is tolerated")
     guards: tuple[Guard, ...] | None = Field(
         default=None,
-        description="None: EER of frontal-frontal and of all, with a tolerance of 0.002 or more",
+        description="None: FNMR of frontal-frontal at global FMR 1e-2, with a tolerance of 0.0005 or more",
+    )
+    margin: float = Field(
+        default=0.1, gt=0, le=10, description="largest relative worsening against the anchor that must be excluded"
+    )
+    undecided: Literal["reject", "promote"] = Field(
+        default="reject", description="where there are too few subjects to exclude a worsening by the margin"
     )
     unmeasured: Literal["keep", "promote"] = Field(
         default="keep", description="a release that cannot be compared with the served one: keep that one, or promote"
@@ -147,7 +153,7 @@ class GateSettings(Guard):
     def guarded(self) -> tuple[Guard, ...]:
         """All guarded metrics, that of the gate itself first. What it tolerates, the default guards tolerate too."""
         harmless = max(self.tolerance, HARMLESS)
-        default = tuple(Guard(cell=cell, tolerance=harmless) for cell in (FRONTAL_FRONTAL, ALL))
+        default = (Guard(cell=FRONTAL_FRONTAL, metric=MetricId("fnmr_global@1e-2"), tolerance=harmless),)
         first = Guard(cell=self.cell, metric=self.metric, tolerance=self.tolerance)
         return (first, *(default if self.guards is None else self.guards))
 
@@ -198,7 +204,10 @@ class PipelineSettings(Settings):
         for guard in self.gate.guarded:
             metric = guard.metric
             if metric.fmr is not None and metric.fmr_text not in self.evaluation.fmrs:
-                raise ValueError(f"gate.metric '{metric}': '{metric.fmr_text}' is not among evaluation.fmrs")
+                raise ValueError(
+                    f"gate.metric '{metric}': '{metric.fmr_text}' is not among evaluation.fmrs; add it, or name other "
+                    "metrics in gate.guards"
+                )
         return self
 
 

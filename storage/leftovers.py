@@ -28,14 +28,17 @@ class Leftover:
     temporary: bool
 
 
-def find_leftovers(store: Location, kept: Iterable[Release]) -> list[Leftover]:
+def find_leftovers(store: Location, kept: Iterable[Release], anchor: Release | None = None) -> list[Leftover]:
     """List the files that neither the kept releases nor the newest state of the store reference, sorted by name.
+
+    Of the anchor the models are needed, kept or not: later releases are compared with what they make of the same rows.
 
     Raises:
         StoreError: a kept release cannot be read, so what it references is unknown.
     """
     history = Releases(store).table.snapshot().version
     needed, folders = _needed(store, list(kept))
+    needed |= {model.path for model in anchor.models.values()} if anchor is not None else set()
     found = []
     for entry in store.files(hidden=True, links=False):
         temporary = layout.is_temporary(entry.name)

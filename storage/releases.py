@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from schemas.errors import SettingsError, StoreBusyError, StoreError, first_line
 from schemas.features import digest_of
-from schemas.releases import RELEASES_SCHEMA, Release
+from schemas.releases import RELEASES_SCHEMA, Release, anchor_of
 from storage.delta_log import DamagedFilesError
 from storage.features import features_table, quarantine_table
 from storage.layout import LOCK, RELEASES, history_name
@@ -72,6 +72,8 @@ class Releases:
     def record(self, release: Release, planned_on: Sequence[Release]) -> None:
         """Add a release; where it was promoted, it is served from this commit on.
 
+        The first that is served is the anchor (`schemas.releases.anchor_of`), until `anchor` moves it.
+
         Args:
             release: the new one.
             planned_on: the history as it was when the run began.
@@ -83,7 +85,11 @@ class Releases:
         if release.gate.promoted:
             releases = [old.as_retired() for old in releases]
         release = release.as_served() if release.gate.promoted else release.as_retired()
-        self.rewrite([*releases, release], planned_on)
+        anchor = anchor_of(planned_on) or (release if release.serving else None)
+        after = [*releases, release]
+        if anchor is not None:
+            after = [old.as_anchor(old.release == anchor.release) for old in after]
+        self.rewrite(after, planned_on)
 
     def serve(self, name: str) -> Release:
         """Serve an older (or newer) release from now on, and return it.
@@ -97,6 +103,21 @@ class Releases:
         base, releases = self._newest()
         self._servable(name, releases)
         releases = [old.as_served() if old.release == name else old.as_retired() for old in releases]
+        self._write(base, releases)
+        return self._named(name, releases)
+
+    def anchor(self, name: str) -> Release:
+        """Make a release the anchor from now on, and return it. It may have been vacuumed: its models are needed.
+
+        Raises:
+            SettingsError: there is none of that name, or it was never promoted and is not served.
+            StoreBusyError: another change came between; nothing changed.
+        """
+        base, releases = self._newest()
+        wanted = self._named(name, releases)
+        if not (wanted.gate.promoted or wanted.serving):
+            raise SettingsError(f"release {name} was rejected; the anchor is a release that was served.")
+        releases = [old.as_anchor(old.release == name) for old in releases]
         self._write(base, releases)
         return self._named(name, releases)
 

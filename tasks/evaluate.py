@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from schemas.errors import StoreError
+from models.inference import Reweighter
+from schemas.errors import BadModelError, StoreError
 from schemas.index import IndexSettings
 from schemas.metrics import ALL, HELD_OUT, RAW, measured_modes
-from schemas.releases import ModelRef
+from schemas.models import uses_batch
+from schemas.releases import ModelRef, Release
 from schemas.reports import Differences, Evaluation, ModeResult, Population
 from schemas.settings import EvaluationSettings
 from storage.location import Location
@@ -36,6 +38,8 @@ from tasks.index import Previous
 
 log = logging.getLogger("frontalis.evaluate")
 
+SERVED, ANCHOR = "the served release", "the anchor"
+
 
 def evaluate(
     store: Location,
@@ -45,6 +49,7 @@ def evaluate(
     settings: EvaluationSettings,
     index: IndexSettings,
     served: Previous | None = None,
+    anchor: Release | None = None,
 ) -> Evaluation:
     """Measure every mode of a features snapshot. There is no population where fewer than two subjects are labelled.
 
@@ -56,10 +61,12 @@ def evaluate(
         settings: operating points, resamples, pairs file, limit on rows.
         index: how the identification index is built.
         served: the served release, to compare each mode with.
+        anchor: the release whose models each mode is compared with, on the same rows.
 
     Raises:
         SettingsError: the pairs file cannot be used.
-        StoreError: a feature file or a model is missing or damaged; for the served release that is a note instead.
+        StoreError: a feature file or a model is missing or damaged. Of the served release and the anchor, that is a
+            note.
     """
     pairs, stored = None, frozenset[str]()
     if settings.pairs:
@@ -83,24 +90,20 @@ def evaluate(
         Verifier(settings),
     )
     everybody = measure.sample(np.arange(len(labelled)), [RAW])
-    populations, served_unread = {}, None
+    populations, unread = {}, dict[str, str]()
     if len(labelled.names) < 2:
         notes.append("fewer than two labelled subjects: nothing can be measured")
     else:
-        populations[ALL] = measure.population(ALL, everybody, [RAW], {})
+        populations[ALL] = measure.population(ALL, everybody, [RAW])
     if len(np.unique(labelled.subjects[held_out.rows])) < 2:
         notes.append("fewer than two labelled subjects are held out: modes cannot be compared")
     else:
         sample = measure.sample(held_out.rows, modes)
-        versus_served: dict[str, Differences] = {}
-        if served is not None:
-            try:
-                versus_served = measure.versus_served(sample, modes, served)
-            except StoreError as error:
-                served_unread = str(error).rstrip(".")
-                notes.append(f"not compared with the served release {served.release.release}: {served_unread}")
-                log.warning("evaluation: %s", notes[-1])
-        populations[HELD_OUT] = measure.population(HELD_OUT, sample, modes, versus_served)
+        references, unread = measure.references(sample, modes, served, anchor)
+        for which, why in unread.items():
+            notes.append(f"not compared with {which}: {why}")
+            log.warning("evaluation: %s", notes[-1])
+        populations[HELD_OUT] = measure.population(HELD_OUT, sample, modes, references)
     return Evaluation(
         release=release,
         resamples=settings.resamples,
@@ -109,7 +112,8 @@ def evaluate(
         unlabelled_rows=labelled.unlabelled,
         duplicate_rows=len(everybody.rows) - len(np.unique(everybody.rows.duplicates)),
         notes=notes,
-        served_unread=served_unread,
+        served_unread=unread.get(SERVED),
+        anchor_unread=unread.get(ANCHOR),
         populations=populations,
     )
 
@@ -150,9 +154,14 @@ class _Measure:
         return _Sample(rows, at, read, sampled_from)
 
     def population(
-        self, name: str, sample: _Sample, modes: Sequence[str], versus_served: Mapping[str, Differences]
+        self,
+        name: str,
+        sample: _Sample,
+        modes: Sequence[str],
+        references: Mapping[str, Mapping[str, Differences]] | None = None,
     ) -> Population:
-        """Measure each mode over a sample."""
+        """Measure each mode over a sample; `references` are the differences to the served release and the anchor."""
+        versus = references or {SERVED: {}, ANCHOR: {}}
         rows, verifier = sample.rows, self.verifier
         compared = {mode: verifier.compare(rows, rows.features[mode], keep=True) for mode in modes}
         results = {}
@@ -167,7 +176,8 @@ class _Measure:
                 fmr_by_score=ours.fmr_by_score,
                 cells=verifier.cells(ours),
                 difference={} if mode == RAW else verifier.differences(compared[RAW], ours),
-                versus_served=versus_served.get(mode, {}),
+                versus_served=versus[SERVED].get(mode, {}),
+                versus_anchor=versus[ANCHOR].get(mode, {}),
                 versus_modes={
                     other: verifier.differences(compared[other], ours)
                     for other in modes[: modes.index(mode)]
@@ -187,6 +197,22 @@ class _Measure:
             sampled_from_subjects=sample.sampled_from,
             modes=results,
         )
+
+    def references(
+        self, sample: _Sample, modes: Sequence[str], served: Previous | None, anchor: Release | None
+    ) -> tuple[dict[str, dict[str, Differences]], dict[str, str]]:
+        """Compare with the served release and with the anchor, and say what could not be read."""
+        found: dict[str, dict[str, Differences]] = {SERVED: {}, ANCHOR: {}}
+        unread = {}
+        try:
+            found[SERVED] = self.versus_served(sample, modes, served) if served else {}
+        except StoreError as error:
+            unread[SERVED] = str(error).rstrip(".")
+        try:
+            found[ANCHOR] = self.versus_anchor(sample, modes, anchor) if anchor else {}
+        except (StoreError, BadModelError) as error:
+            unread[ANCHOR] = str(error).rstrip(".")
+        return found, unread
 
     def versus_served(self, sample: _Sample, modes: Sequence[str], served: Previous) -> dict[str, Differences]:
         """Compare with the served release, by mode, over the rows of both that no model of either was trained on.
@@ -212,3 +238,30 @@ class _Measure:
             mode: differences(compare(common, before[mode]), compare(common, common.features[mode]))
             for mode in old_modes
         }
+
+    def versus_anchor(self, sample: _Sample, modes: Sequence[str], anchor: Release) -> dict[str, Differences]:
+        """Compare with what the models of the anchor make of the same rows, where none of them was trained on.
+
+        So the anchor needs no feature files. A mode that has the model of the anchor is not compared, nor one whose
+        anchor does not record its training subjects, or has a statistic that depends on all rows of a batch.
+        """
+        training = TrainingData.of(self.store, anchor.models)
+        others = [mode for mode in modes if mode in training.checkpoints and self._is_another(mode, anchor)]
+        if not others:
+            return {}
+        seen = training.seen(sample.rows.names, sample.rows.subjects, sample.rows.features[RAW])
+        rows = sample.rows.take(np.flatnonzero(~seen[sample.rows.subjects]))
+        if len(np.unique(rows.subjects)) < 2:
+            return {}
+        found = {}
+        for mode in others:
+            model = anchor.models[mode]
+            network = Reweighter(training.checkpoints[mode], model.statistic, self.settings.device)
+            before = network(rows.features[RAW])["front"]
+            pairs = self.verifier.compare(rows, before), self.verifier.compare(rows, rows.features[mode])
+            found[mode] = self.verifier.differences(*pairs)
+        return found
+
+    def _is_another(self, mode: str, anchor: Release) -> bool:
+        model = anchor.models[mode]
+        return model.digest != self.models[mode].digest and not uses_batch(mode, model.statistic)

@@ -206,7 +206,8 @@ def _checkpoints(
     for target, one in new:
         if target.kind == "subject" and one.mark in matches.found:
             names |= matches.found[one.mark].values
-    models = {model.path: model for old in releases if not old.vacuumed for model in old.models.values()}
+    kept = [old for old in releases if not old.vacuumed or old.anchor]
+    models = {model.path: model for old in kept for model in old.models.values()}
     found = []
     for path, model in sorted(models.items()):
         with contextlib.suppress(StoreError, BadModelError):

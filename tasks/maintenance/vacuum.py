@@ -1,9 +1,9 @@
 """Vacuum: remove the files that no kept release needs.
 
 Kept are the release that is served, the last `keep` promoted ones, and whatever else is among the newest `keep`; never
-one that holds a forgotten person. The others stay in the history with their metrics and are marked as vacuumed before
-the first file is deleted: a run that is interrupted leaves only leftovers for the next one. Logs of the tables are cut
-to the oldest version that a kept release names, and a few more.
+one that holds a forgotten person. Of the anchor the models are kept. The others stay in the history with their metrics
+and are marked as vacuumed before the first file is deleted: a run that is interrupted leaves only leftovers for the
+next one. Logs of the tables are cut to the oldest version that a kept release names, and a few more.
 """
 
 import logging
@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from schemas.errors import FrontalisError, SettingsError
-from schemas.releases import Release
+from schemas.releases import Release, anchor_of
 from schemas.settings import KEEP_RELEASES, RetentionSettings
 from storage.features import features_table, quarantine_table
 from storage.leftovers import Leftover, find_leftovers
@@ -89,11 +89,12 @@ def _clean(history: Releases, keep: int, dry_run: bool, grace_hours: float | Non
     kept = kept_releases(releases, keep)
     names = {release.release for release in kept}
     gone = [old for old in releases if old.release not in names and not old.vacuumed]
-    find_leftovers(place, kept)  # refuses before anything is marked
+    anchor = anchor_of(releases)
+    find_leftovers(place, kept, anchor)  # refuses before anything is marked
     after = [old if old.release in names else old.as_vacuumed() for old in releases]
     if after != listed and not dry_run:
         history.rewrite(after, listed)
-    found = find_leftovers(place, kept)
+    found = find_leftovers(place, kept, anchor)
     youngest = time.time_ns() - int(grace_hours * 3600e9)
     old_enough = [one for one in found if not grace_hours or one.mtime_ns < youngest]
     if not dry_run:

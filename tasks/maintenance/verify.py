@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from schemas.errors import BadModelError, FrontalisError, StoreError, first_line
 from schemas.metrics import RAW
-from schemas.releases import IndexRef, Release
+from schemas.releases import IndexRef, Release, anchor_of
 from storage.checksums import check_whole
 from storage.delta_log import DamagedFilesError
 from storage.features import feature_keys, features_table, quarantine_table
@@ -105,6 +105,10 @@ class _Check:
         for release in kept:
             log.info("verify: %s", release.release)
             self._release(release)
+        anchor = anchor_of(releases)
+        if anchor is not None:
+            for model in anchor.models.values():
+                self._model(f"{anchor.release}, the anchor", model.path, model.file_digest)
         self._files(self.features, features.files.values())
         self._files(self.quarantine, quarantine.files.values())
         self._sums(features, quarantine)
@@ -115,7 +119,7 @@ class _Check:
             bytes=self.bytes,
             rows=self.rows,
             problems=self.problems,
-            leftovers=self._leftovers(kept),
+            leftovers=self._leftovers(kept, anchor),
         )
 
     def _one_served(self, releases: list[Release]) -> None:
@@ -288,9 +292,9 @@ class _Check:
         if found != digest:
             self._wrong(name, f"{path} has digest {found[:12]}, the release says {digest[:12]}", RECOMPUTE)
 
-    def _leftovers(self, kept: list[Release]) -> list[LeftoverFile]:
+    def _leftovers(self, kept: list[Release], anchor: Release | None) -> list[LeftoverFile]:
         try:
-            found = find_leftovers(self.store, kept)
+            found = find_leftovers(self.store, kept, anchor)
         except StoreError:
             return []  # a release cannot be read; that is reported
         return [LeftoverFile(name=one.name, size=one.size, temporary=one.temporary) for one in found]

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from schemas.errors import SettingsError, StoreBusyError, StoreError
-from schemas.releases import Release
+from schemas.releases import Release, anchor_of
 from schemas.reports import DataQuality, GateDecision
 from storage.location import Location
 from storage.releases import Releases
@@ -200,3 +200,33 @@ def test_a_damaged_history_is_no_empty_one(releases: Releases, damage: str) -> N
     for use in (releases.all, releases.serving, lambda: releases.record(release(2), [])):
         with pytest.raises(StoreError, match=r"the release history cannot be read \(.*\); restore"):
             use()
+
+
+def test_the_first_release_that_is_served_is_the_anchor_until_it_is_moved(releases: Releases) -> None:
+    def anchors() -> list[int]:
+        return [one.number for one in releases.all() if one.anchor]
+
+    assert anchor_of([]) is None
+    record(releases, release(1, promoted=False))
+    assert anchors() == []
+    record(releases, release(2), release(3, promoted=False), release(4))
+    releases.serve("r00004-0123abcd")
+    assert anchors() == [2]
+    assert releases.anchor("r00004-0123abcd").number == 4
+    record(releases, release(5))
+    assert anchors() == [4]
+    with pytest.raises(SettingsError, match="r00003-0123abcd was rejected; the anchor is a release that was served"):
+        releases.anchor("r00003-0123abcd")
+    with pytest.raises(SettingsError, match="'r9' is not in"):
+        releases.anchor("r9")
+    assert anchors() == [4]
+
+
+def test_in_a_store_without_an_anchor_the_served_release_becomes_it(releases: Releases) -> None:
+    record(releases, release(1), release(2))
+    releases.rewrite([one.as_anchor(False) for one in releases.all()], releases.all())
+    found = anchor_of(releases.all())
+    assert found is not None
+    assert found.number == 2
+    record(releases, release(3))
+    assert [one.number for one in releases.all() if one.anchor] == [2]

@@ -78,10 +78,12 @@ def evaluation(settings, features) -> Evaluation:
     return measure(settings, features)
 
 
-def measure(settings: PipelineSettings, features: Snapshot, evaluation: EvaluationSettings = FEW, served=None):
-    return evaluate(
-        Location(settings.store), "r00001-test", features, prepare_models(settings), evaluation, IndexSettings(), served
-    )
+def measure(
+    settings: PipelineSettings, features: Snapshot, evaluation: EvaluationSettings = FEW, served=None, anchor=None
+) -> Evaluation:
+    models = prepare_models(settings)
+    store = Location(settings.store)
+    return evaluate(store, "r00001-test", features, models, evaluation, IndexSettings(), served, anchor)
 
 
 def scores_of(source: Path, poses: set[frozenset[str]] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -212,10 +214,29 @@ def test_against_the_served_release(settings, features, tmp_path, make_checkpoin
     store = tmp_path / "store"
     shutil.copytree(settings.store, store)
     other = other.model_copy(update={"store": str(store)})
-    evaluation = measure(other, publish_all(other), served=as_served(settings, features))
-    worse = evaluation.populations[HELD_OUT].modes["per_sample"].versus_served[ALL]["eer"]
+    before = as_served(settings, features)
+    snapshot = publish_all(other)
+    modes = measure(other, snapshot, served=before, anchor=before.release).populations[HELD_OUT].modes
+    worse = modes["per_sample"].versus_served[ALL]["eer"]
     assert worse.value > 0
     assert worse.low > 0
+    # What the models of the anchor make of the same rows is what was published with them.
+    assert modes["per_sample"].versus_anchor == modes["per_sample"].versus_served
+    assert modes["batch_stat"].versus_anchor == {}  # the same model
+
+    # Nobody is compared whom the model of the anchor was trained on, and a lost model is a note.
+    leaky = load(Path(settings.models["per_sample"]))
+    names = pl.read_parquet(Path(settings.source) / "*.parquet")["subject"].unique()
+    seen = Seen(name_hashes(names, leaky.card.seen_key), np.zeros(0, np.int64))
+    digest = save(leaky.card, leaky.model, store / "models" / "leaky.safetensors", seen)
+    for path, why in (("leaky", None), ("lost", "the model is missing; restore it")):
+        model = before.release.models["per_sample"].replaced(path=f"models/{path}.safetensors", digest=digest)
+        anchor = before.release.replaced(models={"per_sample": model})
+        found = measure(other, snapshot, EvaluationSettings(resamples=0), anchor=anchor)
+        assert found.populations[HELD_OUT].modes["per_sample"].versus_anchor == {}
+        assert (found.anchor_unread or "").find(why or "") >= 0
+        assert bool(found.anchor_unread) == bool(why)
+        assert any("not compared with the anchor: " in note for note in found.notes) == bool(why)
 
 
 def table_with(tmp_path: Path, source: Path, change) -> Path:
