@@ -1,51 +1,27 @@
 """The command line: results on stdout, progress on stderr.
 
 Options are read here and passed to `flows` or, where a command needs no Prefect, to `tasks`. `frontalis.printing`
-prints the results. Heavy libraries are imported by the command that needs them, so that `--help` and a mistyped option
-answer at once.
+prints the results. Commands with a module of their own are in `frontalis.commands`. Heavy libraries are imported by the
+command that needs them, so that `--help` and a mistyped option answer at once.
 """
 
-import logging
-import math
 import os
 import sys
-import warnings
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
-from frontalis.process import log_to_stderr, run
-from frontalis.server import REQUEST_RETRIES, require_home, run_flow
-from schemas.errors import MAX_WAIT_SECONDS, ExitCode, SettingsError
+from frontalis.app import WAIT, AsJson, Store, a_number, app, command
+from frontalis.commands import query  # noqa: F401 - registers itself
+from frontalis.process import run
+from frontalis.server import require_home, run_flow
+from schemas.errors import ExitCode, SettingsError
 
 ROWS = 1_000_000_000  # of synthetic shards; beyond it a number is a mistake
-Function = TypeVar("Function", bound=Callable[..., None])
-
-app = typer.Typer(
-    name="frontalis",
-    help="Re-weight face embeddings, measure whether it helped, serve the result.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-
-def _number(value: float | None) -> float | None:
-    """Refuse NaN, which is neither below a minimum nor above a maximum."""
-    if value is not None and math.isnan(value):
-        raise typer.BadParameter("nan is no number.")
-    return value
-
-
-Store = Annotated[str, typer.Option("--store", help="The store: a folder or s3://bucket/prefix.")]
-_WAIT = typer.Option(min=0, max=MAX_WAIT_SECONDS, callback=_number, help="Seconds to wait for another run.")
-Wait = Annotated[float, _WAIT]
+Wait = Annotated[float, WAIT]
 Columns = Annotated[
     list[str] | None, typer.Option("--column", help="ROLE=NAME, such as subject=person; repeat for each column.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
 def main() -> None:
@@ -53,41 +29,7 @@ def main() -> None:
     sys.exit(run(app))
 
 
-_kept: dict[str, str] = {}
-
-
-def _command(kept: str) -> Callable[[Function], Function]:
-    """Register a command, and say what an interrupt leaves of its work."""
-
-    def register(function: Function) -> Function:
-        _kept[function.__name__] = kept
-        return app.command()(function)
-
-    return register
-
-
-@app.callback()
-def _start(
-    context: typer.Context,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr, only warnings.")] = False,
-) -> None:
-    context.obj.kept = _kept[str(context.invoked_subcommand)]
-    log_to_stderr()
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    logging.getLogger("frontalis").setLevel(logging.WARNING if quiet else logging.INFO)
-    # Prefect's own log would repeat ours; the server keeps its record of the run all the same.
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")  # `run_flow` names a server that is lost
-    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", str(REQUEST_RETRIES))
-    warnings.filterwarnings("ignore", "Failed to create the Prefect home", UserWarning)  # `run_flow` refuses it
-    # Nothing leaves the machine, usage statistics included.
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    # Without a server Prefect starts one for the run; on a busy machine its 20 s are too short.
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
-
-
-@_command(kept="the shards are not complete; empty the folder, then run the same command again")
+@command(kept="the shards are not complete; empty the folder, then run the same command again")
 def synth(
     out: Annotated[str, typer.Argument(help="Folder for the shards, empty or absent.")],
     subjects: Annotated[int, typer.Option(min=1, max=ROWS)] = 500,
@@ -108,7 +50,7 @@ def synth(
     print(f"{made.rows:,} rows of {subjects} subjects in {len(made.files)} shards under {out}")  # noqa: T201
 
 
-@_command(kept="no checkpoint was written")
+@command(kept="no checkpoint was written")
 def train(
     context: typer.Context,
     sources: Annotated[list[str], typer.Argument(help="Folders of labelled shards.")],
@@ -159,7 +101,7 @@ def train(
     print_trained(trained, as_json)
 
 
-@_command(kept="complete files are kept; run the same command again to continue")
+@command(kept="complete files are kept; run the same command again to continue")
 def reprocess(
     source: Annotated[str | None, typer.Option(help="Folder of shards, or s3://…")] = None,
     store: Annotated[str | None, typer.Option(help="The store: a folder or s3://bucket/prefix.")] = None,
@@ -169,7 +111,7 @@ def reprocess(
     keep_columns: Annotated[list[str] | None, typer.Option(help="Further column to pass through; repeat.")] = None,
     column: Columns = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker threads; one a core by default.")] = None,
-    wait: Annotated[float | None, _WAIT] = None,
+    wait: Annotated[float | None, WAIT] = None,
     allow_removal: Annotated[
         bool, typer.Option("--allow-removal", help="Let this run remove or quarantine more than [gate] allows.")
     ] = False,
@@ -218,7 +160,7 @@ def reprocess(
         raise typer.Exit(ExitCode.REJECTED)
 
 
-@_command(kept="nothing was changed")
+@command(kept="nothing was changed")
 def evaluate(
     store: Store,
     release: Annotated[str | None, typer.Option(help="A release by name; the one served by default.")] = None,
@@ -239,26 +181,7 @@ def evaluate(
     print_evaluation(result, as_json)
 
 
-@_command(kept="nothing was changed")
-def query(
-    store: Store,
-    mode: Annotated[str, typer.Option(help="per_sample, batch_stat or raw.")] = "per_sample",
-    id_: Annotated[list[str] | None, typer.Option("--id", help="A stored id; repeat for several.")] = None,
-    vectors: Annotated[str | None, typer.Option(help="New embeddings: .npy or .parquet.")] = None,
-    k: Annotated[int, typer.Option("-k", help="Neighbours a query.")] = 10,
-    release: Annotated[str | None, typer.Option(help="A release by name; the one served by default.")] = None,
-    include_self: Annotated[bool, typer.Option(help="With --id: include the row itself.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Find the nearest stored rows of an id or of new embeddings."""
-    from frontalis.printing import print_answer
-    from tasks.query import answer
-
-    found = answer(store, mode, ids=id_ or [], vectors=vectors, k=k, release=release, include_self=include_self)
-    print_answer(found, as_json)
-
-
-@_command(kept="not all files are written; run the same command again")
+@command(kept="not all files are written; run the same command again")
 def explain(
     model: Annotated[str, typer.Option(help="Checkpoint file.")],
     out: Annotated[str, typer.Option(help="Folder for plots and tables.")],
@@ -276,7 +199,7 @@ def explain(
     print_explanation(explain_model(model, source, out, k, columns), as_json)
 
 
-@_command(kept="nothing was changed")
+@command(kept="nothing was changed")
 def releases(store: Store, as_json: AsJson = False) -> None:
     """List the releases of a store, with the gated metric per mode."""
     from frontalis.printing import print_releases
@@ -286,7 +209,7 @@ def releases(store: Store, as_json: AsJson = False) -> None:
     print_releases(Releases.of(Location(store)).all(), as_json)
 
 
-@_command(kept="`frontalis releases` shows which release is served")
+@command(kept="`frontalis releases` shows which release is served")
 def rollback(
     store: Store, release: Annotated[str, typer.Argument(help="The release to serve.")], as_json: AsJson = False
 ) -> None:
@@ -297,7 +220,7 @@ def rollback(
     print(served.model_dump_json() if as_json else f"{served.release} is served now")  # noqa: T201
 
 
-@_command(kept="`frontalis releases` shows which release is the anchor")
+@command(kept="`frontalis releases` shows which release is the anchor")
 def anchor(
     store: Store,
     release: Annotated[str, typer.Argument(help="The release that no later one may be inferior to.")],
@@ -310,7 +233,7 @@ def anchor(
     print(moved.model_dump_json() if as_json else f"{moved.release} is the anchor now")  # noqa: T201
 
 
-@_command(kept="not everything is deleted yet; run the same command again")
+@command(kept="not everything is deleted yet; run the same command again")
 def forget(
     store: Store,
     subject: Annotated[str | None, typer.Option(help="Forget all rows of this subject.")] = None,
@@ -361,7 +284,7 @@ def forget(
         print_forgotten(done, store, as_json)
 
 
-@_command(kept="run the same command again to remove the rest")
+@command(kept="run the same command again to remove the rest")
 def vacuum(
     store: Store,
     keep: Annotated[int, typer.Option(help="How many promoted releases to keep.")] = 14,
@@ -371,7 +294,7 @@ def vacuum(
         typer.Option(
             min=0,
             max=1_000_000,
-            callback=_number,
+            callback=a_number,
             help="Keep files younger than this; 0 locally, 24 on object storage, which has no lock.",
         ),
     ] = None,
@@ -385,7 +308,7 @@ def vacuum(
     print_vacuumed(clean(store, keep=keep, dry_run=dry_run, grace_hours=grace_hours, wait=wait), as_json)
 
 
-@_command(kept="nothing was changed")
+@command(kept="nothing was changed")
 def verify(store: Store, as_json: AsJson = False) -> None:
     """Check every file of the store against its releases."""
     from frontalis.printing import print_checked

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from frontalis.terminal import console as _console
+from frontalis.terminal import say as _say
+from frontalis.terminal import table as _table
+from frontalis.terminal import text as _text
+from frontalis.terminal import write_json as _json
 from reports.tables import filled
 from reports.text import (
     cell_name,
@@ -27,7 +29,6 @@ from reports.text import (
     population_name,
     verdict,
 )
-from schemas.errors import one_line
 from schemas.metrics import ALL, EER, FRONTAL_PROFILE, MAIN_CELLS, RAW, MetricId
 from schemas.releases import Release, anchor_of
 from schemas.reports import Estimate, Evaluation, IdentificationResult, PairsResult, Population
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from tasks.maintenance.vacuum import Vacuumed
     from tasks.maintenance.verify import Checked
     from tasks.outcome import Outcome
-    from tasks.query import QueryAnswer
     from tasks.training.train import Trained
 
 
@@ -110,24 +110,6 @@ def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
         _json(evaluation)
         return
     _evaluation(_console(), evaluation)
-
-
-def print_answer(answer: "QueryAnswer", as_json: bool) -> None:
-    """Print the neighbours of every query."""
-    if as_json:
-        _json(answer)
-        return
-    console = _console()
-    for result in answer.results:
-        of = f" (subject {result.subject})" if result.subject is not None else ""
-        table = _table(console, f"{result.query}{of}: {answer.mode}, {answer.release}")
-        for name in ("rank", "score", "id", "subject", "shard"):
-            table.add_column(name, justify="right" if name in ("rank", "score") else "left")
-        for found in result.neighbours:
-            table.add_row(
-                str(found.rank), f"{found.score:.4f}", _text(found.id), _text(found.subject), _text(found.shard)
-            )
-        console.print(table)
 
 
 def print_explanation(explanation: "Explanation", as_json: bool) -> None:
@@ -387,26 +369,3 @@ def _difference(difference: Estimate | None) -> str:
 
 def _rate(estimate: Estimate | None) -> str:
     return "n/e" if estimate is None or estimate.value is None else percent(estimate.value)
-
-
-def _table(console: Console, title: str) -> Table:
-    """Print a title, which is not cut to the width of the table, and return the table to fill."""
-    _say(console, title)
-    return Table(box=None, pad_edge=False, header_style="bold")
-
-
-def _text(value: str | int | None) -> Text:
-    return Text("" if value is None else one_line(str(value)))
-
-
-def _console() -> Console:
-    # A pipe has no width: let rows be as long as they are.
-    return Console(width=None if sys.stdout.isatty() else 500, highlight=False, soft_wrap=False)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(_text(line), soft_wrap=True)
-
-
-def _json(record: BaseModel) -> None:
-    sys.stdout.write(record.model_dump_json(indent=1) + "\n")

@@ -19,6 +19,7 @@ from schemas.models import Mode, Precision
 
 Device = Literal["auto", "cpu", "cuda"]
 KEEP_RELEASES = 14
+MAX_EXPAND = 100
 HARMLESS = 0.0005  # a twentieth of a frontal FNMR of 1%: half of what the margin allows there
 
 Checked = TypeVar("Checked", bound="Settings")
@@ -175,6 +176,12 @@ class RetentionSettings(Settings):
     )
 
 
+class QuerySettings(Settings):
+    """What queries do unless they say otherwise."""
+
+    expand: int = Field(default=0, ge=0, le=MAX_EXPAND, description="rows of α-query expansion; 0 for none")
+
+
 class PipelineSettings(Settings):
     """All that `reprocess` needs; the content of `pipeline.toml`."""
 
@@ -186,6 +193,7 @@ class PipelineSettings(Settings):
     index: IndexSettings = IndexSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
+    query: QuerySettings = QuerySettings()
     runner: RunnerSettings = RunnerSettings()
     retention: RetentionSettings = RetentionSettings()
     wait: float = Field(

@@ -1,4 +1,4 @@
-"""Query vectors: embeddings that a person passes in a `.npy` or `.parquet` file.
+"""Query vectors: embeddings that a person passes in a `.npy`, `.parquet` or `.csv` file.
 
 Nothing that a file says of itself is trusted: its header is parsed under a limit, and what it promises is compared
 with its size before memory is asked for.
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 
 from schemas.errors import BadShardError, SettingsError, first_line
 from schemas.features import BLOCK_ROWS
@@ -23,12 +24,20 @@ from storage.columns import embedding_matrix, plain_column
 
 MAX_NUMBERS = 1 << 28  # 1 GiB of float32 a call
 MAX_ID_BYTES = 1 << 28
+MAX_CSV_LINE = 1 << 22  # bytes: 65,536 numbers of 60 digits
 MAX_NPY_HEADER = 4096  # bytes; numpy itself writes 128 for an array of floats
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_vectors(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
-    """Return names and raw embeddings `[n, D]` of a `.npy` or `.parquet` file.
+    """Return names and raw embeddings `[n, D]` of a file.
+
+    - `.npy`: an array `[D]` or `[n, D]` of floats.
+    - `.parquet`: a column `embedding`, optionally `id`.
+    - `.csv`: D numbers a line after commas, optionally an id before them; a first line whose last field is no number
+      holds the names of the columns.
+
+    A row without an id is named by its number.
 
     Raises:
         SettingsError: no such file, another format, rows that are not finite, zero or of another length than `dim`.
@@ -39,8 +48,10 @@ def read_vectors(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
             names, matrix = _from_npy(path)
         elif suffix in (".parquet", ".pq"):
             names, matrix = _from_parquet(path, dim)
+        elif suffix == ".csv":
+            names, matrix = _from_csv(path, dim)
         else:
-            raise SettingsError(f"--vectors {path}: must end in .npy or .parquet.")
+            raise SettingsError(f"--vectors {path}: must end in .npy, .parquet or .csv.")
     except FileNotFoundError as error:
         raise SettingsError(f"--vectors {path}: there is no such file.") from error
     except (ValueError, OSError, BadShardError, pa.ArrowException) as error:
@@ -125,6 +136,47 @@ def _from_parquet(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
                 raise ValueError(f"ids of more than {MAX_ID_BYTES:,} bytes in {rows:,} rows; split the file")
             names += [row if name is None else name for row, name in enumerate(ids.to_pylist(), first)]
     return names, matrix
+
+
+def _from_csv(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
+    with open_regular(path) as file:
+        fields = file.read(MAX_CSV_LINE).partition(b"\n")[0].decode().strip("\ufeff\r").split(",")
+        size = os.fstat(file.fileno()).st_size
+        if len(fields) not in (dim, dim + 1):
+            raise ValueError(f"{len(fields)} fields in the first line; wanted {dim} numbers, or an id before them")
+        _check_size(size // 2)  # a number takes a digit and a comma at least
+        file.seek(0)
+        has_id = len(fields) > dim
+        numbers = [f"f{number}" for number in range(dim)]
+        table = pyarrow.csv.read_csv(
+            file,
+            pyarrow.csv.ReadOptions(
+                column_names=["id", *numbers] if has_id else numbers,
+                skip_rows=0 if _is_number(fields[-1]) else 1,
+                block_size=max(1 << 23, 2 * MAX_CSV_LINE),
+            ),
+            pyarrow.csv.ParseOptions(ignore_empty_lines=True),
+            pyarrow.csv.ConvertOptions(
+                column_types={"id": pa.string()} | dict.fromkeys(numbers, pa.float32()), strings_can_be_null=False
+            ),
+        )
+    if not table.num_rows:
+        raise ValueError("no row of numbers")
+    matrix = np.empty((table.num_rows, dim), np.float32)
+    for number, name in enumerate(numbers):
+        matrix[:, number] = table[name].to_numpy()
+    names: list[str | int] = list(range(len(matrix)))
+    if has_id:
+        names = [name or row for row, name in enumerate(table["id"].to_pylist())]
+    return names, matrix
+
+
+def _is_number(field: str) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
 
 
 def _names(ids: pa.Array) -> pa.Array:

@@ -57,7 +57,7 @@ def release_content(
     """
     chosen = settings.model_dump(
         mode="json",
-        include={"index", "evaluation", "gate"},
+        include={"index", "evaluation", "gate", "query"},
         exclude={"evaluation": {"device"}, "gate": {"drop_modes"}},
     )
     return digest_of(

@@ -3,6 +3,7 @@
 `run_stages` does the work without Prefect, index and evaluation; `run_pipeline` runs the whole flow against the server.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,8 +29,11 @@ from schemas.releases import Release
 from schemas.reports import GateDecision
 from schemas.settings import PipelineSettings, pipeline
 from schemas.split import SplitRule
+from storage.features import features_table
+from storage.layout import REPORT_METRICS, report_folder
 from storage.location import Location
 from storage.releases import Releases
+from tasks.evaluate import evaluate
 from tasks.index import index_mode
 from tasks.outcome import Outcome
 from tasks.plan import Plan, make_plan, prepare_models
@@ -191,6 +195,18 @@ def serve_stages(run_stages) -> Callable[[PipelineSettings], Release]:
         return release
 
     return run
+
+
+@pytest.fixture(scope="session")
+def measured_store(tmp_path_factory, tiny_source, serve_stages, pipeline_of) -> str:
+    """A store of the tiny source with one release, `r1`, and its evaluation. Shared: copy it before you change it."""
+    settings = pipeline_of(tiny_source, tmp_path_factory.mktemp("measured") / "store")
+    release, store = serve_stages(settings), Location(settings.store)
+    features = features_table(store).snapshot(release.features_version)
+    measured = evaluate(store, "r1", features, release.models, settings.evaluation, settings.index)
+    document = {"evaluation": json.loads(measured.model_dump_json())}
+    (store / f"{report_folder('r1')}/{REPORT_METRICS}").write_bytes(json.dumps(document).encode())
+    return settings.store
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,27 @@
-"""The answer to queries by stored id, or by new embeddings from a file: what the command line and the flow return.
+"""The answers to queries by stored id, or by new embeddings from a file: what the command line and the flow return.
 
 Beside each score stands what it means in this release: the FMR at that score, and with a wanted FMR whether it is a
-match.
+match. `ask` gives all answers as arrays and tables; `record` makes the documents that are printed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime, time
-from decimal import Decimal
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, JsonValue
 
 from schemas.errors import SettingsError, StoreError
-from schemas.metrics import rate_text
+from schemas.metrics import RAW, measured_modes, rate_text
 from storage.query_vectors import read_vectors
 from tasks.query.opened import OpenRelease, open_release
 from tasks.query.search import MAX_K, Neighbours, SearchOptions
+
+FEW_FALSE_MATCHES = 30
+"""An FMR that rests on fewer false matches is unreliable."""
+_OWN_COLUMNS = ("id", "subject", "shard", "rows")
 
 
 class Neighbour(BaseModel):
@@ -61,8 +65,18 @@ class QueryAnswer(BaseModel):
     """The answer to all queries of one call, in one mode.
 
     Attributes:
+        store: local path or s3://…
+        release: the release that was searched.
+        mode: its mode.
+        k: neighbours asked for.
+        by: what was found: rows, or subjects by their templates.
+        expand: rows of query expansion.
+        where: the condition on stored columns.
         fmr: what was asked for; `threshold` is the score that gives it.
+        threshold: a match scores as high.
+        impostor_pairs: from how many the FMR was measured.
         fmr_unknown: why no score has an FMR; null where they have one.
+        results: one for each query.
     """
 
     store: str
@@ -74,8 +88,17 @@ class QueryAnswer(BaseModel):
     where: str | None = None
     fmr: str | None = None
     threshold: float | None = None
+    impostor_pairs: int | None = None
     fmr_unknown: str | None = None
     results: list[QueryResult]
+
+
+class QueryComparison(BaseModel):
+    """The answers of raw and of every mode to the same queries."""
+
+    store: str
+    release: str
+    answers: dict[str, QueryAnswer]
 
 
 @dataclass(frozen=True)
@@ -84,13 +107,15 @@ class Question:
 
     Attributes:
         ids: stored ids.
-        vectors: `.npy` (`[D]` or `[n, D]`), `.parquet` (an `embedding` column, optionally `id`) or `.csv` of raw
-            embeddings.
+        vectors: `.npy`, `.parquet` or `.csv` of raw embeddings (`storage.query_vectors`).
         k: neighbours a query, 1 to 10,000.
         include_self: whether a row that is asked for by id may find itself.
-        exclude_self: whether new embeddings with the id of a stored row may not find it.
+        exclude_self: whether new embeddings may not find the stored row of their id.
         fmr: FMR whose threshold marks matches.
         options: of the search.
+
+    Raises:
+        SettingsError: options that contradict each other.
     """
 
     ids: Sequence[str] = ()
@@ -101,8 +126,7 @@ class Question:
     fmr: str | float | None = None
     options: SearchOptions = field(default_factory=SearchOptions)
 
-    def check(self) -> None:
-        """Refuse what cannot be asked with a SettingsError."""
+    def __post_init__(self) -> None:
         if not 1 <= self.k <= MAX_K:
             raise SettingsError(f"-k {self.k}: must be 1 to {MAX_K}.")
         if bool(self.ids) == bool(self.vectors):
@@ -110,7 +134,150 @@ class Question:
         if self.include_self and self.exclude_self:
             raise SettingsError("pass either --include-self or --exclude-self.")
         if self.fmr is not None and self.options.get("by") == "subject":
-            raise SettingsError("--fmr: the FMR was measured on pairs of rows and not of templates; leave out --by.")
+            raise SettingsError("--fmr: FMR is measured on pairs of rows, not on templates; leave out --by subject.")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answer in one mode, as arrays.
+
+    Attributes:
+        store: uri.
+        question: what was asked.
+        names: of the queries.
+        subjects: of the queries, None where unknown.
+        found: their neighbours.
+        expand: rows of query expansion.
+        threshold: of `question.fmr`.
+        fmr: at each score, `[n, k]`; None where it is unknown.
+        impostor_pairs: from how many it was measured.
+        fmr_unknown: why it is unknown.
+    """
+
+    store: str
+    question: Question
+    names: Sequence[str | int]
+    subjects: Sequence[str | None]
+    found: Neighbours
+    expand: int
+    threshold: float | None
+    fmr: np.ndarray | None
+    impostor_pairs: int | None
+    fmr_unknown: str | None
+
+    def record(self) -> QueryAnswer:
+        """Return the answer as a document."""
+        options, fmr = self.question.options, self.question.fmr
+        return QueryAnswer(
+            store=self.store,
+            release=self.found.release,
+            mode=self.found.mode,
+            k=self.question.k,
+            by=options.get("by", "row"),
+            expand=self.expand,
+            where=options.get("where"),
+            fmr=None if fmr is None else rate_text(fmr),
+            threshold=self.threshold,
+            impostor_pairs=self.impostor_pairs,
+            fmr_unknown=self.fmr_unknown,
+            results=[
+                QueryResult(query=name, subject=subject, neighbours=self._neighbours(query))
+                for query, (name, subject) in enumerate(zip(self.names, self.subjects, strict=True))
+            ],
+        )
+
+    def _neighbours(self, query: int) -> list[Neighbour]:
+        found = self.found
+        k = found.scores.shape[1]
+        rows = found.table.slice(query * k, k).to_pylist()
+        return [
+            Neighbour(
+                rank=at + 1,
+                **{name: row[name] for name in _OWN_COLUMNS if name in row},
+                score=float(found.scores[query, at]),
+                expanded=None if found.expanded is None else float(found.expanded[query, at]),
+                fmr=None if self.fmr is None else float(self.fmr[query, at]),
+                match=None if self.threshold is None else bool(found.scores[query, at] >= self.threshold),
+                columns={name: _plain(value) for name, value in row.items() if name not in _OWN_COLUMNS},
+            )
+            for at, row in enumerate(rows)
+            if row["id"] is not None
+        ]
+
+    def table(self) -> pa.Table:
+        """Return one row a neighbour: query, mode, rank, id, score, what is known of it, and the stored columns.
+
+        A stored column with the name of another one gets the prefix `stored_`.
+        """
+        found = self.found
+        n, k = found.scores.shape
+        names = [str(name) for name in self.names] if {type(name) for name in self.names} != {int} else self.names
+        columns: dict[str, Any] = {
+            "query": pa.array(names).take(pa.array(np.repeat(np.arange(n), k))),
+            "mode": pa.repeat(pa.scalar(found.mode), n * k),
+            "rank": np.tile(np.arange(1, k + 1), n),
+            "id": found.table["id"],
+            "score": found.scores.ravel(),
+        }
+        if found.expanded is not None:
+            columns["expanded"] = found.expanded.ravel()
+        if self.fmr is not None:
+            columns["fmr"] = self.fmr.ravel()
+        if self.threshold is not None:
+            columns["match"] = found.scores.ravel() >= self.threshold
+        for name in found.table.column_names:
+            if name != "id":
+                columns[f"stored_{name}" if name in columns else name] = found.table[name]
+        return pa.table(columns).filter(pc.is_valid(found.table["id"]))
+
+
+def ask(opened: OpenRelease, modes: Sequence[str], question: Question) -> list[Answered]:
+    """Answer a question from an open release, in each of some modes.
+
+    Raises:
+        SettingsError: an unknown mode, id or column, a file or option that cannot be used.
+        StoreError: the index or a feature file is damaged.
+    """
+    read = None
+    if question.vectors is not None:
+        read = read_vectors(question.vectors, opened.index(modes[0]).dim)
+    return [_ask(opened, mode, question, read) for mode in modes]
+
+
+def all_modes(opened: OpenRelease) -> list[str]:
+    """Return raw and the modes of a release in the order of all tables."""
+    return [mode for mode in measured_modes([mode for mode in opened.modes if mode != RAW]) if mode in opened.modes]
+
+
+def _ask(
+    opened: OpenRelease, mode: str, question: Question, read: tuple[list[str | int], np.ndarray] | None
+) -> Answered:
+    options = question.options.copy()
+    index, names, subjects = opened.index(mode), [], []
+    threshold = None if question.fmr is None else opened.threshold(mode, question.fmr)
+    if read is None:
+        rows = opened.rows(mode)
+        at = rows.find(question.ids, shown="--id")
+        found = opened.neighbours_at(mode, at, question.k, include_self=question.include_self, **options)
+        known = rows.columns(["id", "subject"], at)
+        names, subjects = known["id"].to_pylist(), known["subject"].to_pylist()
+    else:
+        names, subjects = read[0], [None] * len(read[0])
+        if question.exclude_self:
+            options["exclude_self_ids"] = names
+        found = index.search(opened.reweight(mode, read[1]), question.k, **options)
+    fmr, pairs, unknown = None, None, None
+    if options.get("by") == "subject":
+        unknown = "FMR is measured on pairs of rows, not on templates"
+    else:
+        try:
+            fmr, pairs = opened.fmr(mode, found.scores), opened.rates(mode).n_impostor
+        except StoreError as error:
+            unknown = str(error).rstrip(".")
+    expand = options.get("expand")
+    if expand is None:
+        expand = index.expand if found.expanded is not None else 0
+    return Answered(opened.store.uri, question, names, subjects, found, expand, threshold, fmr, pairs, unknown)
 
 
 def answer(
@@ -131,92 +298,17 @@ def answer(
         StoreError: nothing is served yet, or the index is damaged.
     """
     question = Question(ids=ids, vectors=vectors, k=k, include_self=include_self)
-    question.check()
-    return answer_from(open_release(store, release), mode, question)
-
-
-def answer_from(opened: OpenRelease, mode: str, question: Question) -> QueryAnswer:
-    """Answer a question from an open release, in one mode. Raises as `answer`."""
-    question.check()
-    by, expand = question.options.get("by", "row"), question.options.get("expand") or 0
-    threshold = None if question.fmr is None else opened.threshold(mode, question.fmr)
-    names, subjects, found = _search(opened, mode, question)
-    fmr, unknown = _fmr(opened, mode, found, by)
-    return QueryAnswer(
-        store=opened.store.uri,
-        release=found.release,
-        mode=mode,
-        k=question.k,
-        by=by,
-        expand=expand,
-        where=question.options.get("where"),
-        fmr=None if question.fmr is None else rate_text(question.fmr),
-        threshold=threshold,
-        fmr_unknown=unknown,
-        results=[
-            QueryResult(query=name, subject=subject, neighbours=list(_neighbours(found, at, fmr, threshold)))
-            for at, (name, subject) in enumerate(zip(names, subjects, strict=True))
-        ],
-    )
-
-
-def _search(
-    opened: OpenRelease, mode: str, question: Question
-) -> tuple[Sequence[str | int], Sequence[str | None], Neighbours]:
-    """Return the names and subjects of the queries, and their neighbours."""
-    index = opened.index(mode)
-    if question.vectors is None:
-        rows = opened.rows(mode)
-        at = rows.find(question.ids, shown="--id")
-        found = opened.neighbours_at(mode, at, question.k, include_self=question.include_self, **question.options)
-        known = rows.columns(["id", "subject"], at)
-        return known["id"].to_pylist(), known["subject"].to_pylist(), found
-    names, matrix = read_vectors(question.vectors, index.dim)
-    options = question.options.copy()
-    if question.exclude_self:
-        options["exclude_self_ids"] = names
-    found = index.search(opened.reweight(mode, matrix), question.k, **options)
-    return names, [None] * len(names), found
-
-
-def _fmr(opened: OpenRelease, mode: str, found: Neighbours, by: str) -> tuple[np.ndarray | None, str | None]:
-    if by == "subject":
-        return None, "the FMR was measured on pairs of rows and not of templates"
-    try:
-        return opened.fmr(mode, found.scores), None
-    except StoreError as error:
-        return None, str(error)
-
-
-def _neighbours(found: Neighbours, query: int, fmr: np.ndarray | None, threshold: float | None) -> Any:
-    columns = {name: values[query] for name, values in found.columns.items() if name not in _OWN_FIELDS}
-    for at, name in enumerate(found.ids[query]):
-        if name is None:
-            return
-        score = float(found.scores[query, at])
-        yield Neighbour(
-            rank=at + 1,
-            id=name,
-            subject=found.columns["subject"][query, at],
-            shard=found.columns["shard"][query, at] if "shard" in found.columns else None,
-            score=score,
-            expanded=None if found.expanded is None else float(found.expanded[query, at]),
-            fmr=None if fmr is None else float(fmr[query, at]),
-            match=None if threshold is None else score >= threshold,
-            rows=found.columns["rows"][query, at] if "rows" in found.columns else None,
-            columns={column: _plain(values[at]) for column, values in columns.items()},
-        )
-
-
-_OWN_FIELDS = ("subject", "shard", "rows")
+    return ask(open_release(store, release), [mode], question)[0].record()
 
 
 def _plain(value: Any) -> JsonValue:
-    """Return a stored value as JSON has it: dates and decimals as text, numbers that are not finite as null."""
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    if isinstance(value, date | datetime | time | Decimal):
-        return str(value)
+    """Return a stored value as JSON has it: numbers that are not finite are null, what JSON lacks is text."""
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, bytes):
         return value.hex()
-    return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
+    return value if isinstance(value, str | int | bool | None) else str(value)

@@ -47,6 +47,11 @@ class OpenRelease:
         """The modes that can be searched, raw included."""
         return tuple(self.record.indexes)
 
+    @property
+    def default_expand(self) -> int:
+        """`[query] expand` of the release: how many rows expand a query that does not say."""
+        return int(self.record.settings.get("query", {}).get("expand", 0))
+
     def index(self, mode: str) -> Index:
         """Return the index of a mode.
 
@@ -54,7 +59,11 @@ class OpenRelease:
             SettingsError: the release has no such mode.
             StoreError: the index is damaged or missing.
         """
-        return self._part("index", mode, lambda: Index(self.record.release, mode, self._vectors(mode), self.rows(mode)))
+        return self._part(
+            "index",
+            mode,
+            lambda: Index(self.record.release, mode, self._vectors(mode), self.rows(mode), self.default_expand),
+        )
 
     def rows(self, mode: str) -> StoredRows:
         """Return the rows of a mode. Raises as `index`."""

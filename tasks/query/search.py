@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from metrics.expansion import expanded
 from schemas.errors import SettingsError
+from schemas.settings import MAX_EXPAND
 from storage.vectors.exact import unit_rows
 from storage.vectors.index import VectorIndex
 from tasks.query.candidates import Candidates
@@ -21,7 +22,6 @@ from tasks.query.rows import StoredRows, slices
 from tasks.query.templates import Templates
 
 MAX_K = 10_000
-MAX_EXPAND = 100
 _BLOCK_NUMBERS = 2**22  # of vectors at once
 
 
@@ -44,22 +44,36 @@ class Neighbours:
     Attributes:
         release: the release that was searched.
         mode: its mode.
-        ids: object array of ids; of subjects where templates were searched.
         scores: float32, cosine of the query, as it was passed, and the row; with expansion not ordered by it.
         expanded: float32, cosine of the expanded query and the row, which is what they are ordered by; None without
             expansion.
-        columns: object arrays by name: `subject` and `shard` and what was asked for; of templates `subject` and `rows`.
+        table: the stored columns of all `n·k` neighbours, query by query, null where there is none: `id`, `subject`,
+            `shard` and what was asked for; of templates `id` (the subject), `subject` and `rows`.
     """
 
     release: str
     mode: str
-    ids: np.ndarray
     scores: np.ndarray
     expanded: np.ndarray | None
-    columns: dict[str, np.ndarray]
+    table: pa.Table
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """The ids, an object array; subjects where templates were searched."""
+        return self._objects("id")
+
+    @cached_property
+    def columns(self) -> dict[str, np.ndarray]:
+        """The columns of `table` beside `id`, object arrays by name."""
+        return {name: self._objects(name) for name in self.table.column_names if name != "id"}
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.scores)
+
+    def _objects(self, name: str) -> np.ndarray:
+        values = np.empty(self.scores.size, object)
+        values[:] = self.table[name].to_pylist()
+        return values.reshape(self.scores.shape)
 
 
 class Index:
@@ -68,10 +82,11 @@ class Index:
     Attributes:
         release: name of the release.
         mode: its mode.
+        expand: query expansion where a search does not say: `[query] expand` of the release.
     """
 
-    def __init__(self, release: str, mode: str, index: VectorIndex, rows: StoredRows) -> None:
-        self.release, self.mode = release, mode
+    def __init__(self, release: str, mode: str, index: VectorIndex, rows: StoredRows, expand: int = 0) -> None:
+        self.release, self.mode, self.expand = release, mode, expand
         self._index, self._rows = index, rows
 
     def __len__(self) -> int:
@@ -105,7 +120,8 @@ class Index:
         Args:
             vectors: features of this mode `[n, D]`, of any length but zero; new embeddings go through `reweight` first.
             k: neighbours a query, 1 to 10,000.
-            expand: α-query expansion with so many nearest rows (`metrics.expansion`); None or 0 for none.
+            expand: α-query expansion with so many nearest rows (`metrics.expansion`), 0 for none; None takes that of
+                the index, for a search by subject none.
             where: an SQL condition over stored columns (`tasks.query.where`); only rows for which it is true are
                 searched, and used by `expand`.
             exclude_self_ids: for each query the id of a row that it may not find, or None.
@@ -121,7 +137,9 @@ class Index:
         """
         if not 1 <= k <= MAX_K:
             raise SettingsError(f"k {k}: must be 1 to {MAX_K}.")
-        if not 0 <= (expand or 0) <= MAX_EXPAND:
+        if expand is None:
+            expand = self.expand if by == "row" else 0
+        if not 0 <= expand <= MAX_EXPAND:
             raise SettingsError(f"expand {expand}: must be 0 (none) to {MAX_EXPAND}.")
         if by not in ("row", "subject"):
             raise SettingsError(f"by {by}: must be row or subject.")
@@ -179,11 +197,10 @@ class Index:
         none = np.full(len(queries), -1, np.int64)
         scores, found = templates.nearest(queries, k, none if own is None else own)
         scores, found = _left(scores, found, None, min_score)[:2]
-        names = np.array([*rows.subject_names, None], dtype=object)
-        codes = np.where(found < 0, -1, templates.codes[found] if len(templates.codes) else -1)
-        counts = np.array([*templates.counts.tolist(), None], dtype=object)
-        columns = {"subject": names[codes], "rows": counts[found]}
-        return Neighbours(self.release, self.mode, names[codes], scores, None, columns)
+        at = pa.array(found.ravel(), mask=found.ravel() < 0)
+        subjects = pa.array(rows.subject_names, pa.string()).take(pa.array(templates.codes).take(at))
+        table = pa.table({"id": subjects, "subject": subjects, "rows": pa.array(templates.counts).take(at)})
+        return Neighbours(self.release, self.mode, scores, None, table)
 
     def _neighbours(
         self,
@@ -196,9 +213,7 @@ class Index:
         scores, keys, ranked = _left(scores, keys, ranked, min_score)
         rows = np.where(keys < 0, -1, self._rows.numbers(keys))
         names = list(dict.fromkeys(["id", "subject", "shard", *columns]))
-        table = self._rows.columns(names, rows.ravel())
-        found = {name: _objects(table[name]).reshape(keys.shape) for name in names}
-        return Neighbours(self.release, self.mode, found.pop("id"), scores, ranked, found)
+        return Neighbours(self.release, self.mode, scores, ranked, self._rows.columns(names, rows.ravel()))
 
 
 def _left(
@@ -232,9 +247,3 @@ def _vectors_of(candidates: Candidates, keys: np.ndarray, dim: int) -> np.ndarra
         distinct, back = np.unique(keys[present], return_inverse=True)
         found[present] = candidates.vectors(distinct)[back]
     return found
-
-
-def _objects(column: pa.ChunkedArray) -> np.ndarray:
-    values = np.empty(len(column), object)
-    values[:] = column.to_pylist()
-    return values

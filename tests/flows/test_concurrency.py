@@ -13,7 +13,6 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from flows.query import answer
 from schemas.errors import SettingsError, StoreBusyError
 from schemas.features import feature_schema
 from schemas.reports import GateDecision
@@ -26,6 +25,7 @@ from tasks.maintenance.forget import forget
 from tasks.maintenance.rollback import roll_back
 from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
+from tasks.query import answer
 
 
 def command(source: Path, store: Path, models: list[str], *more: str) -> list[str]:

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
-from flows.query import answer
 from storage.features import features_table
 from storage.location import Location
 from storage.releases import Releases
 from tasks.maintenance.forget import forget
 from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
+from tasks.query import answer
 from tasks.synthetic.shards import synthesize
 
 KILLS = int(os.environ.get("FRONTALIS_KILLS", "7"))

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from flows.train import StopSignals
-from frontalis import cli
+from frontalis.app import kept_by
+from frontalis.cli import app
 from models.checkpoint import load
 from storage.location import Location
 from storage.lock import store_lock
@@ -152,7 +153,7 @@ def test_commands_without_a_flow_say_what_is_left(tmp_path, words, number) -> No
         assert run.wait(60) == 128 + number, run.errors.read_text()
     waits, said = run.errors.read_text().splitlines()
     assert f" I {store.uri}: waiting up to 600 s for test, process {os.getpid()} on " in waits
-    assert said == f"frontalis: interrupted; {cli._kept[words[0]]}"
+    assert said == f"frontalis: interrupted; {kept_by[words[0]]}"
 
 
 def test_a_command_that_waits_for_its_disk_is_ended(tmp_path) -> None:
@@ -166,7 +167,7 @@ def test_a_command_that_waits_for_its_disk_is_ended(tmp_path) -> None:
 
 
 def test_every_command_says_what_an_interrupt_leaves() -> None:
-    assert set(cli._kept) == {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    assert set(kept_by) == {command.callback.__name__ for command in app.registered_commands if command.callback}
 
 
 class Run(subprocess.Popen[bytes]):

@@ -1,6 +1,6 @@
 """`frontalis.open_store`: searches agree with NumPy, options do what they say, and no answer mixes two releases."""
 
-import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,13 +15,8 @@ from models.checkpoint import load
 from models.inference import Reweighter
 from models.split import split_of
 from schemas.errors import SettingsError, StoreError
-from schemas.index import IndexSettings
-from schemas.settings import EvaluationSettings
-from storage.features import features_table
-from storage.layout import REPORT_METRICS, report_folder
 from storage.location import Location
 from storage.releases import Releases
-from tasks.evaluate import evaluate
 from tests.pipeline_fixtures import TINY_SPLIT
 
 
@@ -35,23 +30,8 @@ def rows(tiny_source: Path) -> pl.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory, tiny_source, serve_stages, pipeline_of) -> str:
-    """A store of the tiny source with one release that was evaluated."""
-    settings = pipeline_of(tiny_source, tmp_path_factory.mktemp("open") / "store")
-    release = serve_stages(settings)
-    place = Location(settings.store)
-    features = features_table(place).snapshot(release.features_version)
-    measured = evaluate(
-        place, release.release, features, release.models, EvaluationSettings(resamples=0), IndexSettings()
-    )
-    document = {"evaluation": json.loads(measured.model_dump_json())}
-    (place / f"{report_folder('r1')}/{REPORT_METRICS}").write_bytes(json.dumps(document).encode())
-    return settings.store
-
-
-@pytest.fixture(scope="module")
-def store(uri: str):
-    with frontalis.open_store(uri) as opened:
+def store(measured_store: str):
+    with frontalis.open_store(measured_store) as opened:
         yield opened
 
 
@@ -131,9 +111,12 @@ def test_threshold_and_fmr_are_those_of_the_held_out_impostor_pairs(store, rows,
         store.threshold("per_sample", 2)
 
 
-def test_a_release_that_was_not_measured_gives_no_fmr(uri, store, monkeypatch) -> None:
+def test_a_release_that_was_not_measured_gives_no_fmr(measured_store, monkeypatch) -> None:
     monkeypatch.setattr("tasks.query.rates.report_folder", lambda release: "nowhere")
-    with frontalis.open_store(uri) as unmeasured, pytest.raises(StoreError, match="FMR of raw was not measured"):
+    with (
+        frontalis.open_store(measured_store) as unmeasured,
+        pytest.raises(StoreError, match="FMR of raw was not measured"),
+    ):
         unmeasured.fmr("raw", 0.5)
 
 
@@ -172,7 +155,10 @@ def test_templates_are_means_without_the_query_itself(store, rows, features) -> 
     assert {name for name in some.ids[0] if name} == set(passing["subject"])
 
 
-def test_a_store_stays_at_its_release_until_refreshed(uri, store, pipeline_of, serve_stages, tiny_source) -> None:
+def test_a_store_stays_at_its_release_until_refreshed(
+    measured_store, pipeline_of, serve_stages, tiny_source, tmp_path
+) -> None:
+    uri = str(shutil.copytree(measured_store, tmp_path / "store"))
     with frontalis.open_store(uri) as pinned, frontalis.open_store(uri, "r1") as named:
         held = pinned.index("raw")
         pinned.reweight("per_sample", np.ones((1, 32), np.float32))

@@ -70,7 +70,16 @@ def zipped(path: Path) -> None:
 
 HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing": (".npy", lambda path: None, "there is no such file"),
-    "another format": (".csv", content(b"1,2"), r"must end in \.npy or \.parquet"),
+    "another format": (".txt", content(b"1,2"), r"must end in \.npy, \.parquet or \.csv"),
+    "short line": (".csv", content(b"1,2"), f"2 fields in the first line; wanted {D} numbers"),
+    "no line": (".csv", content(b""), "1 fields in the first line"),
+    "names alone": (".csv", content(b",".join([b"e"] * D)), "cannot be read"),
+    "a short line below": (".csv", content(b",".join([b"1"] * D) + b"\n1,2\n"), "cannot be read"),
+    "a word among numbers": (".csv", content(b",".join([b"1"] * D) + b"\nx" + b",1" * (D - 1)), "cannot be read"),
+    "an empty field": (".csv", content(b",".join([b"1"] * D) + b"\n" + b",1" * (D - 1)), "row 1 is zero or not finite"),
+    "no UTF-8": (".csv", content(b"\xff" + b",1" * D), "cannot be read"),
+    "an endless line": (".csv", content(b"1" * (1 << 23)), "1 fields in the first line"),
+    "named pipe of text": (".csv", os.mkfifo, "is a named pipe, not a regular file"),
     "empty": (".npy", content(b""), "cannot be read"),
     "no array": (".npy", content(b"hello" * 99), "cannot be read"),
     "pickle": (".npy", content(pickle.dumps(Trap())), "cannot be read"),

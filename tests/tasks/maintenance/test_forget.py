@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
-from flows.query import answer
 from schemas.errors import SettingsError, StoreError
 from storage.location import Location
 from storage.manifest import Manifest
@@ -23,6 +22,7 @@ from tasks.maintenance.forget import forget
 from tasks.maintenance.rollback import roll_back
 from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
+from tasks.query import answer
 from tasks.synthetic.shards import synthesize
 
 KEEP = {"keep": ["note"]}

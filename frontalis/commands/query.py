@@ -1,0 +1,204 @@
+"""`frontalis query`: the nearest stored rows of stored ids or of new embeddings, and what their scores mean."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from frontalis.app import AsJson, Store, a_number, command
+from schemas.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from tasks.query.answers import Neighbour, QueryAnswer, QueryResult
+
+DEFAULT_MODE = "per_sample"
+
+
+@command(kept="nothing was changed")
+def query(
+    store: Store,
+    mode: Annotated[str | None, typer.Option(help="per_sample (default), batch_stat or raw.")] = None,
+    id_: Annotated[list[str] | None, typer.Option("--id", help="A stored id; repeat for several.")] = None,
+    vectors: Annotated[str | None, typer.Option(help="New embeddings: .npy, .parquet or .csv.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Neighbours a query.")] = 10,
+    release: Annotated[str | None, typer.Option(help="A release by name; the one served by default.")] = None,
+    include_self: Annotated[bool, typer.Option(help="With --id: include the row itself.")] = False,
+    exclude_self: Annotated[
+        bool, typer.Option("--exclude-self", help="With --vectors: leave out the stored row of the same id.")
+    ] = False,
+    unique_subject: Annotated[
+        bool, typer.Option("--unique-subject", help="Keep the best row of each subject.")
+    ] = False,
+    by: Annotated[str, typer.Option(help="row, or subject: find subjects by the mean of their rows.")] = "row",
+    where: Annotated[
+        str | None, typer.Option(help="SQL condition on stored columns: \"pose = 'profile' and yaw < -30\".")
+    ] = None,
+    columns: Annotated[str | None, typer.Option(help="Stored columns to show, such as pose,yaw.")] = None,
+    fmr: Annotated[
+        str | None, typer.Option(help="Mark matches at the threshold that the release measured for this FMR: 1e-3.")
+    ] = None,
+    min_score: Annotated[
+        float | None, typer.Option(min=-1, max=1, callback=a_number, help="Leave out rows with a smaller score.")
+    ] = None,
+    expand: Annotated[
+        int | None,
+        typer.Option(help="Query expansion with so many nearest rows, 0 for none; by default [query] expand."),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show raw and all modes side by side.")] = False,
+    out: Annotated[str | None, typer.Option(help="Write the answer to a .csv, .parquet or .json file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the nearest stored rows of an id or of new embeddings."""
+    from frontalis.terminal import write_json
+    from tasks.query.answers import Question, all_modes, ask
+    from tasks.query.files import check_suffix, document, write_answers
+    from tasks.query.opened import open_release
+    from tasks.query.search import SearchOptions
+
+    if compare and mode is not None:
+        raise SettingsError("pass either --mode or --compare, which shows every mode.")
+    if out is not None:
+        check_suffix(out)
+    options = SearchOptions(
+        expand=expand,
+        where=where,
+        unique_subject=unique_subject,
+        min_score=min_score,
+        columns=[name.strip() for name in columns.split(",")] if columns else [],
+        by=_by(by),
+    )
+    question = Question(id_ or [], vectors, k, include_self, exclude_self, fmr, options)
+    opened = open_release(store, release)
+    answers = ask(opened, all_modes(opened) if compare else [mode or DEFAULT_MODE], question)
+    if out is not None:
+        rows = write_answers(out, answers)
+        if not as_json:
+            print(f"{rows:,} neighbours of {len(answers[0].names):,} queries in {out}")  # noqa: T201
+            return
+    if as_json:
+        write_json(document(answers))
+    else:
+        print_answers([one.record() for one in answers])
+
+
+def _by(value: str) -> Literal["row", "subject"]:
+    if value not in ("row", "subject"):
+        raise SettingsError(f"--by {value}: must be row or subject.")
+    return "subject" if value == "subject" else "row"
+
+
+def print_answers(answers: "Sequence[QueryAnswer]") -> None:
+    """Print the neighbours of every query, the modes side by side, then what the scores mean."""
+    from frontalis.terminal import console
+
+    on = console()
+    for results in zip(*(one.results for one in answers), strict=True):
+        if len(answers) == 1:
+            _print_result(on, answers[0], results[0])
+        else:
+            _print_side_by_side(on, answers, results)
+    for one in answers:
+        _explain(on, one, f"{one.mode}: " if len(answers) > 1 else "")
+
+
+def _print_result(on: "Console", answer: "QueryAnswer", result: "QueryResult") -> None:
+    from frontalis.terminal import table, text
+
+    known = result.subject is not None
+    of = f" (subject {result.subject})" if known else ""
+    rows = table(on, f"{result.query}{of}: {answer.mode}, {answer.release}")
+    further = list(dict.fromkeys(name for found in result.neighbours for name in found.columns))
+    shown = {
+        "rank": True,
+        "score": True,
+        "expanded": answer.expand > 0,
+        "FMR": answer.impostor_pairs is not None,
+        "match": answer.threshold is not None,
+        "id": answer.by == "row",
+        "subject": True,
+        "same": known,
+        "rows": answer.by == "subject",
+        "shard": answer.by == "row",
+    }
+    names = [name for name, is_shown in shown.items() if is_shown]
+    for name in (*names, *further):
+        rows.add_column(name, justify="right" if name in ("rank", "score", "expanded", "FMR", "rows") else "left")
+    for found in result.neighbours:
+        cells = {
+            "rank": found.rank,
+            "score": f"{found.score:.4f}",
+            "expanded": "" if found.expanded is None else f"{found.expanded:.4f}",
+            "FMR": _fmr(found, answer),
+            "match": "yes" if found.match else "no",
+            "id": found.id,
+            "subject": found.subject,
+            "same": {"=": "yes", "≠": "no", " ": ""}[_same(found, result)],
+            "rows": found.rows,
+            "shard": found.shard,
+        }
+        rows.add_row(*(text(cells[name]) for name in names), *(text(found.columns[name]) for name in further))
+    on.print(rows)
+    if not result.neighbours:
+        on.print("none")
+
+
+def _print_side_by_side(on: "Console", answers: "Sequence[QueryAnswer]", results: "Sequence[QueryResult]") -> None:
+    from frontalis.terminal import table, text
+
+    subject = results[0].subject
+    of = f" (subject {subject})" if subject is not None else ""
+    rows = table(on, f"{results[0].query}{of}: {answers[0].release}; = same subject, ≠ another")
+    rows.add_column("rank", justify="right")
+    for answer in answers:
+        rows.add_column(answer.mode, justify="right")
+        rows.add_column("FMR", justify="right")
+        rows.add_column("subject" if answer.by == "subject" else "id")
+    for rank in range(max(len(result.neighbours) for result in results)):
+        cells: list[object] = [rank + 1]
+        for answer, result in zip(answers, results, strict=True):
+            found = result.neighbours[rank] if rank < len(result.neighbours) else None
+            if found is None:
+                cells += ["", "", ""]
+            else:
+                match = "*" if found.match else ""
+                cells += [f"{found.score:.4f}{match}", _fmr(found, answer), f"{_same(found, result)} {found.id}"]
+        rows.add_row(*map(text, cells))
+    on.print(rows)
+
+
+def _explain(on: "Console", answer: "QueryAnswer", prefix: str) -> None:
+    """Print what the scores of an answer mean."""
+    from frontalis.terminal import say
+    from tasks.query.answers import FEW_FALSE_MATCHES
+
+    pairs = answer.impostor_pairs
+    if pairs is None:
+        say(on, f"{prefix}score: cosine; its FMR is unknown: {answer.fmr_unknown}")
+    else:
+        say(
+            on,
+            f"{prefix}score: cosine; FMR: at most this share of {pairs:,} impostor pairs of {answer.release} score as "
+            f"high; below {FEW_FALSE_MATCHES / pairs:.1e} it rests on fewer than {FEW_FALSE_MATCHES} and is unreliable",
+        )
+    if answer.threshold is not None:
+        say(on, f"{prefix}match{' (*)' if prefix else ''}: score >= {answer.threshold!r}, FMR at most {answer.fmr}")
+    if answer.expand:
+        say(on, f"{prefix}ordered by the query expanded with {answer.expand} rows")
+
+
+def _fmr(found: "Neighbour", answer: "QueryAnswer") -> str:
+    if found.fmr is None or answer.impostor_pairs is None:
+        return ""
+    if not found.fmr:
+        return f"<{1 / answer.impostor_pairs:.1e}"
+    return f"{found.fmr:.1e}" if found.fmr < 0.1 else f"{found.fmr:.2f}"
+
+
+def _same(found: "Neighbour", result: "QueryResult") -> str:
+    """Return whether a neighbour is of the query's subject: = or ≠, blank where either is unknown."""
+    if found.subject is None or result.subject is None:
+        return " "
+    return "=" if found.subject == result.subject else "≠"
