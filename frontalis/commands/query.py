@@ -8,7 +8,7 @@ from frontalis.app import AsJson, Store, a_number, command
 from schemas.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
@@ -92,7 +92,7 @@ def _by(value: str) -> Literal["row", "subject"]:
 
 def print_answers(answers: "Sequence[QueryAnswer]") -> None:
     """Print the neighbours of every query, the modes side by side, then what the scores mean."""
-    from frontalis.terminal import console
+    from frontalis.terminal import console, say
 
     on = console()
     for results in zip(*(one.results for one in answers), strict=True):
@@ -100,8 +100,8 @@ def print_answers(answers: "Sequence[QueryAnswer]") -> None:
             _print_result(on, answers[0], results[0])
         else:
             _print_side_by_side(on, answers, results)
-    for one in answers:
-        _explain(on, one, f"{one.mode}: " if len(answers) > 1 else "")
+    for line in dict.fromkeys(line for one in answers for line in _explained(one, marked=len(answers) > 1)):
+        say(on, line)
 
 
 def _print_result(on: "Console", answer: "QueryAnswer", result: "QueryResult") -> None:
@@ -139,7 +139,7 @@ def _print_result(on: "Console", answer: "QueryAnswer", result: "QueryResult") -
             "rows": found.rows,
             "shard": found.shard,
         }
-        rows.add_row(*(text(cells[name]) for name in names), *(text(found.columns[name]) for name in further))
+        rows.add_row(*(text(cells[name]) for name in names), *(text(_shown(found.columns[name])) for name in further))
     on.print(rows)
     if not result.neighbours:
         on.print("none")
@@ -169,24 +169,26 @@ def _print_side_by_side(on: "Console", answers: "Sequence[QueryAnswer]", results
     on.print(rows)
 
 
-def _explain(on: "Console", answer: "QueryAnswer", prefix: str) -> None:
-    """Print what the scores of an answer mean."""
-    from frontalis.terminal import say
+def _explained(answer: "QueryAnswer", marked: bool) -> "Iterator[str]":
+    """Yield what the scores of an answer mean."""
     from tasks.query.answers import FEW_FALSE_MATCHES
 
     pairs = answer.impostor_pairs
     if pairs is None:
-        say(on, f"{prefix}score: cosine; its FMR is unknown: {answer.fmr_unknown}")
+        yield f"score: cosine; its FMR is unknown: {answer.fmr_unknown}"
     else:
-        say(
-            on,
-            f"{prefix}score: cosine; FMR: at most this share of {pairs:,} impostor pairs of {answer.release} score as "
-            f"high; below {FEW_FALSE_MATCHES / pairs:.1e} it rests on fewer than {FEW_FALSE_MATCHES} and is unreliable",
+        yield (
+            f"score: cosine; FMR: at most this share of {pairs:,} impostor pairs of {answer.release} score as high "
+            f"(unreliable below {FEW_FALSE_MATCHES / pairs:.1e}, which rests on fewer than {FEW_FALSE_MATCHES})"
         )
     if answer.threshold is not None:
-        say(on, f"{prefix}match{' (*)' if prefix else ''}: score >= {answer.threshold!r}, FMR at most {answer.fmr}")
+        false = answer.compared * float(answer.fmr or 0)
+        yield (
+            f"match{f' (*) in {answer.mode}' if marked else ''}: score >= {answer.threshold!r}, FMR at most "
+            f"{answer.fmr}: expect up to {false:.2g} false matches among {answer.compared:,} rows"
+        )
     if answer.expand:
-        say(on, f"{prefix}ordered by the query expanded with {answer.expand} rows")
+        yield f"ordered by the query expanded with {answer.expand} rows"
 
 
 def _fmr(found: "Neighbour", answer: "QueryAnswer") -> str:
@@ -202,3 +204,7 @@ def _same(found: "Neighbour", result: "QueryResult") -> str:
     if found.subject is None or result.subject is None:
         return " "
     return "=" if found.subject == result.subject else "≠"
+
+
+def _shown(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value

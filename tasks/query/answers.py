@@ -74,6 +74,7 @@ class QueryAnswer(BaseModel):
         where: the condition on stored columns.
         fmr: what was asked for; `threshold` is the score that gives it.
         threshold: a match scores as high.
+        compared: with how many rows, or templates, each query was compared.
         impostor_pairs: from how many the FMR was measured.
         fmr_unknown: why no score has an FMR; null where they have one.
         results: one for each query.
@@ -88,6 +89,7 @@ class QueryAnswer(BaseModel):
     where: str | None = None
     fmr: str | None = None
     threshold: float | None = None
+    compared: int
     impostor_pairs: int | None = None
     fmr_unknown: str | None = None
     results: list[QueryResult]
@@ -178,6 +180,7 @@ class Answered:
             where=options.get("where"),
             fmr=None if fmr is None else rate_text(fmr),
             threshold=self.threshold,
+            compared=self.found.compared,
             impostor_pairs=self.impostor_pairs,
             fmr_unknown=self.fmr_unknown,
             results=[

@@ -49,6 +49,7 @@ class Neighbours:
             expansion.
         table: the stored columns of all `n·k` neighbours, query by query, null where there is none: `id`, `subject`,
             `shard` and what was asked for; of templates `id` (the subject), `subject` and `rows`.
+        compared: with how many rows, or templates, each query was compared.
     """
 
     release: str
@@ -56,6 +57,7 @@ class Neighbours:
     scores: np.ndarray
     expanded: np.ndarray | None
     table: pa.Table
+    compared: int
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -158,7 +160,11 @@ class Index:
         ranked = None
         if expand:
             ranked, scores = scores, _cosines(candidates, queries, keys)
-        return self._neighbours(scores, keys, ranked, columns, min_score)
+        scores, keys, ranked = _left(scores, keys, ranked, min_score)
+        numbers = np.where(keys < 0, -1, self._rows.numbers(keys))
+        table = self._rows.columns(list(dict.fromkeys(["id", "subject", "shard", *columns])), numbers.ravel())
+        compared = len(self) if chosen is None else len(chosen)
+        return Neighbours(self.release, self.mode, scores, ranked, table, compared)
 
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
         """Return the features of stored rows, by their numbers, at length 1, float32 `[n, D]`.
@@ -200,20 +206,7 @@ class Index:
         at = pa.array(found.ravel(), mask=found.ravel() < 0)
         subjects = pa.array(rows.subject_names, pa.string()).take(pa.array(templates.codes).take(at))
         table = pa.table({"id": subjects, "subject": subjects, "rows": pa.array(templates.counts).take(at)})
-        return Neighbours(self.release, self.mode, scores, None, table)
-
-    def _neighbours(
-        self,
-        scores: np.ndarray,
-        keys: np.ndarray,
-        ranked: np.ndarray | None,
-        columns: Sequence[str],
-        min_score: float | None,
-    ) -> Neighbours:
-        scores, keys, ranked = _left(scores, keys, ranked, min_score)
-        rows = np.where(keys < 0, -1, self._rows.numbers(keys))
-        names = list(dict.fromkeys(["id", "subject", "shard", *columns]))
-        return Neighbours(self.release, self.mode, scores, ranked, self._rows.columns(names, rows.ravel()))
+        return Neighbours(self.release, self.mode, scores, None, table, len(templates.counts))
 
 
 def _left(
