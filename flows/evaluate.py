@@ -1,18 +1,13 @@
-"""Evaluate: measure a release again, on the features it was published with."""
+"""Evaluate: measure a release again, on the features it was published with, as a Prefect flow."""
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.utilities.annotations import opaque
 
 from flows.begin import begin_flow
+from flows.runner import PrefectStages
 from reports.html import markdown_table
 from schemas.reports import Evaluation
-from schemas.settings import EvaluationSettings, PipelineSettings, checked
-from storage.features import features_table
-from storage.location import Location
-from storage.releases import Releases
-from storage.tombstones import Tombstones
-from tasks.stages import evaluate_task
+from tasks.evaluation.released import evaluate_release
 
 
 @flow(name="evaluate")
@@ -32,19 +27,10 @@ def evaluate(
         StoreError: nothing is served yet, or its features are damaged or vacuumed.
     """
     begin_flow()
-    history = Releases.of(Location(store))
-    record = history.servable(release) if release else history.serving()
-    Tombstones.proven(history.store, history.all())
-    settings = checked(PipelineSettings, {**record.settings, "store": store})
-    given = {name: value for name, value in {"pairs": pairs, "resamples": resamples}.items() if value is not None}
-    evaluation = checked(EvaluationSettings, {**dict(settings.evaluation), **given})
-    features = features_table(history.store).snapshot(record.features_version)
-    result: Evaluation = evaluate_task(
-        history.store, record.release, opaque(features), record.models, evaluation, settings.index
-    ).replaced(indexes={mode: index.audit for mode, index in record.indexes.items()})
+    measured = evaluate_release(store, release, pairs=pairs, resamples=resamples, stages=PrefectStages())
     create_markdown_artifact(
-        markdown=f"# {record.release}\n\n{markdown_table(result)}",
+        markdown=f"# {measured.release}\n\n{markdown_table(measured)}",
         key="frontalis-evaluation",
-        description=f"verification per mode of {record.release}",
+        description=f"verification per mode of {measured.release}",
     )
-    return result
+    return measured

@@ -1,49 +1,19 @@
-"""Reprocess: bring the store up to date with the source and the models, measure, and serve the result if it is good.
+"""Reprocess as a Prefect flow: the job of `tasks.reprocess`, its stages as Prefect tasks and its outcome as a state."""
 
-The stages: prepare the models, plan, reweight, publish, index, evaluate, gate, record. A run that is interrupted at any
-point leaves the served release untouched; the next one finds by name what is done and finishes the rest.
-"""
-
-import logging
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
-from prefect.utilities.annotations import opaque
 
 from flows.begin import begin_flow
-from flows.runner import check_runner, reweight_all
+from flows.runner import PrefectStages
 from reports.html import markdown_stages, markdown_table
 from schemas.errors import SettingsError
-from schemas.releases import IndexRef, ModelRef, Release, anchor_of
-from schemas.reports import Evaluation, ShardFault
 from schemas.settings import PipelineSettings, load_pipeline
-from storage.delta_log import DamagedFilesError
-from storage.location import Location
-from storage.lock import store_lock
-from storage.releases import Releases, refuse_foreign_tables
-from storage.shards import refuse_nested
-from storage.tombstones import Tombstones
-from tasks.changes import changes_since
-from tasks.costs import Costs
-from tasks.evaluation.pairs import read_pairs
-from tasks.gate import decide
-from tasks.index import Previous, is_indexed, previous_indexes, release_features
-from tasks.maintenance.erased_releases import mark_erased_releases
-from tasks.maintenance.lost_releases import is_published, mark_lost_releases
-from tasks.maintenance.vacuum import apply_retention
+from tasks import reprocess as job
 from tasks.outcome import CompletedWithBadShardsError, Outcome
-from tasks.plan import Plan
-from tasks.release import build_release, next_release_name, release_content, write_report
-from tasks.removal import is_allowed_now, limit_removal
-from tasks.reweight import ShardResult
-from tasks.stages import evaluate_task, index_task, models_task, plan_task, publish_task
-
-log = logging.getLogger("frontalis.reprocess")
 
 
 @flow(name="reprocess", validate_parameters=True)
@@ -63,7 +33,8 @@ def reprocess(
         settings = load_pipeline(config)
     elif config is not None or settings is None:
         raise SettingsError("reprocess: pass either config (a pipeline.toml) or settings.")
-    outcome = run(settings, allow_removal=allow_removal)
+    outcome = job.reprocess(settings, allow_removal=allow_removal, stages=PrefectStages())
+    _show(outcome)
     if outcome.data.bad_shards:
         error = CompletedWithBadShardsError(outcome)
         return Failed(message=str(error), data=error, name="CompletedWithBadShards")
@@ -72,152 +43,22 @@ def reprocess(
     return outcome
 
 
-def run(settings: PipelineSettings, *, allow_removal: bool = False) -> Outcome:
-    """Do the work of `reprocess`, inside its flow run. A file that turns out damaged is deleted and computed again."""
-    check_runner(settings.runner)
-    store = Location(settings.store)
-    refuse_nested(Location(settings.source), store)
-    refuse_foreign_tables(store)
-    pairs = read_pairs(settings.evaluation.pairs).digest if settings.evaluation.pairs else None
-    with store_lock(store, "reprocess", settings.wait):
-        deleted = set[str]()
-        while True:
-            try:
-                with Costs() as costs:
-                    return _run(settings, store, pairs, allow_removal, costs)
-            except DamagedFilesError as error:
-                damaged = {place.uri for place in error.places}
-                if damaged <= deleted:  # written again and damaged again: this disk cannot be relied on
-                    raise
-                log.warning("%s", error)
-                deleted |= damaged
-                for place in error.places:
-                    place.delete()
-
-
-def _run(settings: PipelineSettings, store: Location, pairs: str | None, allow_removal: bool, costs: Costs) -> Outcome:
-    started = time.monotonic()
-    history = Releases(store)
-    tombstones = Tombstones.proven(store, history.all())
-    with costs.stage("plan") as stage:
-        models = models_task(settings)
-        plan = plan_task(settings, models)
-        stage.rows = sum(record.rows for record in plan.records.values())
-    earlier = mark_erased_releases(history, tombstones)
-    content = release_content(settings, plan.wanted, plan.faults, pairs)
-    earlier = mark_lost_releases(history, earlier, content)
-    latest = earlier[-1] if earlier and is_indexed(store, earlier[-1]) else None
-    if latest and is_allowed_now(latest, settings.gate, allowed=allow_removal):
-        latest = None  # what was rejected for what it removes is measured and decided again
-    if not plan.groups and latest and latest.content == content and is_published(store, latest, plan.wanted):
-        return _unchanged(settings, latest, plan.faults, started)
-    log.info("plan: %d shards to compute, %d files to reuse, %d shards bad", len(plan.work), len(plan.reused),
-             len(plan.faults))  # fmt: skip
-    with costs.stage("reweight") as stage:
-        final, results = _compute(settings, plan, models)
-        stage.rows = sum(work.rows for work in plan.work)
-    with costs.stage("publish"):
-        published = publish_task(settings, opaque(final), opaque(results))
-    content = release_content(settings, published.features.files, published.data.bad_shards, pairs)
-    if latest and latest.content == content and is_published(store, latest, published.features.files):
-        return _unchanged(settings, latest, published.data.bad_shards, started)
-
-    name = next_release_name(earlier, content)
-    previous = previous_indexes(store, earlier, models, tombstones.digest)
-    indexes: dict[str, IndexRef] = {}
-    for mode in plan.modes:
-        with costs.stage(f"index {mode}") as stage:
-            indexes[mode] = index_task.with_options(task_run_name=f"index-{mode}")(
-                store, name, mode, opaque(published.features), settings.index, opaque(previous.get(mode))
-            )
-            stage.rows = indexes[mode].rows
-    served = next((release for release in earlier if release.serving), None)
-    anchor = anchor_of(earlier)
-    features = release_features(store, served)
-    with costs.stage("evaluate") as stage:
-        evaluation: Evaluation = evaluate_task(
-            store,
-            name,
-            opaque(published.features),
-            models,
-            settings.evaluation,
-            settings.index,
-            opaque(Previous(served, features)) if served and features else None,
-            opaque(anchor) if anchor else None,
-        ).replaced(indexes={mode: index.audit for mode, index in indexes.items()})
-        stage.rows = sum(population.n_rows for population in evaluation.populations.values())
-    modes = list(models)
-    changes = changes_since(served, features, published.features, modes, store) if served else None
-    gate = decide(evaluation, settings.gate, served, anchor)
-    gate = limit_removal(gate, changes, published.data, served, settings.gate, allowed=allow_removal)
-    release = build_release(
-        settings,
-        earlier,
-        content=content,
-        features=published.features,
-        quarantine=published.quarantine,
-        models=models,
-        indexes=indexes,
-        data=published.data,
-        evaluation=evaluation,
-        gate=gate,
-        tombstones=tombstones,
-        source_version=plan.source_version,
-        stages=costs.stages,
-    )
-    with costs.stage("report"):
-        write_report(store, release, evaluation, earlier)
-    release = release.replaced(stages=costs.stages)
-    history.record(release, earlier)
-    log.info("%s: %s", release.release, release.gate.sentence)
-    _show_in_prefect(store, release, evaluation)
-    # The release that was served until now may hold a person whose erasure was interrupted.
-    mark_erased_releases(history, tombstones)
-    apply_retention(store, settings.retention)
-    outcome = Outcome.measured(settings.store, release, evaluation, plan, results, time.monotonic() - started)
-    for warning in outcome.warnings:
-        log.warning("%s", warning)
-    return outcome
-
-
-def _compute(settings: PipelineSettings, plan: Plan, models: dict[str, ModelRef]) -> tuple[Plan, list[ShardResult]]:
-    """Reweight what is planned; return the results, and the plan as it is after all shards were read.
-
-    A shard may turn out bad only while it is read. Its last good features then own their ids, which the rows of other
-    shards may have taken over: the plan is made again, and those shards are computed without the rows.
-    """
-    results: list[ShardResult] = []
-    bad: list[ShardFault] = []
-    while plan.work:
-        found = reweight_all(settings, plan, models)
-        results += found
-        faults = [result.fault for result in found if result.fault is not None]
-        if not faults:
-            break
-        bad += faults
-        plan = plan_task(settings, models, bad)
-    return plan, results
-
-
-def _unchanged(settings: PipelineSettings, latest: Release, faults: Sequence[ShardFault], started: float) -> Outcome:
-    log.info("nothing changed since %s: no shard was computed", latest.release)
-    return Outcome.unchanged(settings.store, latest, faults, time.monotonic() - started)
-
-
-def _show_in_prefect(store: Location, release: Release, evaluation: Evaluation) -> None:
+def _show(outcome: Outcome) -> None:
+    """Show a new release in Prefect: its decision, its table, a link to its report."""
+    if outcome.evaluation is None or outcome.report is None:
+        return
     create_markdown_artifact(
-        markdown=f"# {release.release}\n\n{release.gate.sentence}\n\n{markdown_table(evaluation)}",
+        markdown=f"# {outcome.release}\n\n{outcome.status}: {outcome.reason}\n\n{markdown_table(outcome.evaluation)}",
         key="frontalis-modes",
-        description=f"verification per mode of {release.release}",
+        description=f"verification per mode of {outcome.release}",
     )
-    page = store / str(release.report)
     create_markdown_artifact(
-        markdown=f"# {release.release}\n\n{markdown_stages(release.stages)}",
+        markdown=f"# {outcome.release}\n\n{markdown_stages(outcome.stages)}",
         key="frontalis-stages",
-        description=f"time and memory of each stage that made {release.release}",
+        description=f"time and memory of each stage that made {outcome.release}",
     )
     create_link_artifact(
-        link=Path(page.uri).as_uri() if page.is_local else page.uri,
-        link_text=f"report of {release.release}",
+        link=outcome.report if "://" in outcome.report else Path(outcome.report).as_uri(),
+        link_text=f"report of {outcome.release}",
         key="frontalis-report",
     )

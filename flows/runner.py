@@ -1,4 +1,4 @@
-"""Where shard groups are worked on: threads of this process, or the workers of a Dask cluster.
+"""The stages of a run as Prefect sees them; shard groups on threads of this process, or the workers of a Dask cluster.
 
 The groups come from `tasks.plan`; the work on one is `tasks.reweight`. Both runners write the same files under
 the same names, so the store does not depend on which one did the work, or on a change of runner.
@@ -6,30 +6,30 @@ the same names, so the store does not depend on which one did the work, or on a 
 
 import logging
 import os
-import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import flow
 from prefect.futures import as_completed
 from prefect.settings import PREFECT_API_URL
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.utilities.annotations import opaque
 
+from flows.stages import TASKS, Unvisited, reweight_task
 from schemas.errors import SettingsError, first_line
 from schemas.releases import ModelRef
 from schemas.settings import PipelineSettings, RunnerSettings
 from tasks.plan import Plan, ShardWork
-from tasks.reweight import ReweightSpec, ShardResult, one_thread_each, stopping
-from tasks.stages import Unvisited, reweight_task
-
-log = logging.getLogger("frontalis.reprocess")
+from tasks.progress import Progress
+from tasks.reweight import ReweightSpec, ShardResult, one_thread_each
+from tasks.stages import NO_SERVER, Stages
 
 CONNECT_SECONDS = 10
-PROGRESS_SECONDS = 1.0
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def check_runner(runner: RunnerSettings) -> None:
@@ -44,10 +44,7 @@ def check_runner(runner: RunnerSettings) -> None:
     if find_spec("prefect_dask") is None:
         raise SettingsError("runner dask: prefect-dask is not installed; install the extra: pip install -e '.[dask]'.")
     if not PREFECT_API_URL.value():
-        raise SettingsError(
-            "runner dask: PREFECT_API_URL is not set, so every worker would start a Prefect server of its own; start "
-            "`prefect server start` and set PREFECT_API_URL to an address that the workers reach, too."
-        )
+        raise SettingsError(NO_SERVER)
     if runner.address:
         from distributed import Client
 
@@ -60,26 +57,36 @@ def check_runner(runner: RunnerSettings) -> None:
             ) from error
 
 
-def reweight_all(settings: PipelineSettings, plan: Plan, models: Mapping[str, ModelRef]) -> list[ShardResult]:
-    """Reweight every group of the plan on the runner of the settings, and log the progress.
+class PrefectStages(Stages):
+    """The stages as Prefect tasks; shard groups on the runner of the settings."""
 
-    Raises:
-        FrontalisError: as `tasks.reweight.reweight_group`; what is complete is kept.
-    """
-    workers = settings.runner.workers or os.cpu_count() or 1
-    stop = threading.Event()
-    stopping.set(stop)
-    _job.set(_Job(plan.groups, ReweightSpec.of(settings, models, plan.schema), stop))
-    run = _reweight_flow.with_options(task_runner=_task_runner(settings.runner, workers))
-    with one_thread_each(workers if settings.runner.kind == "threads" else 1):
-        return run()
+    def check(self, settings: PipelineSettings) -> None:
+        """Refuse a runner that cannot work; see `check_runner`."""
+        check_runner(settings.runner)
+
+    def call(self, name: str, stage: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Run the stage as the Prefect task that `flows.stages` makes of it."""
+        unvisited = {key: opaque(value) for key, value in named.items()}
+        result: T = TASKS[stage].with_options(task_run_name=name)(*map(opaque, arguments), **unvisited)
+        return result
+
+    def reweight(self, settings: PipelineSettings, plan: Plan, models: Mapping[str, ModelRef]) -> list[ShardResult]:
+        """Reweight every group of the plan, one task a group.
+
+        Raises:
+            FrontalisError: as `tasks.reweight.reweight_group`; what is complete is kept.
+        """
+        workers = settings.runner.workers or os.cpu_count() or 1
+        _job.set(_Job(plan.groups, ReweightSpec.of(settings, models, plan.schema)))
+        run = _reweight_flow.with_options(task_runner=_task_runner(settings.runner, workers))
+        with one_thread_each(workers if settings.runner.kind == "threads" else 1):
+            return run()
 
 
 @dataclass(frozen=True)
 class _Job:
     groups: Sequence[Sequence[ShardWork]]
     spec: ReweightSpec
-    stop: threading.Event
 
 
 # Prefect sends a flow and its parameters to Dask with every one of its tasks. What only the flow needs is handed over
@@ -89,28 +96,15 @@ _job: ContextVar[_Job] = ContextVar("job")
 
 def _reweight() -> list[ShardResult]:
     job = _job.get()
-    total = sum(work.rows for group in job.groups for work in group)
-    started = last = time.monotonic()
-    results: list[ShardResult] = []
-    done = 0
-    try:
+    progress, results = Progress(job.groups), list[ShardResult]()
+    with progress.stopped_together():
         futures = {}
         for number, group in enumerate(job.groups):
             named = reweight_task.with_options(task_run_name=f"reweight-{number + 1:04d}-of-{len(job.groups):04d}")
-            futures[named.submit(Unvisited(group), Unvisited(job.spec))] = sum(work.rows for work in group)
+            futures[named.submit(Unvisited(group), Unvisited(job.spec))] = group
         for future in as_completed(list(futures)):
             results += future.result()
-            done += futures[future]
-            now = time.monotonic()
-            if now - last > PROGRESS_SECONDS or done == total:
-                rate = done / max(now - started, 1e-9)
-                log.info("reweight: %s of %s rows, %s rows/s, %.0f s left", f"{done:,}", f"{total:,}", f"{rate:,.0f}",
-                         (total - done) / rate)  # fmt: skip
-                last = now
-    except BaseException:  # Ctrl-C, SIGTERM, a cancelled run, a group that failed for good
-        job.stop.set()
-        log.warning("reweight: stopped; %s of %s rows are done and kept", f"{done:,}", f"{total:,}")
-        raise
+            progress.add(futures[future])
     return results
 
 

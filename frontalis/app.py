@@ -6,7 +6,6 @@ A command registers itself with `command`, here or in a module of `frontalis.com
 import logging
 import math
 import os
-import warnings
 from collections.abc import Callable
 from typing import Annotated, TypeVar
 
@@ -66,9 +65,6 @@ def _start(
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")  # `run_flow` names a server that is lost
     os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", str(REQUEST_RETRIES))
-    warnings.filterwarnings("ignore", "Failed to create the Prefect home", UserWarning)  # `run_flow` refuses it
     # Nothing leaves the machine, usage statistics included.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    # Without a server Prefect starts one for the run; on a busy machine its 20 s are too short.
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")

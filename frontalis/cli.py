@@ -7,15 +7,19 @@ command that needs them, so that `--help` and a mistyped option answer at once.
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from frontalis.app import WAIT, AsJson, Store, a_number, app, command
 from frontalis.commands import query  # noqa: F401 - registers itself
 from frontalis.process import run
-from frontalis.server import require_home, run_flow
+from frontalis.server import run_flow, uses_prefect
 from schemas.errors import ExitCode, SettingsError
+
+if TYPE_CHECKING:
+    from schemas.settings import PipelineSettings
+    from tasks.outcome import Outcome
 
 ROWS = 1_000_000_000  # of synthetic shards; beyond it a number is a mistake
 Wait = Annotated[float, WAIT]
@@ -73,28 +77,35 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train one checkpoint and measure it on held-out subjects."""
-    require_home()
-    from flows.train import train as flow
-    from frontalis.printing import print_trained
+    from schemas.settings import training
     from storage.location import Location
+
+    values: dict[str, Any] = {
+        "sources": sources,
+        "out": out,
+        "mode": mode,
+        "augment": augment,
+        "architecture": architecture,
+        "loss": loss,
+        "seed": seed,
+        "steps": steps,
+        "validation": validation,
+        "test": test,
+        "columns": _columns(column),
+        "skip_bad_rows": skip_bad_rows,
+    }
+    settings = training(**values)
+    from frontalis.printing import print_trained
+    from tasks.training.stop import train_until_stopped
 
     before = Location(out).entry()
     try:
-        trained = run_flow(
-            flow,
-            sources=sources,
-            out=out,
-            mode=mode,
-            augment=augment,
-            architecture=architecture,
-            loss=loss,
-            seed=seed,
-            steps=steps,
-            validation=validation,
-            test=test,
-            columns=_columns(column),
-            skip_bad_rows=skip_bad_rows,
-        )
+        if uses_prefect():
+            from flows.train import train as flow
+
+            trained = run_flow(flow, **values)
+        else:
+            trained = train_until_stopped(settings)
     finally:
         if Location(out).entry() != before:
             context.obj.kept = f"{out} is the best model so far"
@@ -144,20 +155,30 @@ def reprocess(
         changes["gate"]["drop_modes"] = tuple(drop_mode)
     settings = pipeline(**changes)
 
-    require_home()
-    from flows.reprocess import reprocess as flow
     from frontalis.printing import print_outcome
-    from tasks.outcome import CompletedWithBadShardsError, Outcome
+    from tasks.outcome import CompletedWithBadShardsError
 
-    try:
-        outcome = run_flow(flow, settings=settings, allow_removal=allow_removal)
-    except CompletedWithBadShardsError as error:
-        print_outcome(error.outcome, as_json)
-        raise
-    assert isinstance(outcome, Outcome)
+    outcome = _reprocess(settings, allow_removal)
     print_outcome(outcome, as_json)
+    if outcome.data.bad_shards:
+        raise CompletedWithBadShardsError(outcome)
     if outcome.status == "rejected":
         raise typer.Exit(ExitCode.REJECTED)
+
+
+def _reprocess(settings: "PipelineSettings", allow_removal: bool) -> "Outcome":
+    from tasks.outcome import CompletedWithBadShardsError
+    from tasks.reprocess import reprocess
+
+    if not uses_prefect():
+        return reprocess(settings, allow_removal=allow_removal)
+    from flows.reprocess import reprocess as flow
+
+    try:
+        outcome: Outcome = run_flow(flow, settings=settings, allow_removal=allow_removal)
+    except CompletedWithBadShardsError as error:
+        return error.outcome
+    return outcome
 
 
 @command(kept="nothing was changed")
@@ -171,13 +192,15 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a release again, on its own features."""
-    require_home()
-    from flows.evaluate import evaluate as flow
     from frontalis.printing import print_evaluation
-    from schemas.reports import Evaluation
+    from tasks.evaluation.released import evaluate_release
 
-    result = run_flow(flow, store=store, release=release, pairs=pairs, resamples=resamples)
-    assert isinstance(result, Evaluation)
+    if uses_prefect():
+        from flows.evaluate import evaluate as flow
+
+        result = run_flow(flow, store=store, release=release, pairs=pairs, resamples=resamples)
+    else:
+        result = evaluate_release(store, release, pairs=pairs, resamples=resamples)
     print_evaluation(result, as_json)
 
 

@@ -1,9 +1,8 @@
-"""The Prefect server that a flow needs: found or started before the flow, and named where it stops answering."""
+"""The Prefect server that a command reports to, where one is configured: asked first, and named where it is lost."""
 
+import contextlib
 import os
 import re
-import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,60 @@ class ServerLostError(FrontalisError):
     exit_code = ExitCode.FAILED
 
 
+def uses_prefect() -> bool:
+    """Return whether a Prefect server is configured, so that commands show there as flow runs.
+
+    Prefect takes seconds to load. It is asked only where a place that it reads its settings from exists.
+
+    Raises:
+        SettingsError: as `require_home`.
+    """
+    if os.environ.get("PREFECT_API_URL"):
+        require_home()
+        return True
+    home = Path(os.environ.get("PREFECT_HOME") or os.path.expanduser("~/.prefect"))  # noqa: PTH111 - may be nobody's
+    places = [home / "profiles.toml", Path("prefect.toml"), Path(".env")]
+    named = {"PREFECT_PROFILE", "PREFECT_PROFILES_PATH"} & os.environ.keys()
+    if not (named or any(os.path.isfile(place) for place in places) or _in_pyproject()):  # noqa: PTH113 - no errors
+        return False
+    from prefect.settings import PREFECT_API_URL
+
+    return bool(PREFECT_API_URL.value())
+
+
+def _in_pyproject() -> bool:
+    with contextlib.suppress(OSError, UnicodeError):
+        return "[tool.prefect" in Path("pyproject.toml").read_text("utf-8")
+    return False
+
+
+def require_home() -> None:
+    """Return if Prefect can be imported: it asks for the home directory, and reads its profiles there.
+
+    Raises:
+        SettingsError: this user has no home directory, or must not read it.
+    """
+    try:
+        home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+        (home / "profiles.toml").exists()
+    except RuntimeError as error:
+        raise SettingsError(
+            f"HOME is not set, and user {os.getuid()} has no home directory; set HOME to a folder of yours."
+        ) from error
+    except OSError as error:
+        raise SettingsError(
+            f"PREFECT_HOME = {home}: cannot be read ({error.strerror}); set PREFECT_HOME to a folder of yours."
+        ) from error
+
+
 def run_flow(flow: Any, **parameters: Any) -> Any:
     """Run a Prefect flow in this process and return its result, or raise what it raised.
 
     Raises:
-        SettingsError: as `ensure_server`.
+        SettingsError: as `check_server`.
         ServerLostError: the server stopped answering. What is complete is kept.
     """
-    ensure_server()
+    check_server()
     try:
         result = flow(**parameters, return_state=True).result(raise_on_failure=False)
     except Exception as error:
@@ -42,8 +87,8 @@ def run_flow(flow: Any, **parameters: Any) -> Any:
     for cause in causes:
         if _is_of_the_server(cause):
             raise ServerLostError(
-                f"{_server()} stopped answering ({first_line(cause, 200)}). What is complete is kept: run the same "
-                "command again once a server is there."
+                f"the Prefect server at {_without_password(_url())} stopped answering ({first_line(cause, 200)}). What "
+                "is complete is kept: run the same command again once a server is there."
             ) from result
     raise result
 
@@ -63,35 +108,28 @@ def _is_of_the_server(error: BaseException) -> bool:
     return isinstance(error, TransportError)
 
 
-def _server() -> str:
-    from prefect.settings import PREFECT_API_URL
-
-    url = PREFECT_API_URL.value()
-    return f"the Prefect server at {_without_password(url)}" if url else "Prefect's temporary server"
-
-
 def _without_password(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//", url)
 
 
-def ensure_server() -> None:
-    """Return once the Prefect server of `PREFECT_API_URL` has answered or, where that is unset, a temporary one runs.
+def _url() -> str:
+    from prefect.settings import PREFECT_API_URL
+
+    return str(PREFECT_API_URL.value())
+
+
+def check_server() -> None:
+    """Return once the Prefect server of `PREFECT_API_URL` has answered.
 
     Prefect itself would end with a traceback, in some cases after minutes.
 
     Raises:
-        SettingsError: no Prefect server answers within `SERVER_ANSWER_SECONDS`, or the temporary one does not start
-            or has no folder to write to.
+        SettingsError: no Prefect server answers within `SERVER_ANSWER_SECONDS`.
     """
     from prefect import settings
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
 
-    url = settings.PREFECT_API_URL.value()
-    if not url:
-        _check_home(Path(settings.PREFECT_HOME.value()))
-        _start_temporary_server()
-        return
     once = {settings.PREFECT_CLIENT_MAX_RETRIES: 0, settings.PREFECT_API_REQUEST_TIMEOUT: SERVER_ANSWER_SECONDS}
     try:
         with settings.temporary_settings(once), get_client(sync_client=True) as client:
@@ -101,59 +139,6 @@ def ensure_server() -> None:
         if isinstance(error, PrefectHTTPStatusError):
             why = f"{error.response.status_code} {error.response.reason_phrase}"
         raise SettingsError(
-            f"PREFECT_API_URL = {_without_password(url)}: no Prefect server answers there ({why}); start one with "
-            "`prefect server start`, or unset PREFECT_API_URL."
+            f"PREFECT_API_URL = {_without_password(_url())}: no Prefect server answers there ({why}); start one with "
+            "`prefect server start`, or unset PREFECT_API_URL to run without Prefect."
         ) from error
-
-
-def _start_temporary_server() -> None:
-    """Start the server that Prefect would start with the flow, but with SIGINT blocked, which it inherits.
-
-    Ctrl-C in a terminal goes to every process of the command. A server that obeyed would be gone before the flow could
-    report its end. Prefect ends the server when this process exits.
-    """
-    from prefect.client.orchestration import get_client
-
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        get_client(sync_client=True)
-    except RuntimeError as error:
-        raise SettingsError(
-            f"Prefect's temporary server did not start ({first_line(error)}); start one with `prefect server start`, "
-            "and set PREFECT_API_URL to its address."
-        ) from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def require_home() -> None:
-    """Return if Prefect can be imported: it asks for the home directory, and reads its profiles there.
-
-    Raises:
-        SettingsError: this user has no home directory, or must not read it.
-    """
-    try:
-        home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
-        (home / "profiles.toml").exists()
-    except RuntimeError as error:
-        raise SettingsError(
-            f"HOME is not set, and user {os.getuid()} has no home directory; set HOME to a folder of yours."
-        ) from error
-    except OSError as error:
-        raise _unusable(home, "read", error) from error
-
-
-def _check_home(home: Path) -> None:
-    """Refuse a PREFECT_HOME in which the temporary server could write nothing: it would retry for minutes."""
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=home):
-            pass
-    except OSError as error:
-        raise _unusable(home, "written", error) from error
-
-
-def _unusable(home: Path, what: str, error: OSError) -> SettingsError:
-    return SettingsError(
-        f"PREFECT_HOME = {home}: cannot be {what} ({error.strerror}); set PREFECT_HOME to a folder of yours."
-    )

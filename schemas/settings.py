@@ -285,6 +285,15 @@ def pipeline(**values: object) -> PipelineSettings:
     return checked(PipelineSettings, values)
 
 
+def training(**values: object) -> TrainingSettings:
+    """Build settings of a training from plain values; None stands for the default.
+
+    Raises:
+        SettingsError: a setting is missing, unknown or out of range; the message names each.
+    """
+    return checked(TrainingSettings, {name: value for name, value in values.items() if value is not None})
+
+
 def checked(kind: type[Checked], values: object) -> Checked:
     """Validate values as settings of a kind; a failure is a `SettingsError` that names each setting."""
     try:

@@ -1,78 +1,60 @@
-"""The stages as Prefect tasks: names, retries and tags. What a stage does is the plain function it wraps.
+"""How a run calls its stages: directly, in this process. `flows.runner` has the stages that Prefect sees."""
 
-Arguments and results are settings, paths, digests and counts, never arrays. Only transient failures are retried,
-such as a store that does not answer; bad input is not.
-"""
+import contextvars
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import ParamSpec, TypeVar
 
-from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from schemas.errors import SettingsError
+from schemas.releases import ModelRef
+from schemas.settings import PipelineSettings
+from tasks.plan import Plan
+from tasks.progress import Progress
+from tasks.reweight import ReweightSpec, ShardResult, one_thread_each, reweight_group
 
-from prefect import Task, task
-from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
-
-from schemas.errors import FrontalisError, StoreBusyError, StoreError
-from storage.permissions import restrict_new_files
-from tasks.evaluate import evaluate
-from tasks.index import index_mode
-from tasks.plan import ShardWork, make_plan, prepare_models
-from tasks.publish import publish
-from tasks.reweight import ReweightSpec, ShardResult, reweight_group
-
+NO_SERVER = (
+    "runner dask: PREFECT_API_URL is not set, so every worker would start a Prefect server of its own; start `prefect "
+    "server start` and set PREFECT_API_URL to an address that the workers reach, too."
+)
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-async def is_transient(_task: Task[..., Any], _run: object, state: State[Any]) -> bool:
-    """Return whether a retry can help: not for refusals, but for a store that failed to answer."""
-    try:
-        await state.aresult()
-    except StoreBusyError:
-        return False
-    except StoreError:
-        return True
-    except FrontalisError:
-        return False
-    except OSError:
-        return True
-    except BaseException:  # a defect: the same again would fail again
-        return False
-    return False
+class Stages:
+    """How a run calls its stages: directly, in this process. `flows.runner` has those that Prefect sees."""
 
+    def check(self, settings: PipelineSettings) -> None:
+        """Refuse settings that these stages cannot serve, before anything is done.
 
-class Unvisited(Generic[T]):
-    """An argument that Prefect and Dask pass on unvisited, to a thread or to another machine.
+        Raises:
+            SettingsError: the runner needs a Prefect server.
+        """
+        if settings.runner.kind == "dask":
+            raise SettingsError(NO_SERVER)
 
-    They visit lists and dataclasses in search of futures, which takes longer than the work where these are large. Dask
-    turns Prefect's own `opaque` into a plain tuple on the way.
-    """
+    def call(self, name: str, stage: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:  # noqa: ARG002
+        """Return what the stage returns for these arguments; `name` is what a person reads."""
+        return stage(*arguments, **named)
 
-    __slots__ = ("value",)
+    def reweight(self, settings: PipelineSettings, plan: Plan, models: Mapping[str, ModelRef]) -> list[ShardResult]:
+        """Reweight every group of the plan in threads of this process.
 
-    def __init__(self, value: T) -> None:
-        self.value = value
-
-
-def reweight_unvisited(group: Unvisited[Sequence[ShardWork]], spec: Unvisited[ReweightSpec]) -> list[ShardResult]:
-    """Reweight a group, perhaps on a Dask worker; see `tasks.reweight.reweight_group`."""
-    restrict_new_files()
-    return reweight_group(group.value, spec.value)
-
-
-def _stage(name: str, retries: int = 0) -> Any:
-    return task(
-        name=name,
-        tags=["frontalis"],
-        retries=retries,
-        retry_delay_seconds=2,
-        retry_condition_fn=is_transient,
-        cache_policy=NO_CACHE,
-        persist_result=False,
-    )
-
-
-models_task = _stage("models")(prepare_models)
-plan_task = _stage("plan")(make_plan)
-reweight_task = _stage("reweight", retries=2)(reweight_unvisited)
-publish_task = _stage("publish")(publish)
-index_task = _stage("index", retries=1)(index_mode)
-evaluate_task = _stage("evaluate")(evaluate)
+        Raises:
+            FrontalisError: as `tasks.reweight.reweight_group`; what is complete is kept.
+        """
+        workers = settings.runner.workers or os.cpu_count() or 1
+        spec = ReweightSpec.of(settings, models, plan.schema)
+        progress, results = Progress(plan.groups), list[ShardResult]()
+        with one_thread_each(workers), ThreadPoolExecutor(workers) as pool, progress.stopped_together():
+            futures = {
+                pool.submit(contextvars.copy_context().run, reweight_group, group, spec): group for group in plan.groups
+            }
+            try:
+                for future in as_completed(futures):
+                    results += future.result()
+                    progress.add(futures[future])
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return results

@@ -1,6 +1,6 @@
 """A source and two models small enough for seconds, and stores made of them in this process.
 
-`run_stages` does the work without Prefect, index and evaluation; `run_pipeline` runs the whole flow against the server.
+`run_stages` does the work up to the commit, without index and evaluation; `run_pipeline` runs the whole job.
 """
 
 import json
@@ -15,9 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
-from flows.reprocess import reprocess
 from models.architectures import build
 from models.checkpoint import library_versions, save
 from models.se import gather_statistics
@@ -38,6 +36,7 @@ from tasks.index import index_mode
 from tasks.outcome import Outcome
 from tasks.plan import Plan, make_plan, prepare_models
 from tasks.publish import Published, publish
+from tasks.reprocess import reprocess
 from tasks.reweight import ReweightSpec, ShardResult, reweight_group
 from tasks.synthetic.shards import synthesize
 
@@ -233,18 +232,13 @@ class Person:
 
 
 @pytest.fixture(scope="session")
-def run_pipeline(prefect_server, pipeline_of) -> Iterator[Callable[..., Outcome]]:
-    """`run_pipeline(source, store, **settings)` runs the whole flow in this process."""
+def run_pipeline(pipeline_of) -> Callable[..., Outcome]:
+    """`run_pipeline(source, store, **settings)` runs the whole job in this process, without Prefect."""
 
     def run(source: str | Path, store: str | Path, *, allow_removal: bool = False, **settings: object) -> Outcome:
-        chosen = pipeline_of(source, store, **settings)
-        state = reprocess(settings=chosen, allow_removal=allow_removal, return_state=True)
-        outcome = state.result(raise_on_failure=not isinstance(state.data, Outcome))
-        assert isinstance(outcome, Outcome)
-        return outcome
+        return reprocess(pipeline_of(source, store, **settings), allow_removal=allow_removal)
 
-    with temporary_settings({PREFECT_API_URL: prefect_server.url, PREFECT_LOGGING_TO_API_ENABLED: False}):
-        yield run
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from flows.train import StopSignals
 from frontalis.app import kept_by
 from frontalis.cli import app
 from models.checkpoint import load
@@ -20,6 +19,7 @@ from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
 from tasks.synthetic.shards import synthesize
+from tasks.training.stop import StopSignals
 
 pytestmark = pytest.mark.e2e
 IN_COMPILED_CODE = """

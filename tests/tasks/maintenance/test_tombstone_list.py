@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows.reprocess import run as reprocess
 from frontalis.cli import app
 from frontalis.process import Command
 from models.checkpoint import load
@@ -27,6 +26,7 @@ from tasks.maintenance.targets import Target, read_targets
 from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
 from tasks.query import answer
+from tasks.reprocess import reprocess
 
 ZOE = "Zo\u00eb Quist"
 ROWS, DIM = 8, 32

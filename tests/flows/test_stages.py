@@ -8,8 +8,11 @@ from prefect import flow
 from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Completed, Crashed, Failed
 
+from flows import stages
 from schemas.errors import BadShardError, SettingsError, StoreBusyError, StoreError
-from tasks import stages
+from tasks.evaluate import evaluate
+from tasks.plan import make_plan
+from tasks.publish import publish
 
 
 @pytest.mark.parametrize(
@@ -29,11 +32,11 @@ from tasks import stages
 )
 @pytest.mark.parametrize("kind", [Failed, Crashed])
 def test_only_trouble_that_is_transient_is_tried_again(kind: Any, error: BaseException, again: bool) -> None:
-    assert asyncio.run(stages.is_transient(stages.plan_task, None, kind(data=error))) is again
+    assert asyncio.run(stages.is_transient(stages.TASKS[make_plan], None, kind(data=error))) is again
 
 
 def test_what_ended_well_is_not_tried_again() -> None:
-    assert asyncio.run(stages.is_transient(stages.plan_task, None, Completed(data=3))) is False
+    assert asyncio.run(stages.is_transient(stages.TASKS[make_plan], None, Completed(data=3))) is False
 
 
 @pytest.fixture
@@ -83,16 +86,16 @@ def test_bad_input_is_worked_on_once(run_stage) -> None:
     assert len(work.left) == 1
 
 
-@pytest.mark.parametrize("name", ["publish_task", "plan_task"])
-def test_a_commit_and_a_plan_are_never_done_twice(run_stage, name: str) -> None:
+@pytest.mark.parametrize("stage", [publish, make_plan])
+def test_a_commit_and_a_plan_are_never_done_twice(run_stage, stage) -> None:
     work = failing([StoreError("the commit failed"), StoreError("never reached")])
     with pytest.raises(StoreError, match="the commit failed"):
-        run_stage(getattr(stages, name), work)
+        run_stage(stages.TASKS[stage], work)
     assert len(work.left) == 1
 
 
 def test_a_stage_is_worked_on_again_with_the_same_arguments(run_stage) -> None:
     calls: list[int] = []
     for _ in range(2):
-        run_stage(stages.evaluate_task, lambda: calls.append(1))
+        run_stage(stages.TASKS[evaluate], lambda: calls.append(1))
     assert len(calls) == 2
