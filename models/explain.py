@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from models.dual_branch import DualBranchEnsemble, DualBranchSENet, members_of
@@ -139,4 +138,6 @@ def rank_correlation(a: Floats, b: Floats) -> float | None:
     a, b = a[known], b[known]
     if len(np.unique(a)) < 2 or len(np.unique(b)) < 2:
         return None
+    from scipy.stats import spearmanr  # loaded for this only
+
     return float(spearmanr(a, b).statistic)

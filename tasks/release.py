@@ -17,7 +17,6 @@ import torch
 from models.checkpoint import Checkpoint, library_versions
 from models.explain import agreement, member_weights, summarise, top_channels
 from models.inference import normalise
-from reports.html import draw, render_report
 from schemas.features import digest_of
 from schemas.metrics import RAW, measured_modes
 from schemas.releases import IndexRef, ModelRef, Release, release_name
@@ -141,6 +140,8 @@ def write_report(store: Location, release: Release, evaluation: Evaluation, earl
     Raises:
         StoreError: the store cannot be written.
     """
+    from reports import html  # Matplotlib loads only once there is something to draw
+
     gate = checked(PipelineSettings, release.settings).gate
     report = ReportInput(
         release=release.release,
@@ -155,12 +156,12 @@ def write_report(store: Location, release: Release, evaluation: Evaluation, earl
         provenance=provenance(release),
     )
     folder = report_folder(release.release)
-    drawn = draw(report)
+    drawn = html.draw(report)
     for plot in (plot for figure in drawn for plot in figure.plots):
         (store / f"{folder}/{REPORT_PLOTS}/{plot.name}.svg").write_bytes(plot.svg)
     metrics = {"release": json.loads(release.model_dump_json()), "evaluation": json.loads(evaluation.model_dump_json())}
     (store / f"{folder}/{REPORT_METRICS}").write_bytes(json.dumps(metrics, indent=1).encode())
-    (store / f"{folder}/{REPORT_PAGE}").write_bytes(render_report(report, drawn).encode())
+    (store / f"{folder}/{REPORT_PAGE}").write_bytes(html.render_report(report, drawn).encode())
 
 
 def release_weights(store: Location, release: Release) -> list[ChannelWeights]:

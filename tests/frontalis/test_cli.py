@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
 from frontalis.cli import app
 from frontalis.process import Command
@@ -18,18 +21,40 @@ NAMED_PIPE = "is a named pipe, not a regular file"
 pytestmark = pytest.mark.timeout(600)  # the whole job takes minutes on a busy machine
 
 
-@pytest.fixture(scope="module")
-def shell(prefect_server):
-    """Run `frontalis …` and return the finished process."""
+@dataclass(frozen=True)
+class Done:
+    """A finished command: what it printed, or its refusal."""
 
-    def run(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "frontalis", *map(str, words)]
-        done = subprocess.run(command, env=prefect_server.env, capture_output=True, text=True, timeout=170, check=False)
-        assert done.returncode == code, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
-        return done
+    stdout: str
+    stderr: str
+
+
+Shell = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def shell() -> Shell:
+    """`shell(*words, code=0)` types `frontalis …` in this process. How a process ends is shown in `test_process.py`."""
+
+    def run(*words: object, code: int = 0) -> Done:
+        done = CliRunner().invoke(app, [str(word) for word in words], obj=Command())
+        refusal = done.exception if isinstance(done.exception, FrontalisError) else None
+        if refusal is None and done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert (refusal.exit_code if refusal else done.exit_code) == code, f"{words}: {done.output}{refusal}"
+        return Done(done.stdout, f"{done.stderr}{refusal or ''}")
 
     return run
+
+
+def in_a_process(*words: object) -> Done:
+    """Run `frontalis …` as a process of its own that finds no Prefect server."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    command = [sys.executable, "-m", "frontalis", *map(str, words)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return Done(done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +81,7 @@ def job(shell, tmp_path_factory) -> Path:
         assert card["mode"] == mode
         assert card["embedding_dim"] == 32
         assert (folder / f"{mode}.safetensors.md").read_text().startswith("# ")
-    done = reprocess(shell, folder, "--json")
-    outcome = json.loads(done.stdout)
+    outcome = json.loads(reprocess(in_a_process, folder, "--json").stdout)
     assert outcome["status"] == "promoted"
     assert outcome["shards_computed"] == 3
     data = outcome["data"]
@@ -66,9 +90,9 @@ def job(shell, tmp_path_factory) -> Path:
     return folder
 
 
-def reprocess(shell, folder: Path, *more: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+def reprocess(shell: Shell, folder: Path, *more: object) -> Done:
     models = [f"--model={mode}={folder}/{mode}.safetensors" for mode in ("per_sample", "batch_stat")]
-    return shell("reprocess", "--source", folder / "shards", "--store", folder / "store", *models, *more, code=code)
+    return shell("reprocess", "--source", folder / "shards", "--store", folder / "store", *models, *more)
 
 
 def test_second_run_does_no_work_and_says_so(shell, job) -> None:
@@ -188,9 +212,7 @@ def test_report_is_written(job) -> None:
         (["reprocess", "--config", "/dev/zero"], "is a device, not a regular file"),
     ],
 )
-@pytest.mark.usefixtures("run_pipeline")  # which points Prefect to the session's server
 def test_refusals_name_the_thing_and_the_way_out(job, tmp_path, capsys, words, message) -> None:
-    """In this process: that a refusal ends it with one line and this exit code is shown in `test_process.py`."""
     os.mkfifo(tmp_path / "pipe.npy")
     filled = [word.format(store=job / "store", tmp=tmp_path) for word in words]
     with pytest.raises(FrontalisError) as refused:

@@ -68,7 +68,7 @@ def test_nobody_listens(nobody, tiny_source, tiny_models, tmp_path, command: str
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"frontalis: PREFECT_API_URL = {nobody}/api: no Prefect server answers there ([Errno 111] Connection refused); "
-        "start one with `prefect server start`, or unset PREFECT_API_URL.\n"
+        "start one with `prefect server start`, or unset PREFECT_API_URL to run without Prefect.\n"
     )
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
@@ -91,7 +91,7 @@ def test_no_such_host_or_a_server_in_trouble(broken, tmp_path, url: str, shown: 
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"frontalis: PREFECT_API_URL = {shown or url}: no Prefect server answers there (")
-    assert line.endswith("start one with `prefect server start`, or unset PREFECT_API_URL.")
+    assert line.endswith("start one with `prefect server start`, or unset PREFECT_API_URL to run without Prefect.")
     assert any(part in line for part in why.split("|"))
 
 
@@ -138,19 +138,23 @@ def test_a_server_that_dies_during_a_run_is_named_and_the_next_run_finishes(
     assert release.serving
 
 
-def test_a_prefect_home_that_cannot_be_written_is_refused_at_once(tmp_path) -> None:
+def test_without_a_server_no_prefect_is_loaded(tmp_path) -> None:
+    """Also where HOME cannot be used: Prefect would keep its files there."""
     (tmp_path / "home").touch()  # a file in the place of the folder stops root as well
     env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    command = [sys.executable, "-m", "frontalis", "evaluate", "--store", str(tmp_path)]
-    for given, home in (
-        ({"PREFECT_HOME": str(tmp_path / "home")}, tmp_path / "home"),
-        ({"HOME": str(tmp_path / "home")}, tmp_path / "home/.prefect"),
+    code = "import sys; from frontalis.server import uses_prefect; print(uses_prefect(), 'prefect' in sys.modules)"
+    for home, url, expected in (
+        (tmp_path / "home", None, "False False"),
+        (tmp_path / "home", "http://127.0.0.1:9/api", "True False"),
+        (tmp_path, None, "True True"),  # the profile there has a server
     ):
-        done = subprocess.run(command, env=env | given, capture_output=True, text=True, timeout=120, check=False)
-        assert (done.returncode, done.stdout) == (2, "")
-        (line,) = done.stderr.splitlines()
-        assert line.startswith(f"frontalis: PREFECT_HOME = {home}: cannot be written (")
-        assert line.endswith("; set PREFECT_HOME to a folder of yours.")
+        (tmp_path / ".prefect").mkdir(exist_ok=True)
+        (tmp_path / ".prefect/profiles.toml").write_text('active = "x"\n[profiles.x]\nPREFECT_API_URL = "http://h/api"')
+        given = {"HOME": str(home)} | ({"PREFECT_API_URL": url} if url else {})
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env | given, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.stdout.strip() == expected, done.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "reprocess", "evaluate"])
@@ -165,6 +169,7 @@ def test_a_home_that_prefect_needs_and_cannot_use_is_named(
         assert process._run(cli.app, process.Command()) == 2
         return capsys.readouterr().err
 
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     monkeypatch.delenv("PREFECT_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / ("x" * 300)))  # cannot be read, not even by root
     assert run() == (

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from models.checkpoint import load
+from reports import html
 from schemas.releases import IndexRef, Release
 from schemas.reports import Estimate, Evaluation, GateDecision, ReportInput
 from schemas.settings import PipelineSettings
@@ -120,11 +121,9 @@ def reported(settings, release, report_input: ReportInput, monkeypatch: pytest.M
     """`reported(earlier)`: what the page of the release was rendered from; its plots are left out, to be quick."""
     evaluation = report_input.evaluation.model_copy(update={"release": release.release})
     seen: list[ReportInput] = []
-    true = release_module.render_report
-    monkeypatch.setattr(release_module, "draw", lambda report: [])
-    monkeypatch.setattr(
-        release_module, "render_report", lambda report, drawn: seen.append(report) or true(report, drawn)
-    )
+    true = html.render_report
+    monkeypatch.setattr(html, "draw", lambda report: [])
+    monkeypatch.setattr(html, "render_report", lambda report, drawn: seen.append(report) or true(report, drawn))
 
     def write(earlier: list[Release]) -> ReportInput:
         write_report(Location(settings.store), release, evaluation, earlier)
