@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -11,7 +12,7 @@ from prefect.states import State
 from flows.evaluate import evaluate
 from flows.reprocess import reprocess
 from schemas.errors import SettingsError
-from tasks.outcome import CompletedWithBadShardsError, Outcome
+from tasks.outcome import CompletedWithBadShardsError
 from tests.pipeline_fixtures import MILD_GATE
 
 
@@ -26,7 +27,7 @@ def flow_run(pipeline_of, tiny_source, tmp_path):
     """`flow_run(**settings)` runs the flow over a copy of the tiny source into one store and returns its state."""
     shutil.copytree(tiny_source, tmp_path / "source")
 
-    def run(**settings: object) -> State[Outcome]:
+    def run(**settings: object) -> State[Any]:
         chosen = pipeline_of(tmp_path / "source", tmp_path / "store", **settings)
         return reprocess(settings=chosen, return_state=True)
 

@@ -229,5 +229,5 @@ def test_unknown_option_is_refused(shell) -> None:
 def test_public_names() -> None:
     import frontalis
 
-    assert sorted(frontalis.__all__) == ["DualBranchSENet", "SEBlock"]
+    assert sorted(frontalis.__all__) == ["DualBranchSENet", "SEBlock", "Store", "open_store"]
     assert all(hasattr(frontalis, name) for name in frontalis.__all__)
