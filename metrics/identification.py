@@ -22,7 +22,9 @@ from schemas.reports import Estimate
 RANKS = (1, 5, 10)
 FPIR_POINTS = (1e-1, 1e-2, 1e-3)
 
-_BLOCK = (256, 32_768)  # probes, gallery rows: 64 MB of search keys
+_BLOCK = (512, 4_096)  # probes, gallery rows: 8 MB of scores
+_FIRST_ROWS = 1024
+_BITS_OF_TWO = 0x40000000  # of a float32
 _ROW_BITS = 39  # with the 24 bits of a score just within an int64
 
 
@@ -127,11 +129,12 @@ def exact_search(
     keys = torch.full((len(asked), k), -1, dtype=torch.int64, device=device)
     for start in range(0, len(asked), _BLOCK[0]):
         these = slice(start, start + _BLOCK[0])
-        for first in range(0, len(enrolled), _BLOCK[1]):
-            found = torch.cat(
-                [keys[these], _search_keys(asked[these], enrolled[first : first + _BLOCK[1]], first)], dim=1
-            )
-            keys[these] = found.topk(k, dim=1).values
+        first = 0
+        while first < len(enrolled):
+            # As many rows as were seen: then few of them, about k of each block, are among the best so far.
+            last = first + min(_BLOCK[1], max(first, k, _FIRST_ROWS))
+            keys[these] = _merged(keys[these], asked[these], enrolled[first:last], first)
+            first = last
     keys_found = keys.cpu().numpy()
     rows = (1 << _ROW_BITS) - 1 - (keys_found & ((1 << _ROW_BITS) - 1))
     scores = ((keys_found >> _ROW_BITS) / SCORES_PER_UNIT - 1).astype(np.float32)
@@ -273,8 +276,18 @@ def _fnir(scores: ScoreCounts, target: float) -> Estimate:
     return Estimate(value=None, reason=reason)
 
 
-def _search_keys(asked: torch.Tensor, enrolled: torch.Tensor, first_row: int) -> torch.Tensor:
-    """One integer for score and row: the larger key is the better score or, on a tie, the lower row."""
-    bits = shift_to_grid(asked @ enrolled.T).view(torch.int32).to(torch.int64) - 0x40000000
-    rows = torch.arange(first_row, first_row + len(enrolled), device=asked.device)
-    return (bits << _ROW_BITS) + ((1 << _ROW_BITS) - 1 - rows)
+def _merged(best: torch.Tensor, asked: torch.Tensor, enrolled: torch.Tensor, first_row: int) -> torch.Tensor:
+    """Return the best keys of each probe, `[probes, k]`, falling, after further gallery rows.
+
+    A key is one integer for score and row: the larger one is the better score or, on a tie, the lower row.
+    """
+    scores = shift_to_grid(asked @ enrolled.T).view(torch.int32)
+    scores -= _BITS_OF_TWO
+    lowest = (best[:, -1:] >> _ROW_BITS).to(torch.int32)
+    probe, row = (scores >= lowest).nonzero(as_tuple=True)
+    keys = (scores[probe, row].to(torch.int64) << _ROW_BITS) + ((1 << _ROW_BITS) - 1 - first_row) - row
+    found = torch.bincount(probe, minlength=len(best))
+    place = torch.arange(len(probe), device=probe.device) - (found.cumsum(0) - found)[probe]
+    candidates = best.new_full((len(best), int(found.max())), -1)
+    candidates[probe, place] = keys
+    return torch.cat([best, candidates], dim=1).topk(best.shape[1], dim=1).values

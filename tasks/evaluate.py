@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from metrics.allpairs import AllPairs
 from models.inference import Reweighter
 from schemas.errors import BadModelError, StoreError
 from schemas.index import IndexSettings
@@ -89,21 +90,25 @@ def evaluate(
         stored,
         Verifier(settings),
     )
-    everybody = measure.sample(np.arange(len(labelled)), [RAW])
+    sample = None
+    if len(np.unique(labelled.subjects[held_out.rows])) > 1:
+        sample = measure.sample(held_out.rows, modes)
+    everybody = measure.sample(np.arange(len(labelled)), [RAW], sample)
     populations, unread = {}, dict[str, str]()
     if len(labelled.names) < 2:
         notes.append("fewer than two labelled subjects: nothing can be measured")
     else:
         populations[ALL] = measure.population(ALL, everybody, [RAW])
-    if len(np.unique(labelled.subjects[held_out.rows])) < 2:
+    if sample is None:
         notes.append("fewer than two labelled subjects are held out: modes cannot be compared")
     else:
-        sample = measure.sample(held_out.rows, modes)
+        known = populations[ALL].modes if sample.rows is everybody.rows else {}
+        measure.compare(sample, modes)
         references, unread = measure.references(sample, modes, served, anchor)
         for which, why in unread.items():
             notes.append(f"not compared with {which}: {why}")
             log.warning("evaluation: %s", notes[-1])
-        populations[HELD_OUT] = measure.population(HELD_OUT, sample, modes, references)
+        populations[HELD_OUT] = measure.population(HELD_OUT, sample, modes, references, known)
     return Evaluation(
         release=release,
         resamples=settings.resamples,
@@ -147,11 +152,20 @@ class _Measure:
     stored: frozenset[str]
     verifier: Verifier
 
-    def sample(self, rows: np.ndarray, modes: Sequence[str]) -> _Sample:
-        """Read rows of the subject index in each mode, or a sample of their subjects where there are too many."""
+    def sample(self, rows: np.ndarray, modes: Sequence[str], earlier: _Sample | None = None) -> _Sample:
+        """Read rows of the subject index in each mode, or a sample of their subjects where there are too many.
+
+        Rows that an `earlier` sample has, in these modes and others, are not read again.
+        """
         at, sampled_from = sample_subjects(self.labelled, rows, self.settings.max_rows)
+        if earlier is not None and np.array_equal(at, earlier.at):
+            return _Sample(rows, at, earlier.rows, sampled_from)
         read = read_labelled(self.store, self.snapshot, self.labelled, at, modes, self.settings)
         return _Sample(rows, at, read, sampled_from)
+
+    def compare(self, sample: _Sample, modes: Sequence[str]) -> dict[str, AllPairs]:
+        """Compare all pairs of a sample in each mode, and keep the result for later comparisons of the same rows."""
+        return {mode: self.verifier.compare(sample.rows, sample.rows.features[mode], keep=True) for mode in modes}
 
     def population(
         self,
@@ -159,13 +173,19 @@ class _Measure:
         sample: _Sample,
         modes: Sequence[str],
         references: Mapping[str, Mapping[str, Differences]] | None = None,
+        known: Mapping[str, ModeResult] | None = None,
     ) -> Population:
-        """Measure each mode over a sample; `references` are the differences to the served release and the anchor."""
+        """Measure each mode over a sample.
+
+        `references` are the differences to the served release and the anchor, `known` results over the same rows.
+        """
         versus = references or {SERVED: {}, ANCHOR: {}}
         rows, verifier = sample.rows, self.verifier
-        compared = {mode: verifier.compare(rows, rows.features[mode], keep=True) for mode in modes}
-        results = {}
+        compared = self.compare(sample, modes)
+        results = dict(known or {})
         for mode in modes:
+            if mode in results:
+                continue
             log.info("evaluation: %s, %s: %d rows", name, mode, len(rows))
             ours = compared[mode]
             results[mode] = ModeResult(

@@ -21,6 +21,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 Batches = Callable[[], Iterable[Batch]]
 """Each call starts a fresh pass over the same rows in the same order: training reads them before they are added."""
 
+EXACT_KIND = "Flat"
 EXACT_ROWS = 262_144
 """Up to here "auto" compares with every row: at 512 numbers one query takes 0.09 s on two cores (measured)."""
 WHOLE_ROWS = 32_768  # of a batch of `whole_rows`
@@ -56,7 +57,7 @@ def choose_factory(rows: int, dim: int, settings: IndexSettings) -> str:
         return settings.factory
     budget = settings.memory_budget_gb * 1e9
     if rows <= EXACT_ROWS and rows * (4 * dim + KEY_BYTES) <= budget:
-        return "Flat"
+        return EXACT_KIND
     lists = _power_of_two_below(min(1.5 * rows**0.5, min(rows, settings.training_rows) / ROWS_PER_LIST))
     codes = {f"PQ{dim // part}": dim // part for part in (2, 4, 8, 16, 32) if dim % part == 0}
     whole = {"Flat": 4 * dim} if dim % 4 else {f"PQ{dim // 4}x4fs,RFlat": 4 * dim + dim // 8 + KEY_BYTES}
@@ -88,7 +89,7 @@ def build(batches: Batches, rows: int, dim: int, settings: IndexSettings) -> "Ve
         StoreError: a vector is zero, not finite or of another length; a key comes twice or is negative; the stream does
             not have `rows` rows.
     """
-    factory = choose_factory(rows, dim, settings) if rows else "Flat"
+    factory = choose_factory(rows, dim, settings) if rows else EXACT_KIND
     index = _empty_index(factory, dim)
     _tune(index, settings)
     refined = Refined.of(index)
@@ -295,7 +296,7 @@ def rebuild_reason(
         changed_rows: rows removed or added since it was trained, those to come included.
         settings: those of today.
     """
-    wanted = choose_factory(rows, index.dim, settings) if rows else "Flat"
+    wanted = choose_factory(rows, index.dim, settings) if rows else EXACT_KIND
     if wanted != factory:
         return f"it is of kind {factory}, {rows:,} rows want {wanted}"
     if not index.can_update:

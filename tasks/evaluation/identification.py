@@ -3,8 +3,8 @@
 One subject in five is left out of the gallery, so that there are searches whose right answer is "nobody" (non-mated
 probes, ISO/IEC 19795-1). A probe is never a row of the gallery, nor does it find a byte-identical copy of itself there.
 The rates are those of `metrics.identification` under exact search. An index that the settings build over this gallery
-is measured beside it. The index of the release holds other rows and may be of another kind: its recall is measured when
-it is written (`tasks.index`).
+is measured beside it, unless it is exact itself. The index of the release holds other rows and may be of another kind:
+its recall is measured when it is written (`tasks.index`).
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from models.inference import torch_device
 from schemas.index import IndexSettings
 from schemas.reports import IdentificationResult
 from schemas.settings import EvaluationSettings
-from storage.vectors.index import build, choose_factory
+from storage.vectors.index import EXACT_KIND, build, choose_factory
 
 RANKS = (1, 5, 10)
 FPIRS = ("1e-1", "1e-2", "1e-3")
@@ -72,14 +72,17 @@ def identify_mode(
         resamples=settings.resamples,
         seed=settings.seed,
     )
-    through = build(
-        lambda: iter([(np.arange(len(gallery), dtype=np.int64), features[gallery])]),
-        len(gallery),
-        features.shape[1],
-        index,
-    )
-    index_scores, keys = through.search(features[probes], k)
-    by_index = identify(*candidates(keys, index_scores), subjects[probes], mated, ranks=RANKS)
+    kind, by_index, recall = choose_factory(len(gallery), features.shape[1], index), exact, dict.fromkeys((1, 10), 1.0)
+    if kind != EXACT_KIND:
+        through = build(
+            lambda: iter([(np.arange(len(gallery), dtype=np.int64), features[gallery])]),
+            len(gallery),
+            features.shape[1],
+            index,
+        )
+        index_scores, keys = through.search(features[probes], k)
+        by_index = identify(*candidates(keys, index_scores), subjects[probes], mated, ranks=RANKS)
+        recall = {depth: recall_at_k(keys, rows, depth) for depth in recall if depth <= k}
     return IdentificationResult(
         gallery=chosen.names[0],
         probes=chosen.names[1],
@@ -89,9 +92,9 @@ def identify_mode(
         n_non_mated=exact.n_non_mated,
         rank={str(rank): exact.rank[rank] for rank in RANKS},
         fnir={name: exact.fnir[float(name)] for name in FPIRS},
-        index_kind=choose_factory(len(gallery), features.shape[1], index),
+        index_kind=kind,
         index_rank={str(rank): by_index.rank[rank].value for rank in RANKS},
-        index_recall={str(depth): recall_at_k(keys, rows, depth) for depth in (1, 10) if depth <= k},
+        index_recall={str(depth): found for depth, found in recall.items() if depth <= k},
     )
 
 

@@ -115,6 +115,7 @@ def test_contradictions_are_refused(change: dict[str, np.ndarray], message: str)
 
 def test_exact_search_equals_sorting_all_scores_and_breaks_ties_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identification, "_BLOCK", (64, 700))  # several blocks both ways
+    monkeypatch.setattr(identification, "_FIRST_ROWS", 90)
     random = np.random.default_rng(0)
     # Signs in 64 dimensions: cosines are exact multiples of 1/32, so most scores tie.
     gallery, probes = random.choice([-1.0, 1.0], (3000, 64)), random.choice([-1.0, 1.0], (150, 64))

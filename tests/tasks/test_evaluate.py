@@ -22,7 +22,9 @@ from schemas.reports import DataQuality, Evaluation, GateDecision
 from schemas.settings import EvaluationSettings, PipelineSettings, pipeline
 from storage.location import Location
 from storage.tables import Snapshot
+from tasks import evaluate as evaluate_module
 from tasks.evaluate import evaluate
+from tasks.evaluation import verification
 from tasks.index import Previous
 from tasks.plan import make_plan, prepare_models
 from tasks.publish import publish
@@ -178,13 +180,24 @@ def test_model_that_has_seen_everybody_is_reported(tmp_path, tiny_source, make_c
     assert any("fewer than two labelled subjects are held out" in note for note in evaluation.notes)
 
 
-def test_model_without_recorded_subjects_is_noted(tmp_path, tiny_source, make_checkpoint) -> None:
+def test_model_without_recorded_subjects_is_noted_and_equal_populations_are_measured_once(
+    tmp_path, tiny_source, make_checkpoint, monkeypatch
+) -> None:
     model = make_checkpoint(tmp_path / "silent.safetensors")
     checkpoint = load(model)
     save(checkpoint.card, checkpoint.model, model, None)
     silent = pipeline(source=str(tiny_source), store=str(tmp_path / "store"), models={"per_sample": str(model)})
-    evaluation = measure(silent, publish_all(silent))
+    features = publish_all(silent)
+    calls = []
+    true, search = verification.all_pairs, evaluate_module.identify_mode
+    monkeypatch.setattr(verification, "all_pairs", lambda *rows, **more: calls.append("pairs") or true(*rows, **more))
+    monkeypatch.setattr(evaluate_module, "identify_mode", lambda *rows: calls.append("search") or search(*rows))
+    evaluation = measure(silent, features, EvaluationSettings(resamples=0), served=as_served(silent, features))
     assert any("leakage cannot be excluded" in note for note in evaluation.notes)
+    assert sorted(calls) == ["pairs", "pairs", "search", "search"]  # raw and per_sample
+    everybody, held_out = evaluation.populations[ALL], evaluation.populations[HELD_OUT]
+    assert everybody.n_rows == held_out.n_rows == 280
+    assert everybody.modes[RAW] == held_out.modes[RAW]
 
 
 def test_limit_on_rows_samples_whole_subjects(settings, features) -> None:
