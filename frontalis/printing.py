@@ -16,6 +16,7 @@ from frontalis.terminal import say as _say
 from frontalis.terminal import table as _table
 from frontalis.terminal import text as _text
 from frontalis.terminal import write_json as _json
+from reports.expansion import expansion_advice
 from reports.tables import filled
 from reports.text import (
     cell_name,
@@ -298,6 +299,8 @@ def _population(console: Console, population: Population, evaluation: Evaluation
             _say(console, f"pairs      {mode}, {_pairs_file(one)}")
         if result.identification is not None:
             _say(console, f"1:N        {mode}, {_identification(result.identification)}")
+            if expansion := result.identification.expansion:
+                _say(console, f"expansion  {mode}, {expansion.rows} rows: {expansion_advice(expansion)}")
     console.print()
 
 

@@ -6,7 +6,7 @@ left to the caller.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,13 +33,16 @@ class Identification:
     """The metrics of one search experiment; an estimate without a value has the reason.
 
     `rank` is, by k, the share of mated probes whose subject is among the best k subjects. `fnir` is the false negative
-    identification rate, by the false positive identification rate that the threshold *at most* allows.
+    identification rate, by the false positive identification rate that the threshold *at most* allows. `rank_draws` and
+    `fnir_draws` are the same rates in every draw of the bootstrap.
     """
 
     n_mated: int
     n_non_mated: int
     rank: dict[int, Estimate]
     fnir: dict[float, Estimate]
+    rank_draws: dict[int, NDArray[np.float64]] = field(default_factory=dict, repr=False)
+    fnir_draws: dict[float, NDArray[np.float64]] = field(default_factory=dict, repr=False)
 
 
 def identify(
@@ -48,6 +51,7 @@ def identify(
     probe_subjects: NDArray[np.integer[Any]],
     mated: NDArray[np.bool_],
     *,
+    among: NDArray[np.bool_] | None = None,
     ranks: Sequence[int] = RANKS,
     fpir_points: Sequence[float] = FPIR_POINTS,
     resamples: int = 0,
@@ -63,6 +67,8 @@ def identify(
         candidate_scores: their scores, not rising within a row, `[probes, k]`; ignored where the code is -1.
         probe_subjects: integer `[probes]`, not negative.
         mated: bool `[probes]`: the probe's subject is in the gallery.
+        among: bool `[probes]`: the mated probes that are counted, such as those with one row enrolled; None for all.
+            The thresholds are those of all non-mated probes in any case.
         ranks: the k of the rank-k rates. Ties count against a subject.
         fpir_points: target FPIRs. The threshold follows the rule of `verification.operating_point`: the smallest
             observed score with FPIR **at most** the target.
@@ -91,23 +97,51 @@ def identify(
     (0.5, 1.0)
     """
     probes = _outcomes(candidate_subjects, candidate_scores, probe_subjects, mated)
-    ranks_of_mated, own, best = probes.rank[mated], probes.own_score[mated], probes.best_score[~mated]
+    counted = mated if among is None else mated & among
+    ranks_of_mated, own, best = probes.rank[counted], probes.own_score[counted], probes.best_score[~mated]
     scores = ScoreCounts.from_counts(np.sort(own), *np.unique(best, return_counts=True))
-    too_short = {wanted: int((probes.cut_off & (probes.shown < wanted)).sum()) for wanted in ranks}
+    too_short = {wanted: int((counted & probes.cut_off & (probes.shown < wanted)).sum()) for wanted in ranks}
     by_rank = {wanted: _rank_rate(wanted, ranks_of_mated, too_short[wanted]) for wanted in ranks}
     fnir = {target: _fnir(scores, target) for target in fpir_points}
     _, subject = np.unique(probe_subjects, return_inverse=True)
     n_subjects = int(subject.max(initial=-1)) + 1
+    rank_draws: dict[int, NDArray[np.float64]] = {}
+    fnir_draws: dict[float, NDArray[np.float64]] = {}
     if resamples and n_subjects > 1:
         draws = np.random.default_rng(seed).multinomial(n_subjects, np.full(n_subjects, 1 / n_subjects), size=resamples)
-        of_mated, of_non_mated = draws[:, subject[mated]], draws[:, subject[~mated]]
+        of_mated, of_non_mated = draws[:, subject[counted]], draws[:, subject[~mated]]
         with np.errstate(invalid="ignore", divide="ignore"):
             for wanted, exact in by_rank.items():
-                rates = of_mated[:, ranks_of_mated <= wanted].sum(axis=1) / of_mated.sum(axis=1)
-                by_rank[wanted] = with_interval(exact, rates, level)
+                rank_draws[wanted] = of_mated[:, ranks_of_mated <= wanted].sum(axis=1) / of_mated.sum(axis=1)
+                by_rank[wanted] = with_interval(exact, rank_draws[wanted], level)
             for target, exact in fnir.items():
-                fnir[target] = with_interval(exact, _fnir_of_draws(own, of_mated, best, of_non_mated, target), level)
-    return Identification(len(own), len(best), by_rank, fnir)
+                fnir_draws[target] = _fnir_of_draws(own, of_mated, best, of_non_mated, target)
+                fnir[target] = with_interval(exact, fnir_draws[target], level)
+    return Identification(len(own), len(best), by_rank, fnir, rank_draws, fnir_draws)
+
+
+def identification_difference(
+    base: Identification, other: Identification, level: float = 0.95
+) -> tuple[dict[int, Estimate], dict[float, Estimate]]:
+    """Return other − base of each rank rate and of each FNIR, paired: both are of the same probes and seed."""
+
+    def difference(
+        one: Estimate, two: Estimate, draws: tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]
+    ) -> Estimate:
+        if one.value is None or two.value is None:
+            return Estimate(value=None, reason=one.reason or two.reason)
+        exact = Estimate(value=two.value - one.value)
+        return exact if draws[0] is None or draws[1] is None else with_interval(exact, draws[1] - draws[0], level)
+
+    rank = {
+        key: difference(one, other.rank[key], (base.rank_draws.get(key), other.rank_draws.get(key)))
+        for key, one in base.rank.items()
+    }
+    fnir = {
+        key: difference(one, other.fnir[key], (base.fnir_draws.get(key), other.fnir_draws.get(key)))
+        for key, one in base.fnir.items()
+    }
+    return rank, fnir
 
 
 def exact_search(

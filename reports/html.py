@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from reports import plots
+from reports.expansion import expansion_table
 from reports.tables import (
     Shown,
     Table,
@@ -94,6 +95,7 @@ def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None
         thresholds=threshold_table(population, report.evaluation.fmrs) if population else None,
         detail=detail_table(population, report.evaluation.fmrs) if population else None,
         search=search_table(population) if population else None,
+        expansion=expansion_table(population) if population else None,
         indexes=index_rows(report.evaluation),
         versus=versus_rows(population) if population else [],
         accuracy=accuracy_rows(population) if population else [],

@@ -14,6 +14,7 @@ from reports.text import (
     cell_name,
     interval,
     metric_name,
+    negated,
     pairs_remarks,
     percent,
     percent_of,
@@ -67,8 +68,10 @@ class Table:
     groups: list[tuple[str, str, list[tuple[ModeName, list[Shown]]]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def show(self, estimate: Estimate | None, difference: Estimate | None = None) -> Shown:
-        """Format an estimate, and its difference to raw where there is one; number the reason of a missing one."""
+    def show(
+        self, estimate: Estimate | None, difference: Estimate | None = None, *, higher_is_better: bool = False
+    ) -> Shown:
+        """Format an estimate, and its difference where there is one; number the reason of a missing one."""
         if estimate is None:
             return Shown("\N{EN DASH}")
         if estimate.value is None:
@@ -83,7 +86,7 @@ class Table:
             interval(estimate),
             difference=points(difference.value),
             difference_between=points_interval(difference),
-            verdict=verdict(difference),
+            verdict=verdict(negated(difference) if higher_is_better else difference),
         )
 
 
@@ -127,7 +130,7 @@ def _add_pose_pairs(
         for mode in population.modes.values():
             if result := mode.cells.get(cell):
                 sizes = f"{result.n_genuine:,} genuine, {result.n_impostor:,} impostor pairs"
-                rows.append((_mode_name(mode.mode, population), show(mode, cell)))
+                rows.append((mode_name(mode.mode, population), show(mode, cell)))
         table.groups.append((cell_name(cell), sizes, rows))
 
 
@@ -143,7 +146,7 @@ def gate_tiles(population: Population, gated: GatedMetric) -> list[tuple[ModeNam
         served = mode.difference_to_served(gated.cell, gated.metric)
         shown = table.show(estimate, mode.difference_to_raw(gated.cell, gated.metric))
         versus = table.show(estimate, served) if served and served.value is not None else None
-        tiles.append((_mode_name(mode.mode, population), shown, versus))
+        tiles.append((mode_name(mode.mode, population), shown, versus))
     return tiles
 
 
@@ -165,7 +168,7 @@ def detail_table(population: Population, fmrs: Sequence[str]) -> Table:
 def threshold_table(population: Population, fmrs: Sequence[str]) -> Table:
     """Build the folded table of each mode's global thresholds, and the FMR at them within each pose pair."""
     table = Table("Global thresholds, and the FMR at them by pose pair", [f"global FMR {percent_of(f)}" for f in fmrs])
-    modes = [(_mode_name(mode.mode, population), mode) for mode in population.modes.values() if ALL in mode.cells]
+    modes = [(mode_name(mode.mode, population), mode) for mode in population.modes.values() if ALL in mode.cells]
 
     def score(mode: ModeResult, fmr: str) -> Shown:
         at = mode.thresholds.get(fmr)
@@ -214,7 +217,7 @@ def search_table(population: Population) -> tuple[str, Table] | None:
             )
             for key in recall
         ]
-        rows.append((_mode_name(mode.mode, population), shown))
+        rows.append((mode_name(mode.mode, population), shown))
     table.groups.append(("", "", rows))
     sentence = (
         f"{one.n_mated:,} mated {one.probes} probes and {one.n_non_mated:,} non-mated ones against a "
@@ -264,7 +267,7 @@ def accuracy_rows(population: Population) -> list[dict[str, Any]]:
     return [
         {
             "protocol": pairs.protocol,
-            "mode": _mode_name(mode.mode, population),
+            "mode": mode_name(mode.mode, population),
             "accuracy": None
             if pairs.accuracy_mean is None
             else percent(pairs.accuracy_mean)
@@ -285,7 +288,7 @@ def versus_rows(population: Population) -> list[dict[str, Any]]:
     """Return the rows of the table that compares the re-weighted modes with each other, in percentage points."""
     return [
         {
-            "mode": _mode_name(mode.mode, population),
+            "mode": mode_name(mode.mode, population),
             "other": other,
             "cell": cell_name(cell),
             "eer": _points_with_interval(differences[cell].get(EER)),
@@ -305,5 +308,6 @@ def _points_with_interval(difference: Estimate | None) -> str | None:
     return points(difference.value) + (f" ({between}), {verdict(difference)}" if between else "")
 
 
-def _mode_name(mode: str, population: Population) -> ModeName:
+def mode_name(mode: str, population: Population) -> ModeName:
+    """Return a mode as tables show it."""
     return ModeName(mode, _MARKS.get(mode, "◆"), mode_role(mode, list(population.modes)))

@@ -84,6 +84,13 @@ def verdict(difference: Estimate) -> Verdict:
     return "worse" if difference.low > 0 else "no difference"
 
 
+def negated(difference: Estimate) -> Estimate:
+    """Return the difference of what a rate leaves over: of a rate where higher is better, that of the error."""
+    if difference.value is None or difference.low is None or difference.high is None:
+        return difference
+    return Estimate(value=-difference.value, low=-difference.high, high=-difference.low)
+
+
 def population_name(population: Population) -> str:
     """Name a population for people, with a caveat where leakage cannot be excluded."""
     if population.name == ALL:

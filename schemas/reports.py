@@ -115,6 +115,24 @@ class PairsResult(Record):
     reason: str | None = None
 
 
+class ExpandedRates(Record):
+    """Rates of 1:N search with query expansion, and their paired differences to the search without it."""
+
+    enrolled: str = Field(description="rows of the probe's subject in the gallery: 'any', '1', '2 to 4', '5 or more'")
+    n_mated: int
+    rank: dict[str, Estimate]
+    fnir: dict[str, Estimate]
+    rank_difference: dict[str, Estimate]
+    fnir_difference: dict[str, Estimate]
+
+
+class ExpansionResult(Record):
+    """What α-query expansion with `rows` rows of the gallery does to 1:N search: for all probes, by rows enrolled."""
+
+    rows: int
+    groups: list[ExpandedRates]
+
+
 class IdentificationResult(Record):
     """1:N search with a frontal gallery and profile probes (or all rows, where no pose is known)."""
 
@@ -133,6 +151,7 @@ class IdentificationResult(Record):
     index_recall: dict[str, float | None] = Field(
         default_factory=dict, description="recall@k of that index against exact search"
     )
+    expansion: ExpansionResult | None = Field(default=None, description="None in older releases")
 
 
 class IndexRecall(Record):

@@ -22,7 +22,7 @@ from schemas.reports import Differences, Evaluation, ModeResult, Population
 from schemas.settings import EvaluationSettings
 from storage.location import Location
 from storage.tables import Snapshot
-from tasks.evaluation.identification import identify_mode
+from tasks.evaluation.identification import MEASURED_EXPAND, identify_mode
 from tasks.evaluation.leakage import TrainingData, held_out_rows
 from tasks.evaluation.pairs import Pairs, pairs_accuracy, read_pairs
 from tasks.evaluation.rows import (
@@ -51,6 +51,7 @@ def evaluate(
     index: IndexSettings,
     served: Previous | None = None,
     anchor: Release | None = None,
+    expand: int = 0,
 ) -> Evaluation:
     """Measure every mode of a features snapshot. There is no population where fewer than two subjects are labelled.
 
@@ -63,6 +64,7 @@ def evaluate(
         index: how the identification index is built.
         served: the served release, to compare each mode with.
         anchor: the release whose models each mode is compared with, on the same rows.
+        expand: rows of the query expansion that is measured; 0 for `MEASURED_EXPAND`.
 
     Raises:
         SettingsError: the pairs file cannot be used.
@@ -89,6 +91,7 @@ def evaluate(
         frozenset(training.unknown),
         stored,
         Verifier(settings),
+        expand or MEASURED_EXPAND,
     )
     sample = None
     if len(np.unique(labelled.subjects[held_out.rows])) > 1:
@@ -151,6 +154,7 @@ class _Measure:
     unknown: frozenset[str]
     stored: frozenset[str]
     verifier: Verifier
+    expand: int
 
     def sample(self, rows: np.ndarray, modes: Sequence[str], earlier: _Sample | None = None) -> _Sample:
         """Read rows of the subject index in each mode, or a sample of their subjects where there are too many.
@@ -205,7 +209,13 @@ class _Measure:
                 },
                 pairs=pairs_accuracy(rows, rows.features[mode], self.pairs, self.stored) if self.pairs else [],
                 identification=identify_mode(
-                    rows.features[mode], rows.subjects, rows.classes, rows.duplicates, self.index, self.settings
+                    rows.features[mode],
+                    rows.subjects,
+                    rows.classes,
+                    rows.duplicates,
+                    self.index,
+                    self.settings,
+                    self.expand,
                 ),
             )
         return Population(

@@ -132,6 +132,7 @@ def _run(
             settings.index,
             Previous(served, features) if served and features else None,
             anchor,
+            expand=settings.query.expand,
         ).replaced(indexes={mode: index.audit for mode, index in indexes.items()})
         stage.rows = sum(population.n_rows for population in evaluation.populations.values())
     modes = list(models)

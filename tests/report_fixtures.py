@@ -13,6 +13,8 @@ from schemas.reports import (
     DataQuality,
     Estimate,
     Evaluation,
+    ExpandedRates,
+    ExpansionResult,
     GateDecision,
     GatedMetric,
     Histogram,
@@ -173,9 +175,28 @@ def _mode_results(rng: np.random.Generator) -> dict[str, ModeResult]:
                 index_kind="IVF64,Flat",
                 index_rank={"1": 0.81 + 0.02 * place, "5": 0.88 + 0.02 * place, "10": 0.9},
                 index_recall={"1": 0.998, "10": 0.995},
+                expansion=_expansion(),
             ),
         )  # fmt: skip
     return results
+
+
+def _expansion() -> ExpansionResult:
+    change = Estimate(value=0.012, low=0.004, high=0.021)
+    groups = [
+        ExpandedRates(
+            enrolled=enrolled,
+            n_mated=mated,
+            rank={
+                k: Estimate(value=v, low=v - 0.02, high=v + 0.02) for k, v in (("1", 0.82), ("5", 0.89), ("10", 0.91))
+            },
+            fnir={"1e-1": Estimate(value=0.3, low=0.27, high=0.33), "1e-2": Estimate(value=0.47, low=0.43, high=0.51)},
+            rank_difference=dict.fromkeys(("1", "5", "10"), change),
+            fnir_difference={"1e-1": Estimate(value=-0.01, low=-0.02, high=0.001), "1e-2": change.replaced(value=0.02)},
+        )
+        for enrolled, mated in (("any", 1120), ("1", 220), ("5 or more", 900))
+    ]
+    return ExpansionResult(rows=5, groups=groups)
 
 
 def _weights(rng: np.random.Generator) -> list[ChannelWeights]:

@@ -39,6 +39,14 @@ def evaluate_release(
     evaluation = checked(EvaluationSettings, {**dict(settings.evaluation), **given})
     features = features_table(history.store).snapshot(record.features_version)
     measured = (stages or Stages()).call(
-        "evaluate", evaluate, history.store, record.release, features, record.models, evaluation, settings.index
+        "evaluate",
+        evaluate,
+        history.store,
+        record.release,
+        features,
+        record.models,
+        evaluation,
+        settings.index,
+        expand=settings.query.expand,
     )
     return measured.replaced(indexes={mode: index.audit for mode, index in record.indexes.items()})

@@ -268,7 +268,9 @@ def _release_without(
         for mode, old in served.indexes.items()
     }
     measured = checked(EvaluationSettings, {**dict(settings.evaluation), **({} if pairs else {"pairs": None})})
-    evaluation = evaluate(store, name, erased.features, served.models, measured, settings.index)
+    evaluation = evaluate(
+        store, name, erased.features, served.models, measured, settings.index, expand=settings.query.expand
+    )
     evaluation = evaluation.replaced(notes=[*evaluation.notes, *notes])
     release = build_release(
         settings,

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics import identification
-from metrics.identification import exact_search, identify, recall_at_k
+from metrics.identification import exact_search, identification_difference, identify, recall_at_k
 
 
 def test_ranks_by_hand() -> None:
@@ -189,3 +189,38 @@ def test_intervals_need_two_subjects() -> None:
     one = np.zeros(3, dtype=np.int64)
     found = identify(one[:, None], np.ones((3, 1)), one, np.ones(3, dtype=bool), resamples=50)
     assert (found.rank[1].value, found.rank[1].low) == (1.0, None)
+
+
+def test_two_searches_are_compared_on_the_same_draws_and_for_some_probes() -> None:
+    """Probes of 30 subjects, and a second search with better scores: differences against draws written out."""
+    random = np.random.default_rng(3)
+    probes = np.repeat(np.arange(30), 10)
+    mated, some = probes < 20, probes % 2 == 0
+    names = np.stack([np.where(mated, probes, 0), np.full(300, 29)], axis=1)
+    own, other = random.normal(0.5, 0.2, 300), random.normal(0.3, 0.15, 300)
+    found = []
+    for gain in (0.0, 0.1):
+        scores = np.stack([np.where(mated, own + gain, -2.0), other], axis=1)
+        order = np.argsort(-scores, axis=1)
+        lists = np.take_along_axis(names, order, 1), np.take_along_axis(scores, order, 1)
+        lists[0][~mated] = [29, -1]
+        kept = probes != 29  # the gallery's other subject is nobody's own
+        options = {"ranks": (1,), "fpir_points": (0.1,), "resamples": 300, "seed": 4}
+        pieces = lists[0][kept], lists[1][kept], probes[kept], mated[kept]
+        found.append([identify(*pieces, **options), identify(*pieces, among=some[kept], **options)])
+    draws = np.random.default_rng(4).multinomial(29, np.full(29, 1 / 29), size=300)
+    for which, among in ((0, mated), (1, mated & some)):
+        plain, better = found[0][which], found[1][which]
+        rank, fnir = identification_difference(plain, better)
+        hits = [(own + gain > other)[among].astype(float) for gain in (0.0, 0.1)]
+        assert (plain.n_mated, plain.n_non_mated) == (among.sum(), 90)
+        assert rank[1].value == pytest.approx(hits[1].mean() - hits[0].mean())
+        weights = draws[:, probes[among]]
+        change = (weights @ hits[1] - weights @ hits[0]) / weights.sum(axis=1)
+        np.testing.assert_allclose([rank[1].low, rank[1].high], np.quantile(change, [0.025, 0.975]))
+        assert fnir[0.1].value == pytest.approx(better.fnir[0.1].value - plain.fnir[0.1].value)
+        assert fnir[0.1].low < fnir[0.1].value < fnir[0.1].high <= 0
+    without = identify(*pieces, ranks=(1,), fpir_points=(0.001,))
+    rank, fnir = identification_difference(without, without)
+    assert (rank[1].value, rank[1].low) == (0.0, None)
+    assert (fnir[0.001].value, fnir[0.001].reason) == (None, "FPIR 0.001 needs 1000 non-mated probes or more; found 90")

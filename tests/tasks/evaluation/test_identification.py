@@ -115,4 +115,39 @@ def test_the_search_runs_on_the_device_of_the_settings(monkeypatch: pytest.Monke
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for device in ("auto", "cpu", "cuda"):
         identify_mode(*people(20, 0.5), IndexSettings(), EvaluationSettings(device=device))
-    assert asked == ["cuda", "cpu", "cuda"]
+    assert asked == ["cuda"] * 2 + ["cpu"] * 2 + ["cuda"] * 2  # without and with expansion
+
+
+def test_expansion_uses_the_gallery_alone_and_is_compared_by_rows_enrolled() -> None:
+    """Subjects have one, two or five frontal rows; expected ranks are written out with NumPy."""
+    random = np.random.default_rng(1)
+    rows = np.tile([1, 2, 5], 20)
+    subjects = np.concatenate([np.repeat(np.arange(60), rows), np.repeat(np.arange(60), 2)])
+    classes = np.repeat([FRONTAL, PROFILE], [rows.sum(), 120])
+    centres = random.standard_normal((60, 16))
+    features = (centres[subjects] + 1.3 * random.standard_normal((len(subjects), 16))).astype(np.float32)
+    settings = EvaluationSettings(resamples=50)
+    result = identify_mode(features, subjects, classes, np.arange(len(subjects)), IndexSettings(), settings, 3)
+    left_out = np.random.default_rng(0).permutation(60)[:12]
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    gallery = np.flatnonzero((classes == FRONTAL) & ~np.isin(subjects, left_out))
+    mated = np.flatnonzero((classes == PROFILE) & ~np.isin(subjects, left_out))
+    cosines = unit[mated] @ unit[gallery].T
+    near = np.argsort(-cosines, axis=1)[:, :3]
+    weights = np.take_along_axis(cosines, near, 1).clip(0) ** 3
+    moved = unit[mated] + (weights[..., None] * unit[gallery][near]).sum(axis=1)
+    plain, hits = (
+        subjects[gallery][(queries @ unit[gallery].T).argmax(axis=1)] == subjects[mated]
+        for queries in (unit[mated], moved)
+    )
+    expansion = result.expansion
+    assert (expansion.rows, [group.enrolled for group in expansion.groups]) == (3, ["any", "1", "2 to 4", "5 or more"])
+    for group, enrolled in zip(expansion.groups, (None, 1, 2, 5), strict=True):
+        among = np.full(len(mated), enrolled is None) | (rows[subjects[mated]] == enrolled)
+        assert group.n_mated == among.sum()
+        assert group.rank["1"].value == pytest.approx(hits[among].mean())
+        assert group.rank_difference["1"].value == pytest.approx(hits[among].mean() - plain[among].mean())
+        assert group.rank_difference["1"].low <= group.rank_difference["1"].value <= group.rank_difference["1"].high
+        assert group.fnir_difference["1e-1"].value is not None
+        assert group.fnir_difference["1e-3"].reason
+    assert hits.sum() != plain.sum()
