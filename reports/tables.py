@@ -28,6 +28,7 @@ from schemas.metrics import ALL, EER, MAIN_CELLS, RAW, MetricId
 from schemas.reports import Estimate, Evaluation, GatedMetric, ModeResult, Population, StageCost
 
 _SIGNS: dict[Verdict, str] = {"better": "↓", "worse": "↑", "no difference": "=", "no interval": "?"}
+_SIGNS_HIGHER: dict[Verdict, str] = _SIGNS | {"better": "↑", "worse": "↓"}
 _MARKS = {RAW: "●", "per_sample": "■", "batch_stat": "▲"}
 
 
@@ -43,11 +44,13 @@ class Shown:
     difference_between: str | None = None
     verdict: Verdict | None = None
     also: str | None = None
+    higher_is_better: bool = False
 
     @property
     def sign(self) -> str:
-        """Return the sign of the verdict, which shows it without colour."""
-        return _SIGNS[self.verdict] if self.verdict else ""
+        """Return the sign of the verdict, which shows it without colour: the direction of the difference."""
+        signs = _SIGNS_HIGHER if self.higher_is_better else _SIGNS
+        return signs[self.verdict] if self.verdict else ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Table:
             difference=points(difference.value),
             difference_between=points_interval(difference),
             verdict=verdict(negated(difference) if higher_is_better else difference),
+            higher_is_better=higher_is_better,
         )
 
 

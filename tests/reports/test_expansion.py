@@ -63,10 +63,10 @@ def test_table_has_a_group_for_each_number_of_rows_enrolled(report_input: Report
     ]
     (name, cells), (_, alone) = (rows[0] for _, _, rows in table.groups)
     assert name.name == "raw"
-    assert [(cell.value, cell.difference, cell.verdict) for cell in cells] == [
-        ("80.00", "+2.00", "better"),  # of a rank, higher is better
-        ("40.00", "−2.00", "better"),
-        ("n/e", None, None),
+    assert [(cell.value, cell.difference, cell.sign, cell.verdict) for cell in cells] == [
+        ("80.00", "+2.00", "↑", "better"),  # of a rank, higher is better
+        ("40.00", "−2.00", "↓", "better"),
+        ("n/e", None, "", None),
     ]
     assert (alone[0].verdict, table.notes) == ("worse", ["too few probes"])
     nothing = {name: mode.replaced(identification=None) for name, mode in population.modes.items()}

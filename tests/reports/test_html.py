@@ -455,7 +455,7 @@ def test_wide_tables_scroll_in_their_own_frame_on_a_phone(browser: Browser, file
                  one => [one.scrollWidth > one.clientWidth, one.clientWidth, one.tabIndex,
                          getComputedStyle(one).overflowX])"""
         )
-    assert len(frames) == 3
+    assert len(frames) == 4  # metrics; search, expansion, indexes
     for _, width, focus, overflow in frames:
         assert (focus, overflow) == (0, "auto")
         assert width <= 360
