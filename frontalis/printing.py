@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from frontalis.terminal import console as _console
-from frontalis.terminal import say as _say
-from frontalis.terminal import table as _table
-from frontalis.terminal import text as _text
-from frontalis.terminal import write_json as _json
+from frontalis.terminal import new_table, open_console, plain, say, write_json
 from reports.expansion import expansion_advice
 from reports.tables import filled
 from reports.text import (
@@ -50,9 +46,9 @@ def print_trained(trained: "Trained", as_json: bool) -> None:
         card = trained.card.model_dump(mode="json", exclude={"seen_key"})
         sys.stdout.write(json.dumps({"out": trained.out, "improved": trained.improved, "card": card}, indent=1) + "\n")
         return
-    console = _console()
+    console = open_console()
     subjects = trained.parts[trained.measured_on]
-    table = _table(console, f"{trained.card.mode} on {subjects} {trained.measured_on} subjects, in percent")
+    table = new_table(console, f"{trained.card.mode} on {subjects} {trained.measured_on} subjects, in percent")
     for name in ("pose pair", "mode", "EER", "FNMR @ global FMR 1e-2", "FNMR @ global FMR 1e-3", "EER − raw, points"):
         table.add_column(name, justify="left" if name in ("pose pair", "mode") else "right")
     shown = (EER, MetricId("fnmr_global@1e-2"), MetricId("fnmr_global@1e-3"))
@@ -67,50 +63,50 @@ def print_trained(trained: "Trained", as_json: bool) -> None:
     console.print(table)
     if not trained.improved:
         worse = "is WORSE than raw; do not serve it" if trained.best.score > 0 else "returns raw embeddings"
-        _say(console, f"WARNING    no step was better than raw on validation: this model {worse}")
+        say(console, f"WARNING    no step was better than raw on validation: this model {worse}")
     chosen = f"step {trained.best.step}, change scaled by {trained.best.share:g}"
-    _say(console, f"model      {trained.out}, {chosen}, card {trained.out}.md")
+    say(console, f"model      {trained.out}, {chosen}, card {trained.out}.md")
 
 
 def print_outcome(outcome: "Outcome", as_json: bool) -> None:
     """Print the outcome of a run."""
     if as_json:
-        _json(outcome)
+        write_json(outcome)
         return
-    console = _console()
+    console = open_console()
     if outcome.evaluation is not None:
         _evaluation(console, outcome.evaluation)
     data = outcome.data
     quarantined = ", ".join(f"{count:,} {reason}" for reason, count in data.quarantined.items()) or "none"
-    _say(console, f"release    {outcome.release}: {outcome.status}: {outcome.reason}")
-    _say(
+    say(console, f"release    {outcome.release}: {outcome.status}: {outcome.reason}")
+    say(
         console,
         f"shards     {outcome.shards_computed} computed, {outcome.shards_reused} reused, {data.shards} in the release",
     )
-    _say(
+    say(
         console,
         f"rows       {data.rows_read:,} read, {data.rows_features:,} with features, quarantined: {quarantined}"
         + (f", {data.forgotten:,} forgotten" if data.forgotten else "")
         + (f", {data.blank_subjects:,} with a blank subject" if data.blank_subjects else ""),
     )
     if outcome.changes is not None:
-        _say(console, f"changes    {changes_in_words(outcome.changes)}")
+        say(console, f"changes    {changes_in_words(outcome.changes)}")
     for fault in data.bad_shards:
         kept = "Its last good features are kept." if fault.kept else "None of its rows are in the release."
-        _say(console, f"bad shard  {fault.reason} {kept}")
+        say(console, f"bad shard  {fault.reason} {kept}")
     for warning in outcome.warnings:
-        _say(console, f"warning    {warning}")
-    _say(console, f"time       {outcome.seconds:.1f} s")
+        say(console, f"warning    {warning}")
+    say(console, f"time       {outcome.seconds:.1f} s")
     if outcome.report:
-        _say(console, f"report     {outcome.report}")
+        say(console, f"report     {outcome.report}")
 
 
 def print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
     """Print the table of modes of every population."""
     if as_json:
-        _json(evaluation)
+        write_json(evaluation)
         return
-    _evaluation(_console(), evaluation)
+    _evaluation(open_console(), evaluation)
 
 
 def print_explanation(explanation: "Explanation", as_json: bool) -> None:
@@ -121,26 +117,26 @@ def print_explanation(explanation: "Explanation", as_json: bool) -> None:
         measured = {"view_related": explanation.changing, "rank_correlation": explanation.correlation}
         sys.stdout.write(json.dumps({**document, **measured}) + "\n")
         return
-    console = _console()
+    console = open_console()
     for one in explanation.weights:
-        table = _table(console, f"{one.mode}, {one.branch} branch: channels of largest mean weight")
+        table = new_table(console, f"{one.mode}, {one.branch} branch: channels of largest mean weight")
         for name in ("channel", "weight", "spread"):
             table.add_column(name, justify="right")
         for channel, weight in one.top:
             table.add_row(str(channel), f"{weight:.4f}", f"{one.spread[channel]:.4f}")
         console.print(table)
         if one.agreement is not None:
-            _say(console, f"rank correlation of weights between members: {one.agreement:+.3f} (0 by chance)")
+            say(console, f"rank correlation of weights between members: {one.agreement:+.3f} (0 by chance)")
         correlation = explanation.correlation[one.branch]
         if correlation is not None:
-            _say(console, f"rank correlation of weight and identity-relatedness: {correlation:+.3f}")
+            say(console, f"rank correlation of weight and identity-relatedness: {correlation:+.3f}")
         console.print()
     for what, ranked in (("related to identity", explanation.related), ("dependent on pose", explanation.changing)):
         if ranked:
             channels = ", ".join(f"{channel} ({ratio:.2f})" for channel, ratio in ranked)
-            _say(console, f"channels most {what} (variance between / within subjects): {channels}")
+            say(console, f"channels most {what} (variance between / within subjects): {channels}")
     for file in explanation.files:
-        _say(console, f"wrote      {file}")
+        say(console, f"wrote      {file}")
 
 
 def print_releases(releases: Sequence[Release], as_json: bool) -> None:
@@ -148,8 +144,8 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps([json.loads(release.model_dump_json()) for release in releases]) + "\n")
         return
-    console = _console()
-    table = _table(console, "releases, newest last")
+    console = open_console()
+    table = new_table(console, "releases, newest last")
     modes = list(dict.fromkeys(mode for release in releases for mode in release.gated))
     counts = ("rows", "added", "changed", "removed")
     for name in ("release", "created (UTC)", "served", *counts, *modes):
@@ -168,13 +164,13 @@ def print_releases(releases: Sequence[Release], as_json: bool) -> None:
             *_changes(release),
             *(_rate(release.gated.get(mode)) for mode in modes),
             release.gated_name if release.gated else "not measured",
-            _text(release.gate.sentence),
+            plain(release.gate.sentence),
         )
     console.print(table)
     if releases:
-        _say(console, "metrics are over held-out subjects; n/e: not estimable")
-        _say(console, "anchor: no release may be inferior to it; `frontalis anchor RELEASE` moves it")
-        _say(console, "added, changed, removed: rows, compared with the release that was served before")
+        say(console, "metrics are over held-out subjects; n/e: not estimable")
+        say(console, "anchor: no release may be inferior to it; `frontalis anchor RELEASE` moves it")
+        say(console, "added, changed, removed: rows, compared with the release that was served before")
 
 
 def _changes(release: Release) -> list[str]:
@@ -187,9 +183,9 @@ def _changes(release: Release) -> list[str]:
 def print_forgotten(forgotten: "Forgotten", store: str, as_json: bool) -> None:
     """Print what was erased, or with `dry_run` would be, and what is left to do."""
     if as_json:
-        _json(forgotten)
+        write_json(forgotten)
         return
-    console, dry = _console(), forgotten.dry_run
+    console, dry = open_console(), forgotten.dry_run
     quarantined = f" and {forgotten.quarantined:,} in quarantine" if forgotten.quarantined else ""
     rows, shards = counted(forgotten.rows, "row"), counted(forgotten.shards, "shard")
     what = f"{rows} with features{quarantined}, in {shards}"
@@ -209,7 +205,7 @@ def print_forgotten(forgotten: "Forgotten", store: str, as_json: bool) -> None:
     ]
     for shown, line in lines:
         if shown:
-            _say(console, line)
+            say(console, line)
 
 
 def print_tombstones(tombstones: Sequence[Tombstone], as_json: bool) -> None:
@@ -218,11 +214,11 @@ def print_tombstones(tombstones: Sequence[Tombstone], as_json: bool) -> None:
         found = [one.model_dump(mode="json", exclude={"undone"}) for one in tombstones]
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         return
-    console = _console()
+    console = open_console()
     if not tombstones:
-        _say(console, "nobody is forgotten")
+        say(console, "nobody is forgotten")
         return
-    table = _table(console, counted(len(tombstones), "tombstone"))
+    table = new_table(console, counted(len(tombstones), "tombstone"))
     for name in ("hash", "kind", "added", "rows"):
         table.add_column(name, justify="right" if name == "rows" else "left")
     for one in tombstones:
@@ -234,41 +230,41 @@ def print_tombstones(tombstones: Sequence[Tombstone], as_json: bool) -> None:
 def print_vacuumed(vacuumed: "Vacuumed", as_json: bool) -> None:
     """Print what was removed, or would be."""
     if as_json:
-        _json(vacuumed)
+        write_json(vacuumed)
         return
-    console = _console()
+    console = open_console()
     if vacuumed.dry_run:
         for name in vacuumed.files:
-            _say(console, name)
-    _say(console, f"kept       {', '.join(vacuumed.kept_releases) or 'no release'}")
+            say(console, name)
+    say(console, f"kept       {', '.join(vacuumed.kept_releases) or 'no release'}")
     if vacuumed.removed_releases:
-        _say(console, f"releases   {', '.join(vacuumed.removed_releases)}")
+        say(console, f"releases   {', '.join(vacuumed.removed_releases)}")
     what = "to remove" if vacuumed.dry_run else "removed  "
     waiting = f"; {vacuumed.waiting:,} more are too recent to remove safely" if vacuumed.waiting else ""
-    _say(console, f"{what}  {counted(len(vacuumed.files), 'file')}, {vacuumed.bytes / 1e6:,.1f} MB{waiting}")
+    say(console, f"{what}  {counted(len(vacuumed.files), 'file')}, {vacuumed.bytes / 1e6:,.1f} MB{waiting}")
 
 
 def print_checked(checked: "Checked", as_json: bool) -> None:
     """Print what is wrong with a store and how to fix it."""
     if as_json:
-        _json(checked)
+        write_json(checked)
         return
-    console = _console()
+    console = open_console()
     for problem in checked.problems:
-        _say(console, f"problem    {problem.thing}: {problem.what}")
-        _say(console, f"  fix      {problem.remedy}")
-    _say(
+        say(console, f"problem    {problem.thing}: {problem.what}")
+        say(console, f"  fix      {problem.remedy}")
+    say(
         console,
         f"checked    {counted(len(checked.releases), 'release')}, {counted(checked.files, 'file')}, "
         f"{checked.bytes / 1e6:,.1f} MB, {counted(checked.rows, 'row')}",
     )
     if checked.leftovers:
         size = sum(one.size for one in checked.leftovers) / 1e6
-        _say(
+        say(
             console,
             f"leftovers  {counted(len(checked.leftovers), 'file')}, {size:,.1f} MB: `frontalis vacuum` removes them",
         )
-    _say(console, f"result     {counted(len(checked.problems), 'problem') if checked.problems else 'no problems'}")
+    say(console, f"result     {counted(len(checked.problems), 'problem') if checked.problems else 'no problems'}")
 
 
 def _evaluation(console: Console, evaluation: Evaluation) -> None:
@@ -277,9 +273,9 @@ def _evaluation(console: Console, evaluation: Evaluation) -> None:
     for mode, index in evaluation.indexes.items():
         recall = f"recall@1 {percent(index.recall_at_1)}%, recall@10 {percent(index.recall_at_10)}%"
         found = f"{recall} over {index.queries:,} queries" if index.queries else "exact"
-        _say(console, f"index      {mode}: {index.kind}, {index.rows:,} rows, {found}")
+        say(console, f"index      {mode}: {index.kind}, {index.rows:,} rows, {found}")
     for note in evaluation.notes:
-        _say(console, f"note       {note}")
+        say(console, f"note       {note}")
 
 
 def _population(console: Console, population: Population, evaluation: Evaluation) -> None:
@@ -287,20 +283,20 @@ def _population(console: Console, population: Population, evaluation: Evaluation
     modes = population.modes
     for mode, result in modes.items():
         exact = ", ".join(f"FMR {fmr}: {'n/e' if at is None else repr(at)}" for fmr, at in result.thresholds.items())
-        _say(console, f"score >=   {mode}, global {exact}")
+        say(console, f"score >=   {mode}, global {exact}")
     for mode, result in modes.items():
         for other, differences in result.versus_modes.items():
             for cell in (ALL, FRONTAL_PROFILE):
                 if cell in differences:
                     eer = _difference(differences[cell].get(EER))
-                    _say(console, f"modes      {mode} − {other}, {cell_name(cell)} EER, points: {eer}")
+                    say(console, f"modes      {mode} − {other}, {cell_name(cell)} EER, points: {eer}")
     for mode, result in modes.items():
         for one in result.pairs:
-            _say(console, f"pairs      {mode}, {_pairs_file(one)}")
+            say(console, f"pairs      {mode}, {_pairs_file(one)}")
         if result.identification is not None:
-            _say(console, f"1:N        {mode}, {_identification(result.identification)}")
+            say(console, f"1:N        {mode}, {_identification(result.identification)}")
             if expansion := result.identification.expansion:
-                _say(console, f"expansion  {mode}, {expansion.rows} rows: {expansion_advice(expansion)}")
+                say(console, f"expansion  {mode}, {expansion.rows} rows: {expansion_advice(expansion)}")
     console.print()
 
 
@@ -309,7 +305,7 @@ def _error_rates(console: Console, population: Population, evaluation: Evaluatio
     if population.sampled_from_subjects:
         excluded += f", sampled from {population.sampled_from_subjects:,}"
     title = f"{population_name(population)}: {population.n_subjects:,} subjects{excluded}, "
-    table = _table(console, title + f"{population.n_rows:,} rows, {evaluation.release}")
+    table = new_table(console, title + f"{population.n_rows:,} rows, {evaluation.release}")
     columns = {EER: "EER %"}
     for fmr in ("1e-2", "1e-3"):
         if fmr in evaluation.fmrs:
@@ -331,7 +327,7 @@ def _error_rates(console: Console, population: Population, evaluation: Evaluatio
             )
         table.add_section()
     console.print(table)
-    _say(console, "FNMR is at one threshold per mode for all pose pairs: the global FMR is over all impostor pairs")
+    say(console, "FNMR is at one threshold per mode for all pose pairs: the global FMR is over all impostor pairs")
 
 
 def _pairs_file(one: PairsResult) -> str:

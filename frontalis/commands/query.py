@@ -92,9 +92,9 @@ def _by(value: str) -> Literal["row", "subject"]:
 
 def print_answers(answers: "Sequence[QueryAnswer]") -> None:
     """Print the neighbours of every query, the modes side by side, then what the scores mean."""
-    from frontalis.terminal import console, say
+    from frontalis.terminal import open_console, say
 
-    on = console()
+    on = open_console()
     for results in zip(*(one.results for one in answers), strict=True):
         if len(answers) == 1:
             _print_result(on, answers[0], results[0])
@@ -105,11 +105,11 @@ def print_answers(answers: "Sequence[QueryAnswer]") -> None:
 
 
 def _print_result(on: "Console", answer: "QueryAnswer", result: "QueryResult") -> None:
-    from frontalis.terminal import table, text
+    from frontalis.terminal import new_table, plain
 
     known = result.subject is not None
     of = f" (subject {result.subject})" if known else ""
-    rows = table(on, f"{result.query}{of}: {answer.mode}, {answer.release}")
+    rows = new_table(on, f"{result.query}{of}: {answer.mode}, {answer.release}")
     further = list(dict.fromkeys(name for found in result.neighbours for name in found.columns))
     shown = {
         "rank": True,
@@ -139,18 +139,18 @@ def _print_result(on: "Console", answer: "QueryAnswer", result: "QueryResult") -
             "rows": found.rows,
             "shard": found.shard,
         }
-        rows.add_row(*(text(cells[name]) for name in names), *(text(_shown(found.columns[name])) for name in further))
+        rows.add_row(*(plain(cells[name]) for name in names), *(plain(_shown(found.columns[name])) for name in further))
     on.print(rows)
     if not result.neighbours:
         on.print("none")
 
 
 def _print_side_by_side(on: "Console", answers: "Sequence[QueryAnswer]", results: "Sequence[QueryResult]") -> None:
-    from frontalis.terminal import table, text
+    from frontalis.terminal import new_table, plain
 
     subject = results[0].subject
     of = f" (subject {subject})" if subject is not None else ""
-    rows = table(on, f"{results[0].query}{of}: {answers[0].release}; = same subject, ≠ another")
+    rows = new_table(on, f"{results[0].query}{of}: {answers[0].release}; = same subject, ≠ another")
     rows.add_column("rank", justify="right")
     for answer in answers:
         rows.add_column(answer.mode, justify="right")
@@ -165,7 +165,7 @@ def _print_side_by_side(on: "Console", answers: "Sequence[QueryAnswer]", results
             else:
                 match = "*" if found.match else ""
                 cells += [f"{found.score:.4f}{match}", _fmr(found, answer), f"{_same(found, result)} {found.id}"]
-        rows.add_row(*map(text, cells))
+        rows.add_row(*map(plain, cells))
     on.print(rows)
 
 

@@ -160,21 +160,30 @@ class StoredRows:
     def matching(self, condition: str) -> np.ndarray:
         """Return the rows, ascending, for which an SQL condition is true; see `tasks.query.where`. Raises as `columns`.
 
-        The columns that it names are read for all rows, and kept.
+        The columns that it names are kept.
         """
         with self._lock:
             if condition not in self._matching:
                 names = columns_of(condition, self.column_names)
-                missing = [name for name in names if name not in self._whole]
-                if missing:
-                    read = self._read(missing, np.arange(len(self)))
-                    self._whole |= dict(zip(missing, read.columns, strict=True))
+                self._keep(names)
                 table = pl.DataFrame({name: pl.from_arrow(self._whole[name]) for name in names})
                 found = matching(condition, table)
                 if len(self._matching) == REMEMBERED:
                     del self._matching[next(iter(self._matching))]
                 self._matching[condition] = found
             return self._matching[condition]
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Read some columns of all rows into memory, for whoever asks for them again and again. Raises as `columns`."""
+        self.check_columns(names)
+        with self._lock:
+            self._keep(names)
+
+    def _keep(self, names: Sequence[str]) -> None:
+        missing = [name for name in names if name not in self._whole]
+        if missing:
+            read = self._read(missing, np.arange(len(self)))
+            self._whole |= dict(zip(missing, read.columns, strict=True))
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return the stored features `[n, D]` of some rows, as they were written, from the feature files.

@@ -104,6 +104,15 @@ class Index:
         """The columns that `where` and `columns` may name."""
         return self._rows.column_names
 
+    def keep_columns(self, names: Sequence[str]) -> None:
+        """Read some columns of all rows into memory; otherwise a search that returns them reads them from the store.
+
+        Raises:
+            SettingsError: a name is no column.
+            StoreError: a feature file is damaged or missing.
+        """
+        self._rows.keep(names)
+
     def search(
         self,
         vectors: np.ndarray,
