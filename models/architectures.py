@@ -12,8 +12,10 @@ from torch import nn
 
 from models.dual_branch import DualBranchEnsemble, DualBranchSENet
 from models.se import SEBlock
-from schemas.errors import SettingsError
+from schemas.errors import SettingsError, clipped
 from schemas.models import DualBranchArguments, DualBranchEnsembleArguments, Mode, SEArguments
+
+MOST_ERRORS = 5
 
 Arguments = SEArguments | DualBranchArguments
 
@@ -42,7 +44,7 @@ def build(name: str, arguments: Mapping[str, JsonValue]) -> nn.Module:
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> Arguments:
     """Return the arguments with defaults filled in; `SettingsError` names the unknown network or the bad argument."""
     if name not in ARCHITECTURES:
-        raise SettingsError(f"architecture {name!r} is unknown; known are {', '.join(sorted(ARCHITECTURES))}")
+        raise SettingsError(f"architecture {clipped(name)} is unknown; known are {', '.join(sorted(ARCHITECTURES))}")
     try:
         return ARCHITECTURES[name].arguments.model_validate(dict(arguments))
     except ValidationError as error:
@@ -58,6 +60,8 @@ def describe(error: ValidationError) -> str:
     """Return what pydantic found as one line: the field, the value, and what is wanted, without internals."""
     found = error.errors(include_url=False, include_context=False)
     parts = [
-        f"{'.'.join(map(str, item['loc'])) or 'the whole'} = {item['input']!r:.60}: {item['msg']}" for item in found
+        f"{'.'.join(map(str, item['loc'])) or 'the whole':.60} = {item['input']!r:.60}: {item['msg']}"
+        for item in found[:MOST_ERRORS]
     ]
-    return "; ".join(parts)
+    more = f"; and {len(found) - MOST_ERRORS} more" if len(found) > MOST_ERRORS else ""
+    return "; ".join(parts) + more

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from models.architectures import build, check_arguments, describe, mode_of
 from models.seen import Hashes, Seen, name_hashes, rows_in
 from models.split import subject_key
-from schemas.errors import BadModelError, SettingsError
+from schemas.errors import BadModelError, SettingsError, clipped, first_line
 from schemas.files import read_regular
 from schemas.identity import normal_text
 from schemas.models import ModelCard, Precision, Statistic, uses_batch
@@ -145,12 +145,12 @@ def load(source: bytes | str | os.PathLike[str], *, name: str | None = None, max
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise BadModelError(f"{name}: not a readable safetensors file ({error}); copy it again") from error
+        raise BadModelError(f"{name}: not a readable safetensors file ({first_line(error)}); copy it again") from error
     seen = _read_seen(tensors, _SEEN, card.split is not None, name)
     rows = _read_seen(tensors, _SEEN_ROWS, card.seen_key is not None, name)
     unknown = [key for key in tensors if not key.startswith(_WEIGHTS)]
     if unknown:
-        raise BadModelError(f"{name}: unknown tensor {min(unknown)!r}; write checkpoints with `frontalis train`")
+        raise BadModelError(f"{name}: unknown tensor {clipped(min(unknown))}; write checkpoints with `frontalis train`")
     weights = {key.removeprefix(_WEIGHTS): tensor for key, tensor in tensors.items()}
     _check_weights(weights, skeleton, name)
     skeleton.load_state_dict(weights, assign=True)
@@ -199,7 +199,7 @@ def _check_weights(weights: Mapping[str, Tensor], skeleton: nn.Module, name: str
     wanted = skeleton.state_dict()
     missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing or unknown:
-        what = f"lacks tensor {missing[0]!r}" if missing else f"has an unknown tensor {unknown[0]!r}"
+        what = f"lacks tensor {missing[0]!r}" if missing else f"has an unknown tensor {clipped(unknown[0])}"
         raise BadModelError(f"{name}: {what}; card and weights must be of the same model")
     for key, tensor in weights.items():
         found, expected = (list(tensor.shape), tensor.dtype), (list(wanted[key].shape), wanted[key].dtype)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from storage.location import Location
 from storage.lock import store_lock
 from storage.releases import Releases
 from storage.tables import FileTable, LiveFile
+from storage.vectors.store import open_ids
 from tasks.maintenance.forget import forget
 from tasks.maintenance.rollback import roll_back
 from tasks.maintenance.vacuum import clean
@@ -280,3 +282,39 @@ def test_forgetting_waits_for_its_turn(release, person) -> None:
     with store_lock(Location(str(store)), "reprocess"), pytest.raises(StoreBusyError, match="held by another run"):
         forget(str(store), subject=person.subject)
     assert not (store / "tombstones.json").exists()
+
+
+def test_forget_rollback_and_vacuum_at_once(release, person) -> None:
+    """Each finishes or is refused. What is served in the end is whole and without the person."""
+    store, first = release
+    history = Releases(Location(str(store)))
+    history.record(another(first, 2, "r00002-beef"), history.all())
+    start, refusals = threading.Barrier(3), []
+
+    def at_once(work: Callable[[], object]) -> None:
+        start.wait()
+        try:
+            work()
+        except (StoreBusyError, SettingsError) as refusal:
+            refusals.append(str(refusal))
+
+    with ThreadPoolExecutor(3) as operators:
+        operations = [
+            lambda: forget(str(store), subject=person.subject, wait=120),
+            lambda: clean(str(store), keep=1, wait=120),
+            lambda: roll_back(str(store), first.release),
+        ]
+        for done in [operators.submit(at_once, work) for work in operations]:
+            done.result()
+    known = ("again", "removed by `frontalis vacuum`", "a person who was forgotten")
+    assert all(any(why in refusal for why in known) for refusal in refusals), refusals
+    forget(str(store), subject=person.subject)  # as a refused operator would
+    serving = history.serving()
+    assert not set(open_ids(history.store, serving.indexes["raw"])["subject"].to_pylist()) & {person.subject}
+    for old in (first.release, "r00002-beef"):
+        with pytest.raises(SettingsError):
+            roll_back(str(store), old)
+    clean(str(store), keep=1)
+    checked = check(str(store))
+    assert (checked.problems, checked.leftovers) == ([], [])
+    assert not any(person.photograph.encode() in path.read_bytes() for path in store.rglob("*") if path.is_file())

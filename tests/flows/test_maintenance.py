@@ -8,6 +8,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
+from flows.evaluate import evaluate
 from flows.forget import forget
 from flows.rollback import rollback
 from flows.vacuum import vacuum
@@ -45,6 +46,19 @@ def test_each_flow_does_its_work_and_the_name_stays_in_the_file(published, perso
     }
     assert person.subject not in run.model_dump_json()
     assert person.subject not in caplog.text
+
+
+def test_measuring_again_writes_nothing(published, tmp_path) -> None:
+    """So that a kill at any moment leaves the store as it was."""
+    store = published()
+
+    def files() -> dict[Path, tuple[int, int, int]]:
+        found = {path: path.stat() for path in store.rglob("*")}
+        return {path: (one.st_ino, one.st_mtime_ns, one.st_size) for path, one in found.items()}
+
+    before = files()
+    assert evaluate(str(store)).populations
+    assert files() == before
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import random
 import stat
 import struct
 import subprocess
@@ -25,7 +26,7 @@ from models.checkpoint import (
 from models.dual_branch import DualBranchSENet
 from models.seen import Seen
 from models.split import subject_key
-from schemas.errors import BadModelError, SettingsError
+from schemas.errors import BadModelError, SettingsError, one_line
 from schemas.models import ModelCard
 from schemas.split import SplitRule
 
@@ -367,6 +368,55 @@ def test_flipping_any_byte_of_the_header_never_does_worse_than_a_refusal():
             load(bytes(changed))
         except BadModelError:
             continue  # any other exception fails the test
+
+
+HOSTILE_VALUES = [
+    None, True, -1, 0, 1.5, 1e308, 2**31, 2**53, 2**63, 2**64, -(2**63), "", "F32", "F8_E4M3", "x" * 5000, "\0",
+    "\ud800", "\u202e", [], [[]], {}, [-1], [2**62, 4], [2**63], [0, 2**40], [1.5], ["1"], {"dtype": "F32"},
+    float("nan"), float("inf"),
+]  # fmt: skip
+HOSTILE_TOKENS = [b"[" * 5000, b"{" * 300, b"9" * 5000, b"1e99999", b"NaN", b'"\\ud800"', b"\xff", b"", b",", b"\0"]
+
+
+def hostile_header(header: dict[str, object], random_: random.Random) -> bytes:
+    """Return the JSON of a header with some of its values replaced, repeated, renamed, dropped, or cut to pieces."""
+    header = json.loads(json.dumps(header))
+    inner = json.loads(header["__metadata__"]["frontalis_model_card"])
+    for _ in range(random_.choice([1, 1, 1, 2, 4])):
+        place = random_.choice([header, header, header["__metadata__"], inner, inner, inner.get("arguments")])
+        if random_.random() < 0.5 and isinstance(place, dict):
+            place = random_.choice([value for value in place.values() if isinstance(value, dict)] or [place])
+        if not isinstance(place, dict) or not place or header.get("__metadata__") is None:
+            continue
+        name = random_.choice(list(place))
+        change = random_.choice(["replace", "replace", "replace", "rename", "drop"])
+        if change == "replace" and name != "__metadata__":
+            place[name] = random_.choice(HOSTILE_VALUES)
+        elif change == "rename":
+            place[random_.choice(["", "x", "model.", "__metadata__", "seen_rows", name.upper()])] = place[name]
+        elif name != "__metadata__":
+            del place[name]
+    if isinstance(header.get("__metadata__"), dict):
+        header["__metadata__"]["frontalis_model_card"] = json.dumps(inner)
+    text = bytearray(json.dumps(header).encode())
+    if random_.random() < 0.4:
+        at = random_.randrange(len(text))
+        text[at : at + random_.choice([0, 1, 5])] = random_.choice(HOSTILE_TOKENS)
+    return bytes(text)
+
+
+def test_hostile_headers_are_refused_in_one_line():
+    """400 mutated headers of seed 0: loaded or refused, without any other error and without a long message."""
+    data, random_, refusals = forged(*honest()), random.Random(0), []
+    size = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:size])
+    for _ in range(400):
+        try:
+            load(with_header(hostile_header(header, random_), data[size:]), name="x.safetensors")
+        except BadModelError as error:
+            refusals.append(str(error))
+    assert [refusal for refusal in refusals if refusal != one_line(refusal) or len(refusal) > 600] == []
+    assert len({refusal[:50] for refusal in refusals}) > 20, "many kinds of refusal were reached"
 
 
 # -- digests ----------------------------------------------------------------------------------------------------------

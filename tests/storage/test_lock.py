@@ -1,8 +1,10 @@
 """One run at a time on a store, whatever ends the run that holds it."""
 
 import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -114,6 +116,14 @@ def test_a_holder_that_left_no_name_is_unknown(store: Location, content: str) ->
         (Path(store.path) / ".lock").write_text(content)
         with pytest.raises(StoreBusyError, match=r"held by another run \(unknown\)"):
             take(store)
+
+
+def test_a_lock_whose_process_id_was_used_again_is_free(store: Location) -> None:
+    """The name in the file is for messages: what holds the store is the lock, which ends with its process."""
+    take(store)
+    living = {"what": "reprocess", "pid": os.getppid(), "host": socket.gethostname()}
+    (Path(store.path) / ".lock").write_text(json.dumps(living))
+    take(store)
 
 
 def test_a_store_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 import itertools
 import logging
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +188,50 @@ def test_interrupted_training_writes_what_it_has_and_says_so(tmp_path, synthetic
     assert (trained.interrupted, trained.best.step, trained.improved) == (True, 40, True)
     assert load(Path(trained.out).read_bytes()).card.metrics["best_step"] == 40
     assert "interrupted; step 40 is kept" in caplog.text
+
+
+def test_two_trainings_to_one_file_leave_one_whole_checkpoint(tmp_path):
+    source, out = write(tmp_path / "s", *people(24, 4)), tmp_path / "out" / "m.safetensors"
+    both = threading.Barrier(2, timeout=60)
+
+    def train(seed: int):
+        return train_model(
+            settings([source], out, seed=seed, test=0.0, resamples=0), should_stop=lambda: both.wait() < 0
+        )
+
+    with ThreadPoolExecutor(2) as trainings:  # side by side, step for step
+        running = [trainings.submit(train, seed) for seed in (1, 2)]
+        while not all(one.done() for one in running):
+            if out.exists():
+                load(out.read_bytes())
+            time.sleep(0.005)
+        cards = [one.result().card for one in running]
+    assert load(out.read_bytes()).card in cards
+    assert sorted(path.name for path in out.parent.iterdir()) == ["m.safetensors", "m.safetensors.md"]
+    assert cards[0].seen_key != cards[1].seen_key
+
+
+def test_a_training_that_is_killed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    """A kill leaves what is on the disk at that moment: here before and after each time that it is synced."""
+    source, out = write(tmp_path / "s", *people(24, 4)), tmp_path / "out" / "m.safetensors"
+    moments: list[Path] = []
+
+    def keep_moment(_: int) -> None:
+        moments.append(tmp_path / f"moment-{len(moments)}")
+        shutil.copytree(out.parent, moments[-1])
+
+    train_model(settings([source], out, seed=1))
+    before = out.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", keep_moment)
+        train_model(settings([source], out, seed=2))
+    found = [(moment / out.name).read_bytes() for moment in moments]
+    assert len(moments) == 4, "the checkpoint, its folder, its card, its folder"
+    assert [content == before for content in found] == [True, False, False, False]
+    assert {load(content).card.metrics["seed"] for content in found} == {1, 2}
+    assert list(moments[0].glob(".tmp-*")), "the new file is complete beside the old one"
+    train_model(settings([source], moments[0] / out.name, seed=3))
+    assert load((moments[0] / out.name).read_bytes()).card.metrics["seed"] == 3
 
 
 @pytest.mark.parametrize(
