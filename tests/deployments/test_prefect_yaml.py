@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
@@ -197,14 +198,17 @@ def test_a_release_that_got_worse_is_completed_but_kept_back(
 @pytest.mark.timeout(600)
 def test_a_query_of_many_vectors_goes_to_a_file(operator, prefect_server, pipeline, tiny_source) -> None:
     operator("deployment", "run", "reprocess/nightly", "--param", f"config={pipeline}", "--watch")
-    out = pipeline.with_name("found.json")
+    out = pipeline.with_name("found.parquet")
     vectors = next(iter(sorted(tiny_source.glob("*.parquet"))))
     parameters = {"store": str(pipeline.with_name("store")), "vectors": str(vectors), "out": str(out), "k": 3}
     typed = [word for key, value in parameters.items() for word in ("--param", f"{key}={json.dumps(value)}")]
     operator("deployment", "run", "query/batch", *typed, "--watch")
-    results = json.loads(out.read_text())["results"]
-    assert all(len(one["neighbours"]) == 3 for one in results)
-    assert all(one["neighbours"][0]["id"] == one["query"] for one in results), "each row finds itself first"
+    found = pl.read_parquet(out)
+    assert found["query"].unique(maintain_order=True).to_list() == pl.read_parquet(vectors)["id"].to_list()
+    assert found["rank"].to_list() == [1, 2, 3] * (len(found) // 3)
+    first = found.filter(rank=1)
+    assert (first["id"] == first["query"]).all(), "each row finds itself first"
+    assert first["fmr"].is_not_null().all()
 
 
 def run_id(printed: str) -> str:
