@@ -2,13 +2,14 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
-from flows.evaluate import evaluate
 from flows.forget import forget
 from flows.rollback import rollback
 from flows.vacuum import vacuum
@@ -17,6 +18,12 @@ from schemas.errors import SettingsError
 from storage.location import Location
 from storage.releases import Releases
 from tasks.maintenance.targets import Target, read_targets
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server(prefect_server) -> Iterator[None]:
+    with temporary_settings({PREFECT_API_URL: prefect_server.url, PREFECT_LOGGING_TO_API_ENABLED: False}):
+        yield
 
 
 def test_each_flow_does_its_work_and_the_name_stays_in_the_file(published, person, tmp_path, caplog) -> None:
@@ -46,19 +53,6 @@ def test_each_flow_does_its_work_and_the_name_stays_in_the_file(published, perso
     }
     assert person.subject not in run.model_dump_json()
     assert person.subject not in caplog.text
-
-
-def test_measuring_again_writes_nothing(published, tmp_path) -> None:
-    """So that a kill at any moment leaves the store as it was."""
-    store = published()
-
-    def files() -> dict[Path, tuple[int, int, int]]:
-        found = {path: path.stat() for path in store.rglob("*")}
-        return {path: (one.st_ino, one.st_mtime_ns, one.st_size) for path, one in found.items()}
-
-    before = files()
-    assert evaluate(str(store)).populations
-    assert files() == before
 
 
 @pytest.mark.parametrize(
