@@ -17,6 +17,7 @@ from models.split import split_of
 from schemas.errors import SettingsError, StoreError
 from storage.location import Location
 from storage.releases import Releases
+from tasks.query.opened import OpenRelease
 from tests.pipeline_fixtures import TINY_SPLIT
 
 
@@ -184,6 +185,21 @@ def test_a_store_stays_at_its_release_until_refreshed(
         assert (pinned.refresh(), pinned.release.release) == (True, "r1")
     with pytest.raises(ValueError, match="the store is closed"):
         pinned.index("raw")
+
+
+def test_unchanged_indexes_and_settings_of_the_release_are_used(store, measured_store, tmp_path) -> None:
+    uri = Location(str(shutil.copytree(measured_store, tmp_path / "store")))
+    old = OpenRelease(uri, store.release)
+    expected, embeddings = old.index("raw").search(np.ones((1, 32)), 3, expand=2), np.ones((1, 32), np.float32)
+    moved = old.reweight("per_sample", embeddings)
+    new = OpenRelease(uri, store.release.replaced(release="r2", settings={"query": {"expand": 2}}))
+    for path in ("indexes/r1/raw/index.faiss", "models"):  # what is shared is not read again
+        (tmp_path / "store" / path).rename(tmp_path / Path(path).name)
+    new.reuse(old)
+    found = new.index("raw").search(np.ones((1, 32)), 3)
+    assert (found.release, found.ids.tolist()) == ("r2", expected.ids.tolist())
+    np.testing.assert_array_equal(found.expanded, expected.expanded)
+    np.testing.assert_array_equal(new.reweight("per_sample", embeddings), moved)
 
 
 def test_what_cannot_be_asked_is_refused(store) -> None:

@@ -16,6 +16,7 @@ from metrics.verification import (
     FMR_POINTS,
     det_curve,
     equal_error_rate,
+    fmr_by_score,
     operating_point,
     score_histogram,
     verify,
@@ -112,6 +113,21 @@ def test_just_enough_impostors_are_enough() -> None:
 def test_a_target_that_is_no_rate_is_refused(target: float) -> None:
     with pytest.raises(ValueError, match="outside"):
         operating_point(ScoreCounts.from_scores([0.1], [0.1]), target)
+
+
+@settings(max_examples=60)
+@given(TIED_SCORES, TIED_SCORES)
+def test_fmr_by_score_has_the_operating_point_of_every_rate_that_the_pairs_show(genuine, impostor) -> None:
+    counts = ScoreCounts.from_scores(genuine, impostor)
+    found = fmr_by_score(counts, (0.3, 1e-6))
+    grid = {float(f"{step}e-{decade}") for decade in (1, 2) for step in (8, 6.3, 5, 4, 3.15, 2.5, 2, 1.6, 1.25, 1)} | {
+        0.3
+    }
+    points = {target: operating_point(counts, target) for target in sorted(grid, reverse=True)}
+    shown = {target: point for target, point in points.items() if point.threshold is not None}
+    assert (found.n_impostor, found.targets) == (len(impostor), list(shown))
+    assert found.scores == [point.threshold for point in shown.values()] == sorted(found.scores)
+    assert found.fmr == [point.fmr for point in shown.values()]
 
 
 @pytest.mark.parametrize("decimals", [1, 2, 9])
