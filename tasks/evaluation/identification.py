@@ -91,11 +91,14 @@ def identify_mode(
     exact = rates(plain)
     moved = _expanded(features[gallery], features[probes], plain[0][:, :expand], plain[1][:, :expand])
     with_it = without_copies(*exact_search(features[gallery], moved, k, device=device))
-    groups = [_compared("any", exact, rates(with_it))]
+    everybody = _compared("any", exact, rates(with_it))
+    groups = [everybody]
     enrolled = np.bincount(subjects[gallery], minlength=int(subjects.max()) + 1)[subjects[probes]]
     for name, (least, most) in ENROLLED.items():
-        among = (enrolled >= least) & (enrolled <= (most or len(gallery)))
-        if (among & mated).any():
+        among = mated & (enrolled >= least) & (enrolled <= (most or len(gallery)))
+        if among.any() and among.sum() == mated.sum():
+            groups.append(everybody.replaced(enrolled=name))
+        elif among.any():
             groups.append(_compared(name, rates(plain, among), rates(with_it, among)))
     kind, by_index, recall = choose_factory(len(gallery), features.shape[1], index), exact, dict.fromkeys((1, 10), 1.0)
     if kind != EXACT_KIND:
