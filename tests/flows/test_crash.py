@@ -55,7 +55,10 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scenes(prefect_server, make_checkpoint, tmp_path_factory) -> list[Scene]:
-    """A first run on an empty store; and a later one, whose new models have everything computed again."""
+    """A first run on an empty store; and a later one, whose new models have everything computed again.
+
+    The later one is a flow that a Prefect server records.
+    """
     folder = tmp_path_factory.mktemp("crash")
     source = folder / "shards"
     synthesize(source, subjects=2 * SHARDS, per_subject=8, dim=32, shards=SHARDS, seed=5, bad_rows=12)
@@ -64,7 +67,7 @@ def scenes(prefect_server, make_checkpoint, tmp_path_factory) -> list[Scene]:
             pq.write_table(pq.read_table(file, columns=["id", "embedding"]), file)
     made = []
     before = folder / "nothing"
-    for number in (1, 2):
+    for number, env in ((1, dict(os.environ)), (2, dict(prefect_server.env))):
         command = [sys.executable, "-m", "frontalis", "reprocess", "--source", str(source)]
         for mode in ("per_sample", "batch_stat"):
             file = make_checkpoint(folder / f"{mode}-{number}.safetensors", mode, seed=number)
@@ -73,7 +76,7 @@ def scenes(prefect_server, make_checkpoint, tmp_path_factory) -> list[Scene]:
         if before.exists():
             shutil.copytree(before, after)
         seconds = dict.fromkeys(STAGES, 0.0)
-        run = Run(command, dict(prefect_server.env), after)
+        run = Run(command, env, after)
         since, stage = time.monotonic(), "start"
         while run.process.poll() is None:
             now = run.stage()
@@ -83,7 +86,7 @@ def scenes(prefect_server, make_checkpoint, tmp_path_factory) -> list[Scene]:
             time.sleep(0.002)
         seconds[stage] += time.monotonic() - since
         assert run.process.returncode == 0, run.stderr()
-        made.append(Scene(before, command, dict(prefect_server.env), feature_files(after), seconds))
+        made.append(Scene(before, command, env, feature_files(after), seconds))
         before = after
     return made
 

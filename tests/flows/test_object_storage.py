@@ -1,6 +1,7 @@
 """The whole job on S3 (moto's server on the loopback): source and store, repeated runs, kills, two writers, forgetting.
 
-FRONTALIS_KILLS says how many runs are killed (2 by default, at most 12).
+FRONTALIS_KILLS says how many runs are killed (2 by default; `make torture` 60), every second one a flow that a Prefect
+server records.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
 from tasks.query import answer
 
-KILLS = min(int(os.environ.get("FRONTALIS_KILLS", "2")), 12)
+KILLS = int(os.environ.get("FRONTALIS_KILLS", "2"))
 LONGEST = 120
 
 pytestmark = pytest.mark.timeout(180 + 60 * KILLS)
@@ -180,7 +181,8 @@ def test_a_killed_run_is_carried_on(store, shards, prefect_server, make_checkpoi
     before, served = names(store), Releases(Location(store)).serving()
     undisturbed = 30  # about so many objects appear in a whole run
     wanted = chance.randint(1, undisturbed)
-    run = _start(shards, store, models, prefect_server.env, s3)
+    env = prefect_server.env if number % 2 else dict(os.environ)
+    run = _start(shards, store, models, env, s3)
     deadline = time.monotonic() + LONGEST
     while run.poll() is None and len(names(store) - before) < wanted:
         assert time.monotonic() < deadline
@@ -196,7 +198,7 @@ def test_a_killed_run_is_carried_on(store, shards, prefect_server, make_checkpoi
     now = Releases(Location(store)).serving()
     assert now.release == served.release or now.number == served.number + 1
     done = {name: _change(store, name) for name in appeared if name.startswith("features/mode=")}
-    again = _start(shards, store, models, prefect_server.env, s3)
+    again = _start(shards, store, models, env, s3)
     stderr = again.communicate(timeout=LONGEST)[1]
     assert again.returncode == 0, stderr
     assert {name: _change(store, name) for name in done} == done, "what was complete must not be written again"
