@@ -16,6 +16,7 @@ from schemas.settings import PipelineSettings
 from storage.delta_log import DamagedFilesError
 from storage.location import Location
 from storage.lock import store_lock
+from storage.permissions import restrict_new_files
 from storage.releases import Releases, refuse_foreign_tables
 from storage.shards import refuse_nested
 from storage.tombstones import Tombstones
@@ -52,6 +53,7 @@ def reprocess(settings: PipelineSettings, *, allow_removal: bool = False, stages
         StoreBusyError: another run has the store.
         FrontalisError: as the stages. What is complete is kept.
     """
+    restrict_new_files()
     stages = stages or Stages()
     stages.check(settings)
     store = Location(settings.store)

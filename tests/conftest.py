@@ -19,7 +19,8 @@ pytest_plugins = [
     "tests.report_fixtures",
 ]
 
-E2E_FIXTURES = {"prefect_server", "s3", "browser", "memory_grown"}
+# A server, a browser, a process, the whole job: slow by nature.
+E2E_FIXTURES = {"prefect_server", "s3", "browser", "memory_grown", "run_pipeline", "job"}
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -39,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as e2e what needs a server, a browser or a process of its own, and put files with such tests first."""
+    """Mark as e2e what needs a server, a browser or the whole job, and put files with such tests first."""
     for item in items:
         if not E2E_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.e2e)

@@ -34,7 +34,7 @@ from storage.location import Location
 from storage.releases import Releases
 from tasks.evaluate import evaluate
 from tasks.index import index_mode
-from tasks.outcome import Outcome
+from tasks.outcome import CompletedWithBadShardsError, Outcome
 from tasks.plan import Plan, make_plan, prepare_models
 from tasks.publish import Published, publish
 from tasks.reprocess import reprocess
@@ -241,7 +241,10 @@ def run_pipeline(pipeline_of) -> Callable[..., Outcome]:
 
     def run(source: str | Path, store: str | Path, *, allow_removal: bool = False, **settings: object) -> Outcome:
         with mock.patch("reports.html.draw", return_value=[]):
-            return reprocess(pipeline_of(source, store, **settings), allow_removal=allow_removal)
+            outcome = reprocess(pipeline_of(source, store, **settings), allow_removal=allow_removal)
+        if outcome.data.bad_shards:  # as the flow and the command do
+            raise CompletedWithBadShardsError(outcome)
+        return outcome
 
     return run
 

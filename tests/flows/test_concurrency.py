@@ -45,11 +45,12 @@ def command(source: Path, store: Path, models: list[str], *more: str) -> list[st
     ]
 
 
-def test_the_second_run_is_refused_or_waits(prefect_server, plain_source, tiny_models, tmp_path) -> None:
+@pytest.mark.e2e
+def test_the_second_run_is_refused_or_waits(plain_source, tiny_models, tmp_path) -> None:
     store = tmp_path / "store"
     started = [
         subprocess.Popen(
-            command(plain_source, store, tiny_models.arguments, *more), env=prefect_server.env, text=True,
+            command(plain_source, store, tiny_models.arguments, *more), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for more in ([], [], ["--wait", "100"])
@@ -64,12 +65,10 @@ def test_the_second_run_is_refused_or_waits(prefect_server, plain_source, tiny_m
     assert check(str(store)).problems == []
 
 
-def test_readers_never_fail_or_see_a_half_while_runs_publish(
-    prefect_server, plain_source, make_checkpoint, tmp_path
-) -> None:
+@pytest.mark.e2e
+def test_readers_never_fail_or_see_a_half_while_runs_publish(plain_source, make_checkpoint, tmp_path) -> None:
     """Every answer is one of a promoted release as a whole; here each release is known by its features."""
     store = tmp_path / "store"
-    env = prefect_server.env
     ids = None
     stop = threading.Event()
     answers: list[tuple[str, str]] = []
@@ -90,7 +89,7 @@ def test_readers_never_fail_or_see_a_half_while_runs_publish(
     def publish(number: int) -> None:
         model = make_checkpoint(tmp_path / f"{number}.safetensors", seed=number)
         done = subprocess.run(
-            command(plain_source, store, ["--model", f"per_sample={model}"], "--json"), env=env, capture_output=True,
+            command(plain_source, store, ["--model", f"per_sample={model}"], "--json"), capture_output=True,
             text=True, check=False, timeout=170,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -164,7 +163,7 @@ def test_a_rollback_in_between_is_not_overwritten(release) -> None:
 
 
 def test_a_rollback_during_a_run_stays_and_the_run_is_refused(
-    prefect_server, run_pipeline, plain_source, make_checkpoint, tmp_path
+    run_pipeline, plain_source, make_checkpoint, tmp_path
 ) -> None:
     store, models = tmp_path / "store", [make_checkpoint(tmp_path / f"{n}.safetensors", seed=n) for n in range(3)]
     for model in models[:2]:
@@ -172,9 +171,7 @@ def test_a_rollback_during_a_run_stays_and_the_run_is_refused(
     first, second = Releases(Location(str(store))).all()
     before = set(store.glob("features/mode=per_sample/*/*.parquet"))
     third = command(plain_source, store, ["--model", f"per_sample={models[2]}"], "--json")
-    with subprocess.Popen(
-        third, env=prefect_server.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as run:
+    with subprocess.Popen(third, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         while run.poll() is None and set(store.glob("features/mode=per_sample/*/*.parquet")) == before:
             time.sleep(0.001)
         run.send_signal(signal.SIGSTOP)

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from typer.testing import CliRunner
 
 from frontalis.cli import app
@@ -52,7 +51,7 @@ def releases(store: Path):
     return Releases(Location(str(store))).all()
 
 
-def test_vanished_shards_at_the_command_line(prefect_server, tiny_models, source: Path, tmp_path: Path) -> None:
+def test_vanished_shards_at_the_command_line(tiny_models, source: Path, tmp_path: Path) -> None:
     store, config = tmp_path / "store", tmp_path / "pipeline.toml"
 
     config.write_text(f'source = "{source}"\nstore = "{store}"\n[models]\nper_sample = "{tiny_models.per_sample}"')
@@ -62,27 +61,27 @@ def test_vanished_shards_at_the_command_line(prefect_server, tiny_models, source
         assert done.exit_code == code, done.output
         return json.loads(done.stdout)
 
-    with temporary_settings({PREFECT_API_URL: prefect_server.url, PREFECT_LOGGING_TO_API_ENABLED: False}):
-        first = reprocess(code=0)
-        for file in sorted(source.glob("*.parquet"))[1:]:
-            file.rename(tmp_path / file.name)
+    first = reprocess(code=0)
+    for file in sorted(source.glob("*.parquet"))[1:]:
+        file.rename(tmp_path / file.name)
 
-        rejected = reprocess(code=5)
-        assert (
-            f"100 of 120 rows (83.3%) and 5 of 6 shards (83.3%) of {first['release']} would be removed, more than "
-            "[gate] max_removed_rows = 0.2, max_removed_shards = 0.2 allows; fix the source, pass --allow-removal once"
-        ) in rejected["reason"]
-        assert answer(str(store), "per_sample", ids=["id-5-19"], k=1).release == first["release"]
-        again = reprocess(code=5)
-        assert (again["release"], again["shards_computed"]) == (rejected["release"], 0)
+    rejected = reprocess(code=5)
+    assert (
+        f"100 of 120 rows (83.3%) and 5 of 6 shards (83.3%) of {first['release']} would be removed, more than "
+        "[gate] max_removed_rows = 0.2, max_removed_shards = 0.2 allows; fix the source, pass --allow-removal once"
+    ) in rejected["reason"]
+    assert answer(str(store), "per_sample", ids=["id-5-19"], k=1).release == first["release"]
+    again = reprocess(code=5)
+    assert (again["release"], again["shards_computed"]) == (rejected["release"], 0)
 
-        allowed = reprocess("--allow-removal", code=0)
-        assert allowed["status"] == "promoted"
-        assert "passed by --allow-removal" in allowed["reason"]
-        assert [allowed["changes"][f"rows_{what}"] for what in ("added", "changed", "removed")] == [0, 0, 100]
-        assert releases(store)[-1].content == releases(store)[-2].content
-        for words in ((), ("--allow-removal",)):
-            assert reprocess(*words, code=0)["status"] == "unchanged"
+    allowed = reprocess("--allow-removal", code=0)
+    assert allowed["status"] == "promoted"
+    assert "passed by --allow-removal" in allowed["reason"]
+    assert [allowed["changes"][f"rows_{what}"] for what in ("added", "changed", "removed")] == [0, 0, 100]
+    assert releases(store)[-1].content == releases(store)[-2].content
+    for words in ((), ("--allow-removal",)):
+        assert reprocess(*words, code=0)["status"] == "unchanged"
+
     listed = CliRunner().invoke(app, ["releases", "--store", str(store)], obj=Command()).stdout.splitlines()
     assert "added" in listed[1]
     assert ["100" in line.split() for line in listed if line.startswith("r0000")] == [False, True, True]

@@ -17,16 +17,18 @@ from storage.releases import Releases
 
 Shell = Callable[..., "subprocess.CompletedProcess[str]"]
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture(scope="module")
-def reprocess(prefect_server, tiny_models) -> Shell:
+def reprocess(tiny_models) -> Shell:
     """Run `frontalis reprocess …` with the tiny models unless others are given; no traceback is ever shown."""
 
     def run(source: Path, store: Path, *more: object, models: list[str] | None = None, code: int):
         words = ["reprocess", "--source", source, "--store", store, *(models or tiny_models.arguments), *more]
         done = subprocess.run(
             [sys.executable, "-m", "frontalis", *map(str, words)],
-            env=prefect_server.env, capture_output=True, text=True, timeout=170, check=False,
+            capture_output=True, text=True, timeout=170, check=False,
         )  # fmt: skip
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr

@@ -9,11 +9,13 @@ import pytest
 
 from models.checkpoint import load
 
+pytestmark = pytest.mark.e2e
 
-def frontalis(server, *arguments):
+
+def frontalis(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "frontalis", *map(str, arguments)],
-        env={**os.environ, **server.env, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=150,
@@ -29,10 +31,10 @@ def shards(tmp_path_factory):
     return folder
 
 
-def test_train_writes_a_checkpoint_and_prints_one_json_document(prefect_server, shards, tmp_path):
+def test_train_writes_a_checkpoint_and_prints_one_json_document(shards, tmp_path):
     out = tmp_path / "model.safetensors"
     options = ("--mode", "batch_stat", "--steps", 3, "--validation", 0.2, "--test", 0.2, "--seed", 7, "--json")
-    done = frontalis(prefect_server, "train", shards, "--out", out, *options)
+    done = frontalis("train", shards, "--out", out, *options)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     card = load(out.read_bytes()).card
@@ -43,19 +45,17 @@ def test_train_writes_a_checkpoint_and_prints_one_json_document(prefect_server, 
     assert (tmp_path / "model.safetensors.md").exists()
 
 
-def test_train_prints_the_model_beside_raw(prefect_server, shards, tmp_path):
+def test_train_prints_the_model_beside_raw(shards, tmp_path):
     out = tmp_path / "model.safetensors"
-    done = frontalis(
-        prefect_server, "train", shards, "--out", out, "--steps", 2, "--architecture", "se", "--loss", "triplet"
-    )
+    done = frontalis("train", shards, "--out", out, "--steps", 2, "--architecture", "se", "--loss", "triplet")
     assert done.returncode == 0, done.stderr
     assert "per_sample" in done.stdout
     assert "raw" in done.stdout
     assert str(out) in done.stdout.replace("\n", "")
 
 
-def test_train_refuses_in_one_line(prefect_server, shards, tmp_path):
-    done = frontalis(prefect_server, "train", shards, "--out", tmp_path / "m", "--validation", 0.7, "--test", 0.4)
+def test_train_refuses_in_one_line(shards, tmp_path):
+    done = frontalis("train", shards, "--out", tmp_path / "m", "--validation", 0.7, "--test", 0.4)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert last.startswith("frontalis: ")
