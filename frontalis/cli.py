@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from frontalis.app import WAIT, AsJson, Store, a_number, app, command
-from frontalis.commands import query  # noqa: F401 - registers itself
+from frontalis.commands import query, serve  # noqa: F401 - register themselves
 from frontalis.process import run
 from frontalis.server import run_flow, uses_prefect
 from schemas.errors import ExitCode, SettingsError

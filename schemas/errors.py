@@ -38,6 +38,10 @@ class SettingsError(FrontalisError):
     """A setting, option or argument cannot be used."""
 
 
+class UnknownIdError(SettingsError):
+    """An id is not stored."""
+
+
 class BadShardError(FrontalisError):
     """A whole shard cannot be used (unreadable file, missing or misnamed column, wrong type)."""
 

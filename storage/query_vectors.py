@@ -56,13 +56,21 @@ def read_vectors(path: str, dim: int) -> tuple[list[str | int], np.ndarray]:
         raise SettingsError(f"--vectors {path}: there is no such file.") from error
     except (ValueError, OSError, BadShardError, pa.ArrowException) as error:
         raise SettingsError(f"--vectors {path}: cannot be read ({first_line(error)}).") from error
-    if matrix.shape[1] != dim:
-        raise SettingsError(f"--vectors {path}: has {matrix.shape[1]} numbers a row, the index {dim}.")
+    check_vectors(f"--vectors {path}", matrix, dim)
+    return names, matrix
+
+
+def check_vectors(shown: str, matrix: np.ndarray, dim: int) -> None:
+    """Refuse embeddings `[n, D]` that have no direction, or another D than `dim`, with a SettingsError.
+
+    `shown` is what the message calls them.
+    """
+    if matrix.ndim != 2 or matrix.shape[1] != dim:
+        raise SettingsError(f"{shown}: has {matrix.shape[-1]} numbers a row, the index {dim}.")
     norms = np.linalg.norm(matrix.astype(np.float64), axis=1)
     bad = np.flatnonzero(~np.isfinite(norms) | (norms < 1e-18))
     if bad.size:
-        raise SettingsError(f"--vectors {path}: row {bad[0]} is zero or not finite, so it has no direction.")
-    return names, matrix
+        raise SettingsError(f"{shown}: row {bad[0]} is zero or not finite, so it has no direction.")
 
 
 def _from_npy(path: str) -> tuple[list[str | int], np.ndarray]:
@@ -78,10 +86,31 @@ def _from_npy(path: str) -> tuple[list[str | int], np.ndarray]:
         numbers = np.fromfile(file, dtype, count)
     if len(numbers) != count:
         raise ValueError("the file shrank while it was read")
+    matrix = _matrix(numbers, shape, fortran_order)
+    return list(range(len(matrix))), matrix
+
+
+def npy_matrix(content: bytes) -> np.ndarray:
+    """Return the embeddings, float32 `[n, D]`, of the bytes of a `.npy` file.
+
+    Raises:
+        SettingsError: not a `.npy` file, of another array than floats `[D]` or `[n, D]`, or of another length.
+    """
+    try:
+        shape, fortran_order, dtype, offset = npy_header(content[:MAX_NPY_HEADER])
+    except ValueError as error:
+        raise SettingsError(f"vectors: cannot be read as .npy ({first_line(error)}).") from error
+    count = math.prod(shape)
+    wanted = offset + count * dtype.itemsize
+    if len(content) != wanted:
+        raise SettingsError(f"vectors: an array of {dtype} {shape} has {wanted:,} bytes, these are {len(content):,}.")
+    return _matrix(np.frombuffer(content, dtype, count, offset), shape, fortran_order)
+
+
+def _matrix(numbers: np.ndarray, shape: tuple[int, ...], fortran_order: bool) -> np.ndarray:
     with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused as such
         array = numbers.astype(np.float32).reshape(shape, order="F" if fortran_order else "C")
-    matrix = np.ascontiguousarray(np.atleast_2d(array))
-    return list(range(len(matrix))), matrix
+    return np.ascontiguousarray(np.atleast_2d(array))
 
 
 def npy_header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:

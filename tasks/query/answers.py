@@ -61,11 +61,10 @@ class QueryResult(BaseModel):
     neighbours: list[Neighbour]
 
 
-class QueryAnswer(BaseModel):
+class ModeAnswer(BaseModel):
     """The answer to all queries of one call, in one mode.
 
     Attributes:
-        store: local path or s3://…
         release: the release that was searched.
         mode: its mode.
         k: neighbours asked for.
@@ -80,7 +79,6 @@ class QueryAnswer(BaseModel):
         results: one for each query.
     """
 
-    store: str
     release: str
     mode: str
     k: int
@@ -93,6 +91,12 @@ class QueryAnswer(BaseModel):
     impostor_pairs: int | None = None
     fmr_unknown: str | None = None
     results: list[QueryResult]
+
+
+class QueryAnswer(ModeAnswer):
+    """The same, and the store that was asked: local path or s3 address."""
+
+    store: str
 
 
 class QueryComparison(BaseModel):
@@ -169,25 +173,31 @@ class Answered:
 
     def record(self) -> QueryAnswer:
         """Return the answer as a document."""
+        return QueryAnswer(store=self.store, **self._fields())
+
+    def mode_answer(self) -> ModeAnswer:
+        """Return the answer as a document that does not name the store."""
+        return ModeAnswer(**self._fields())
+
+    def _fields(self) -> dict[str, Any]:
         options, fmr = self.question.options, self.question.fmr
-        return QueryAnswer(
-            store=self.store,
-            release=self.found.release,
-            mode=self.found.mode,
-            k=self.question.k,
-            by=options.get("by", "row"),
-            expand=self.expand,
-            where=options.get("where"),
-            fmr=None if fmr is None else rate_text(fmr),
-            threshold=self.threshold,
-            compared=self.found.compared,
-            impostor_pairs=self.impostor_pairs,
-            fmr_unknown=self.fmr_unknown,
-            results=[
+        return {
+            "release": self.found.release,
+            "mode": self.found.mode,
+            "k": self.question.k,
+            "by": options.get("by", "row"),
+            "expand": self.expand,
+            "where": options.get("where"),
+            "fmr": None if fmr is None else rate_text(fmr),
+            "threshold": self.threshold,
+            "compared": self.found.compared,
+            "impostor_pairs": self.impostor_pairs,
+            "fmr_unknown": self.fmr_unknown,
+            "results": [
                 QueryResult(query=name, subject=subject, neighbours=self._neighbours(query))
                 for query, (name, subject) in enumerate(zip(self.names, self.subjects, strict=True))
             ],
-        )
+        }
 
     def _neighbours(self, query: int) -> list[Neighbour]:
         found = self.found
@@ -257,7 +267,8 @@ def _ask(
 ) -> Answered:
     options = question.options.copy()
     index, names, subjects = opened.index(mode), [], []
-    threshold = None if question.fmr is None else opened.threshold(mode, question.fmr)
+    if question.fmr is not None:
+        opened.threshold(mode, question.fmr)  # refuses before the search
     if read is None:
         rows = opened.rows(mode)
         at = rows.find(question.ids, shown="--id")
@@ -269,6 +280,31 @@ def _ask(
         if question.exclude_self:
             options["exclude_self_ids"] = names
         found = index.search(opened.reweight(mode, read[1]), question.k, **options)
+    return answered(opened, question, names, subjects, found)
+
+
+def answered(
+    opened: OpenRelease,
+    question: Question,
+    names: Sequence[str | int],
+    subjects: Sequence[str | None],
+    found: Neighbours,
+) -> Answered:
+    """Say what the scores of some neighbours mean.
+
+    Args:
+        opened: the release that was searched.
+        question: what was asked.
+        names: of the queries.
+        subjects: of the queries, None where unknown.
+        found: their neighbours.
+
+    Raises:
+        SettingsError: the FMR that was asked for is not estimable.
+        StoreError: it was not measured.
+    """
+    mode, options = found.mode, question.options
+    threshold = None if question.fmr is None else opened.threshold(mode, question.fmr)
     fmr, pairs, unknown = None, None, None
     if options.get("by") == "subject":
         unknown = "FMR is measured on pairs of rows, not on templates"
@@ -279,7 +315,7 @@ def _ask(
             unknown = str(error).rstrip(".")
     expand = options.get("expand")
     if expand is None:
-        expand = index.expand if found.expanded is not None else 0
+        expand = opened.default_expand if found.expanded is not None else 0
     return Answered(opened.store.uri, question, names, subjects, found, expand, threshold, fmr, pairs, unknown)
 
 

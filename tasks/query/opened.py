@@ -19,7 +19,7 @@ from storage.releases import Releases
 from storage.tombstones import Tombstones
 from storage.vectors.index import VectorIndex
 from storage.vectors.store import open_ids, open_index
-from tasks.query.rates import fmr_at, release_rates, threshold_at
+from tasks.query.rates import ReleaseRates, fmr_at, release_rates, threshold_at
 from tasks.query.rows import StoredRows
 from tasks.query.search import Index, Neighbours, SearchOptions
 
@@ -141,8 +141,11 @@ class OpenRelease:
     def rates(self, mode: str) -> ScoreFmr:
         """Return the FMR by score of a mode. Raises as `fmr`."""
         self._reference(mode)
-        measured = self._part("rates", "", lambda: release_rates(self.store, self.record))
-        return measured.of(mode)
+        return self.load_rates().of(mode)
+
+    def load_rates(self) -> ReleaseRates:
+        """Read the FMR by score of all modes. Raises StoreError where the evaluation is damaged."""
+        return self._part("rates", "", lambda: release_rates(self.store, self.record))
 
     def reuse(self, other: "OpenRelease") -> None:
         """Open what `other` has open, and take over indexes and models that are the same in both. Raises as `index`."""
@@ -157,6 +160,8 @@ class OpenRelease:
                 self.index(mode)
             elif what == "model" and mode in now.models:
                 self._model(mode)
+            elif what == "rates":
+                self.load_rates()
 
     def _vectors(self, mode: str) -> VectorIndex:
         reference = self._reference(mode)

@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.errors import SettingsError, StoreError, clipped
+from schemas.errors import SettingsError, StoreError, UnknownIdError, clipped
 from schemas.features import PARTITIONS, VECTOR_COLUMNS
 from schemas.identity import normal_texts, parse_id
 from schemas.releases import Release
@@ -61,7 +61,8 @@ class StoredRows:
             shown: what messages call an id.
 
         Raises:
-            SettingsError: there is no such id, or it has no usual form.
+            UnknownIdError: there is no such id.
+            SettingsError: it has no usual form, or several ids have the same one.
         """
         integer = pa.types.is_integer(self.ids.type)
         names = [parse_id(str(one), integer=integer, shown=f"{shown} {clipped(one)}") for one in ids]
@@ -97,7 +98,7 @@ class StoredRows:
                     f"{shown} {clipped(typed)}: {len(rows)} ids of release {release} differ from it only in blanks or "
                     "in how characters are composed; type one of them exactly."
                 )
-        raise SettingsError(f"{shown} {clipped(typed)}: is not in release {release} of {store}.")
+        raise UnknownIdError(f"{shown} {clipped(typed)}: is not in release {release} of {store}.")
 
     @cached_property
     def _normal_ids(self) -> pa.ChunkedArray:

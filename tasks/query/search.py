@@ -5,7 +5,7 @@ answer. Where rows are left out, the search goes deeper until there are k neighb
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypedDict
 
@@ -71,6 +71,16 @@ class Neighbours:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def part(self, start: int, stop: int) -> "Neighbours":
+        """Return the neighbours of the queries from `start` up to `stop`."""
+        k = self.scores.shape[1]
+        return replace(
+            self,
+            scores=self.scores[start:stop],
+            expanded=None if self.expanded is None else self.expanded[start:stop],
+            table=self.table.slice(start * k, (stop - start) * k),
+        )
 
     def _objects(self, name: str) -> np.ndarray:
         values = np.empty(self.scores.size, object)
