@@ -15,10 +15,12 @@ from frontalis.terminal import new_table, open_console, plain, say, write_json
 from reports.expansion import expansion_advice
 from reports.tables import filled
 from reports.text import (
+    FEW_FALSE_MATCHES,
     cell_name,
     changes_in_words,
     counted,
     interval,
+    is_unreliable,
     pairs_remarks,
     percent,
     points,
@@ -320,13 +322,24 @@ def _error_rates(console: Console, population: Population, evaluation: Evaluatio
             table.add_row(
                 cell_name(cell) if mode == RAW else "",
                 mode,
-                *(_with_interval(in_cell.estimate(metric)) for metric in columns),
+                *(
+                    _with_interval(in_cell.estimate(metric)) + _unreliable(result.false_matches(cell, metric))
+                    for metric in columns
+                ),
                 *(_difference(result.difference_to_raw(cell, metric)) for metric in compared),
                 f"{in_cell.n_genuine:,}",
                 f"{in_cell.n_impostor:,}",
             )
         table.add_section()
     console.print(table)
+    few = any(
+        is_unreliable(result.false_matches(cell, metric))
+        for cell in filled(population)
+        for result in population.modes.values()
+        for metric in columns
+    )
+    if few:
+        say(console, f"(few) {FEW_FALSE_MATCHES}")
     say(console, "FNMR is at one threshold per mode for all pose pairs: the global FMR is over all impostor pairs")
 
 
@@ -355,6 +368,10 @@ def _with_interval(estimate: Estimate | None) -> str:
         return "n/e"
     between = interval(estimate, ", ")
     return percent(estimate.value) + (f" [{between}]" if between else "")
+
+
+def _unreliable(false_matches: int | None) -> str:
+    return " (few)" if is_unreliable(false_matches) else ""
 
 
 def _difference(difference: Estimate | None) -> str:

@@ -21,6 +21,7 @@ Thresholds are estimated again in each draw, on the coarse score grid of width 2
 logarithm. Where there are more subjects than clusters, clusters are drawn instead.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,19 +82,46 @@ def paired_bootstrap(
     >>> paired_bootstrap(same, same, resamples=100)["all"][EER].high
     0.0
     """
+    return _paired(base, other, lambda before, after: after - before, resamples, seed, level)
+
+
+def relative_bootstrap(
+    base: AllPairs, other: AllPairs, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> dict[str, dict[MetricId, Estimate]]:
+    """Return (`other` - `base`) / `base` with percentile intervals, drawn as by `paired_bootstrap`.
+
+    Not estimable where the metric of `base` is 0 and the other is not; 0 where both are.
+    """
+
+    def ratio(before: Samples, after: Samples) -> Samples:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(before == after, 0.0, after / before - 1)
+
+    return _paired(base, other, ratio, resamples, seed, level)
+
+
+def _paired(
+    base: AllPairs,
+    other: AllPairs,
+    change: Callable[[Samples, Samples], Samples],
+    resamples: int,
+    seed: int,
+    level: float,
+) -> dict[str, dict[MetricId, Estimate]]:
+    """Return the change from `base` to `other` of every metric of every cell, on the data itself and in every draw."""
     _check_same_rows(base, other)
     multiplicities = draw_subjects(base, resamples, seed, level)
     before, after = draw(base, multiplicities), draw(other, multiplicities)
-    differences = {}
+    changes = {}
     for cell, changed in zip(base, other, strict=True):
         new = changed.estimates()
-        differences[cell.name] = {
+        changes[cell.name] = {
             metric: with_interval(
-                _difference(old, new[metric]), after[cell.name][metric] - before[cell.name][metric], level
+                _change(old, new[metric], change), change(before[cell.name][metric], after[cell.name][metric]), level
             )
             for metric, old in cell.estimates().items()
         }
-    return differences
+    return changes
 
 
 def draw_subjects(result: AllPairs, resamples: int, seed: int, level: float) -> Samples:
@@ -211,10 +239,13 @@ def _around(curve: Samples, positions: Samples) -> tuple[Samples, Samples, Sampl
     return left, right, positions - before
 
 
-def _difference(before: Estimate, after: Estimate) -> Estimate:
+def _change(before: Estimate, after: Estimate, change: Callable[[Samples, Samples], Samples]) -> Estimate:
     if before.value is None or after.value is None:
         return Estimate(value=None, reason="not estimable")
-    return Estimate(value=after.value - before.value)
+    value = float(change(np.array(before.value), np.array(after.value)))
+    return (
+        Estimate(value=value) if np.isfinite(value) else Estimate(value=None, reason="not estimable: no error before")
+    )
 
 
 def _check_same_rows(base: AllPairs, other: AllPairs) -> None:

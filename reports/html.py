@@ -185,7 +185,8 @@ def draw(report: ReportInput) -> list[FigureView]:
             "det",
             "DET curves",
             "False non-match rate over false match rate at every threshold, on normal-deviate axes: the lower curve is "
-            "better. Marks are at the pose pair's own FMR 0.1% and 1%, with 95% intervals.",
+            "better. Marks are at the pose pair's own FMR 0.1% and 1%, with 95% intervals. A curve ends where fewer "
+            "than 30 impostor pairs match.",
             plots.det_curves(modes, cells),
         ),
         FigureView(

@@ -44,7 +44,7 @@ from reports.text import (
 )
 from reports.theme import RAMP_STEPS, Plot, drawing, light, mode_role
 from schemas.metrics import RAW, MetricId
-from schemas.reports import CellResult, ChannelWeights, ModeResult, TrendPoint
+from schemas.reports import FEWEST_FALSE_MATCHES, CellResult, ChannelWeights, ModeResult, TrendPoint
 
 Modes = dict[str, ModeResult]
 
@@ -102,11 +102,13 @@ def differences(modes: Modes, cells: Sequence[str], metrics: Sequence[MetricId])
 
 @drawing()
 def det_curves(modes: Modes, cells: Sequence[str]) -> list[Plot]:
-    """Draw FNMR over FMR on normal-deviate axes, one plot per cell, with the intervals at FMR 1% and 0.1%."""
+    """Draw FNMR over FMR on normal-deviate axes, one plot per cell, with the intervals at FMR 1% and 0.1%.
+
+    Curves end where fewer than 30 impostor pairs match.
+    """
     drawn = [cell for cell in cells if any(_has_det(mode, cell) for mode in modes.values())]
-    curves = [mode.cells[cell].det for cell in drawn for mode in modes.values() if _has_det(mode, cell)]
-    rates = [rate for curve in curves if curve for rate in curve.fmr if rate > 0]
-    misses = [rate for curve in curves if curve for rate in curve.fnmr if rate > 0]
+    points = [point for cell in drawn for mode in modes.values() for point in _reliable(mode.cells.get(cell))]
+    rates, misses = [fmr for fmr, _ in points if fmr > 0], [fnmr for _, fnmr in points if fnmr > 0]
     x_range = (max(1e-6, min([*rates, 0.1])), 0.5)
     y_range = (max(1e-5, min([*misses, 0.1])), min(0.95, max(0.5, *misses, 0.5)))
     plots = []
@@ -119,7 +121,7 @@ def det_curves(modes: Modes, cells: Sequence[str]) -> list[Plot]:
                 continue
             kept = [
                 (fmr, fnmr)
-                for fmr, fnmr in zip(result.det.fmr, result.det.fnmr, strict=True)
+                for fmr, fnmr in _reliable(result)
                 if x_range[0] <= fmr <= x_range[1] and y_range[0] <= fnmr <= y_range[1]
             ]
             x, y = [fmr for fmr, _ in kept], [fnmr for _, fnmr in kept]
@@ -322,6 +324,14 @@ def _deviates(rates: Sequence[float], span: tuple[float, float]) -> list[float]:
     return [NormalDist().inv_cdf(min(max(rate, span[0]), span[1])) for rate in rates]
 
 
+def _reliable(result: CellResult | None) -> list[tuple[float, float]]:
+    """Return the points (FMR, FNMR) of a DET curve that rest on enough false matches."""
+    if result is None or result.det is None:
+        return []
+    least = FEWEST_FALSE_MATCHES / max(result.n_impostor, 1)
+    return [point for point in zip(result.det.fmr, result.det.fnmr, strict=True) if point[0] >= least]
+
+
 def _has_det(mode: ModeResult, cell: str) -> bool:
     return cell in mode.cells and mode.cells[cell].det is not None
 
@@ -336,7 +346,8 @@ def _det_intervals(
 ) -> None:
     for fmr in ("1e-2", "1e-3"):
         miss = result.estimate(MetricId.at("fnmr", fmr))
-        if miss is None or miss.value is None or float(fmr) < x_range[0]:
+        few = float(fmr) * result.n_impostor < FEWEST_FALSE_MATCHES
+        if miss is None or miss.value is None or few or float(fmr) < x_range[0]:
             continue
         at = _deviates([float(fmr)], x_range)
         axes.plot(at * 2, _deviates(bounds(miss), y_range), color=mode_colour(mode, modes), lw=1, alpha=0.55)

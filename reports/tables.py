@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from reports.text import (
+    FEW_FALSE_MATCHES,
     NOT_ESTIMABLE,
     Verdict,
     cell_name,
     interval,
+    is_unreliable,
     metric_name,
     negated,
     pairs_remarks,
@@ -34,12 +36,16 @@ _MARKS = {RAW: "●", "per_sample": "■", "batch_stat": "▲"}
 
 @dataclass(frozen=True)
 class Shown:
-    """An estimate as a table shows it; `note` numbers the footnote that says why there is no value."""
+    """An estimate as a table shows it; `note` numbers the footnote that says why there is no value.
+
+    `unreliable` numbers the footnote that says why the value is not to be relied on.
+    """
 
     value: str
     between: str | None = None
     note: int | None = None
     reason: str | None = None
+    unreliable: int | None = None
     difference: str | None = None
     difference_between: str | None = None
     verdict: Verdict | None = None
@@ -72,26 +78,40 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def show(
-        self, estimate: Estimate | None, difference: Estimate | None = None, *, higher_is_better: bool = False
+        self,
+        estimate: Estimate | None,
+        difference: Estimate | None = None,
+        *,
+        higher_is_better: bool = False,
+        false_matches: int | None = None,
     ) -> Shown:
-        """Format an estimate, and its difference where there is one; number the reason of a missing one."""
+        """Format an estimate, and its difference where there is one; number the reason of a missing one.
+
+        It is unreliable where it rests on too few `false_matches`, None where it rests on none.
+        """
         if estimate is None:
             return Shown("\N{EN DASH}")
         if estimate.value is None:
             reason = estimate.reason or "not estimable"
-            if reason not in self.notes:
-                self.notes.append(reason)
-            return Shown(NOT_ESTIMABLE, note=self.notes.index(reason) + 1, reason=reason)
+            return Shown(NOT_ESTIMABLE, note=self._note(reason), reason=reason)
+        unreliable = self._note(FEW_FALSE_MATCHES) if is_unreliable(false_matches) else None
         if difference is None or difference.value is None:
-            return Shown(percent(estimate.value), interval(estimate))
+            return Shown(percent(estimate.value), interval(estimate), unreliable=unreliable)
         return Shown(
             percent(estimate.value),
             interval(estimate),
+            unreliable=unreliable,
             difference=points(difference.value),
             difference_between=points_interval(difference),
             verdict=verdict(negated(difference) if higher_is_better else difference),
             higher_is_better=higher_is_better,
         )
+
+    def _note(self, text: str) -> int:
+        """Return the number of a footnote, a new one where it is not there yet."""
+        if text not in self.notes:
+            self.notes.append(text)
+        return self.notes.index(text) + 1
 
 
 def filled(population: Population) -> list[str]:
@@ -119,7 +139,14 @@ def pose_table(population: Population, cells: Sequence[str], metrics: Sequence[M
 
     def show(mode: ModeResult, cell: str) -> list[Shown]:
         result = mode.cells[cell]
-        return [table.show(result.estimate(metric), mode.difference_to_raw(cell, metric)) for metric in metrics]
+        return [
+            table.show(
+                result.estimate(metric),
+                mode.difference_to_raw(cell, metric),
+                false_matches=mode.false_matches(cell, metric),
+            )
+            for metric in metrics
+        ]
 
     _add_pose_pairs(table, population, cells, show)
     return table
@@ -162,8 +189,16 @@ def detail_table(population: Population, fmrs: Sequence[str]) -> Table:
     def show(mode: ModeResult, cell: str) -> list[Shown]:
         result = mode.cells[cell]
         d_prime = Shown("\N{EN DASH}" if result.d_prime is None else f"{result.d_prime:.2f}")
-        own = [table.show(result.fnmr.get(fmr)) for fmr in fmrs]
-        return [table.show(result.auc), d_prime, table.show(result.eer), *own]
+        own = [
+            table.show(result.fnmr.get(fmr), false_matches=mode.false_matches(cell, MetricId.at("fnmr", fmr)))
+            for fmr in fmrs
+        ]
+        return [
+            table.show(result.auc),
+            d_prime,
+            table.show(result.eer, false_matches=mode.false_matches(cell, EER)),
+            *own,
+        ]
 
     _add_pose_pairs(table, population, filled(population), show)
     return table

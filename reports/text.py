@@ -10,11 +10,17 @@ import numpy as np
 
 from schemas.errors import visible as visible
 from schemas.metrics import ALL, MetricId
-from schemas.reports import Changes, Estimate, LimitName, LimitResult, PairsResult, Population
+from schemas.reports import FEWEST_FALSE_MATCHES, Changes, Estimate, LimitName, LimitResult, PairsResult, Population
 
 Verdict = Literal["better", "worse", "no difference", "no interval"]
 
 NOT_ESTIMABLE = "n/e"
+FEW_FALSE_MATCHES = f"unreliable: rests on fewer than {FEWEST_FALSE_MATCHES} false matches"
+
+
+def is_unreliable(false_matches: int | None) -> bool:
+    """Return whether a metric rests on too few false matches; False where it rests on none."""
+    return false_matches is not None and false_matches < FEWEST_FALSE_MATCHES
 
 
 def percent(share: float) -> str:

@@ -186,6 +186,7 @@ class ModeResult(Record):
     versus_anchor: Differences = Field(
         default_factory=dict, description="the same, this mode − what the model of the anchor makes of the same rows"
     )
+    relative_to_anchor: Differences = Field(default_factory=dict, description="the same, as a share of the anchor's")
     versus_modes: dict[str, Differences] = Field(
         default_factory=dict, description="by other mode: the same, this mode − the other"
     )
@@ -203,6 +204,11 @@ class ModeResult(Record):
     def difference_to_anchor(self, cell: str, metric: MetricId) -> Estimate | None:
         """Return this mode − the model of the anchor on the same rows, None where they were not compared."""
         return self.versus_anchor.get(cell, {}).get(metric)
+
+    def relative_difference_to_anchor(self, cell: str, metric: MetricId) -> Estimate | None:
+        """Return the same as a share of the anchor's metric, None where that is not estimable."""
+        found = self.relative_to_anchor.get(cell, {}).get(metric)
+        return found if found is not None and found.value is not None else None
 
     def false_matches(self, cell: str, metric: MetricId) -> int | None:
         """Return on how many false matches a metric rests, about; None where it does not rest on any.

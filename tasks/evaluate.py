@@ -6,8 +6,8 @@ was trained or selected on. The definitions are those of `metrics`. `tasks.gate`
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -107,7 +107,8 @@ def evaluate(
     else:
         known = populations[ALL].modes if sample.rows is everybody.rows else {}
         measure.compare(sample, modes)
-        references, unread = measure.references(sample, modes, served, anchor)
+        references = measure.references(sample, modes, served, anchor)
+        unread = references.unread
         for which, why in unread.items():
             notes.append(f"not compared with {which}: {why}")
             log.warning("evaluation: %s", notes[-1])
@@ -134,6 +135,16 @@ class _Sample:
     at: np.ndarray
     rows: LabelledRows
     sampled_from: int | None
+
+
+@dataclass(frozen=True)
+class _References:
+    """Differences by mode, to the served release and to the anchor, and by reference why it could not be read."""
+
+    served: dict[str, Differences] = field(default_factory=dict)
+    anchor: dict[str, Differences] = field(default_factory=dict)
+    relative: dict[str, Differences] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,14 +187,11 @@ class _Measure:
         name: str,
         sample: _Sample,
         modes: Sequence[str],
-        references: Mapping[str, Mapping[str, Differences]] | None = None,
+        references: _References | None = None,
         known: Mapping[str, ModeResult] | None = None,
     ) -> Population:
-        """Measure each mode over a sample.
-
-        `references` are the differences to the served release and the anchor, `known` results over the same rows.
-        """
-        versus = references or {SERVED: {}, ANCHOR: {}}
+        """Measure each mode over a sample; `known` are results over the same rows."""
+        versus = references or _References()
         rows, verifier = sample.rows, self.verifier
         compared = self.compare(sample, modes)
         results = dict(known or {})
@@ -200,8 +208,9 @@ class _Measure:
                 fmr_by_score=ours.fmr_by_score,
                 cells=verifier.cells(ours),
                 difference={} if mode == RAW else verifier.differences(compared[RAW], ours),
-                versus_served=versus[SERVED].get(mode, {}),
-                versus_anchor=versus[ANCHOR].get(mode, {}),
+                versus_served=versus.served.get(mode, {}),
+                versus_anchor=versus.anchor.get(mode, {}),
+                relative_to_anchor=versus.relative.get(mode, {}),
                 versus_modes={
                     other: verifier.differences(compared[other], ours)
                     for other in modes[: modes.index(mode)]
@@ -230,19 +239,20 @@ class _Measure:
 
     def references(
         self, sample: _Sample, modes: Sequence[str], served: Previous | None, anchor: Release | None
-    ) -> tuple[dict[str, dict[str, Differences]], dict[str, str]]:
+    ) -> _References:
         """Compare with the served release and with the anchor, and say what could not be read."""
-        found: dict[str, dict[str, Differences]] = {SERVED: {}, ANCHOR: {}}
-        unread = {}
+        found = _References()
         try:
-            found[SERVED] = self.versus_served(sample, modes, served) if served else {}
+            found.served.update(self.versus_served(sample, modes, served) if served else {})
         except StoreError as error:
-            unread[SERVED] = str(error).rstrip(".")
+            found.unread[SERVED] = str(error).rstrip(".")
         try:
-            found[ANCHOR] = self.versus_anchor(sample, modes, anchor) if anchor else {}
+            for mode, pairs in self.versus_anchor(sample, modes, anchor) if anchor else ():
+                found.anchor[mode] = self.verifier.differences(*pairs)
+                found.relative[mode] = self.verifier.relative_differences(*pairs)
         except (StoreError, BadModelError) as error:
-            unread[ANCHOR] = str(error).rstrip(".")
-        return found, unread
+            found.unread[ANCHOR] = str(error).rstrip(".")
+        return found
 
     def versus_served(self, sample: _Sample, modes: Sequence[str], served: Previous) -> dict[str, Differences]:
         """Compare with the served release, by mode, over the rows of both that no model of either was trained on.
@@ -269,28 +279,27 @@ class _Measure:
             for mode in old_modes
         }
 
-    def versus_anchor(self, sample: _Sample, modes: Sequence[str], anchor: Release) -> dict[str, Differences]:
-        """Compare with what the models of the anchor make of the same rows, where none of them was trained on.
+    def versus_anchor(
+        self, sample: _Sample, modes: Sequence[str], anchor: Release
+    ) -> Iterator[tuple[str, tuple[AllPairs, AllPairs]]]:
+        """Yield each mode, and all pairs of the same rows as the model of the anchor makes them, and as they are.
 
-        So the anchor needs no feature files. A mode that has the model of the anchor is not compared, nor one whose
-        anchor does not record its training subjects, or has a statistic that depends on all rows of a batch.
+        So the anchor needs no feature files. Rows that its models were trained on are left out. A mode that has the
+        model of the anchor is not compared, nor one whose anchor does not record its training subjects, or has a
+        statistic that depends on all rows of a batch.
         """
         training = TrainingData.of(self.store, anchor.models)
         others = [mode for mode in modes if mode in training.checkpoints and self._is_another(mode, anchor)]
         if not others:
-            return {}
+            return
         seen = training.seen(sample.rows.names, sample.rows.subjects, sample.rows.features[RAW])
         rows = sample.rows.take(np.flatnonzero(~seen[sample.rows.subjects]))
         if len(np.unique(rows.subjects)) < 2:
-            return {}
-        found = {}
+            return
         for mode in others:
-            model = anchor.models[mode]
-            network = Reweighter(training.checkpoints[mode], model.statistic, self.settings.device)
+            network = Reweighter(training.checkpoints[mode], anchor.models[mode].statistic, self.settings.device)
             before = network(rows.features[RAW])["front"]
-            pairs = self.verifier.compare(rows, before), self.verifier.compare(rows, rows.features[mode])
-            found[mode] = self.verifier.differences(*pairs)
-        return found
+            yield mode, (self.verifier.compare(rows, before), self.verifier.compare(rows, rows.features[mode]))
 
     def _is_another(self, mode: str, anchor: Release) -> bool:
         model = anchor.models[mode]

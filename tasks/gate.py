@@ -144,7 +144,7 @@ def _not_comparable(reference: Release, why: str, against: str = "served") -> st
 def _why_worse(one: GuardedResult, judged: Sequence[GuardedResult], settings: GateSettings) -> str:
     if one.against == "anchor" and one.relative_bound is not None and one.relative_bound > settings.margin:
         return f"{_sentence(one)}, more than [gate] margin = {settings.margin:g} allows"
-    family = sum(other.against == one.against and other.difference.value is not None for other in judged)
+    family = sum(other.outcome in ("worse", "not worse") for other in judged)
     holm = f" (Holm over {family} comparisons)" if family > 1 else ""
     return f"{_sentence(one)}, significantly worse than the tolerance of {100 * one.tolerance:g} points{holm}"
 

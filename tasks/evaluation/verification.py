@@ -3,13 +3,13 @@
 The definitions are those of `metrics`. Which rows are compared is left to `tasks.evaluate`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from metrics.allpairs import AllPairs, Cell, all_pairs
-from metrics.bootstrap import bootstrap, paired_bootstrap
+from metrics.bootstrap import bootstrap, paired_bootstrap, relative_bootstrap
 from models.inference import torch_device
 from schemas.features import digest_of
 from schemas.metrics import AUC, EER, POSE_CLASSES, MetricId
@@ -60,8 +60,17 @@ class Verifier:
 
     def differences(self, base: AllPairs, other: AllPairs) -> Differences:
         """Return `other` - `base` of the error rates and of AUC, paired over the same rows."""
+        return self._paired(paired_bootstrap, base, other)
+
+    def relative_differences(self, base: AllPairs, other: AllPairs) -> Differences:
+        """Return the same as shares of `base`."""
+        return self._paired(relative_bootstrap, base, other)
+
+    def _paired(
+        self, compare: Callable[..., Mapping[str, Mapping[MetricId, Estimate]]], base: AllPairs, other: AllPairs
+    ) -> Differences:
         resamples = self.settings.resamples
-        paired = paired_bootstrap(base, other, resamples=max(1, resamples), seed=self.settings.seed)
+        paired = compare(base, other, resamples=max(1, resamples), seed=self.settings.seed)
         shown = [EER, AUC, *(MetricId.at(kind, fmr) for kind in ("fnmr", "fnmr_global") for fmr in self.settings.fmrs)]
         return {
             cell: {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metrics.allpairs import AllPairs, Cell, ClusterCounts, all_pairs
-from metrics.bootstrap import bootstrap, draw, draw_subjects, paired_bootstrap
+from metrics.bootstrap import bootstrap, draw, draw_subjects, paired_bootstrap, relative_bootstrap
 from metrics.score_counts import ScoreCounts
 from metrics.verification import OperatingPoint, det_curve, rates_at, score_histogram, summarise
 from schemas.metrics import AUC, EER, MetricId
@@ -142,7 +142,26 @@ def test_a_mode_does_not_differ_from_itself_and_the_same_draws_make_a_difference
     assert paired.high < 0 < alone[0].low
     of_independent_draws = np.hypot(*(interval.high - interval.low for interval in alone))
     assert paired.high - paired.low < 0.8 * of_independent_draws
-    assert paired.value == better.overall.verification.at(0.1).fnmr - base.overall.verification.at(0.1).fnmr
+    before, after = (one.overall.verification.at(0.1).fnmr for one in (base, better))
+    assert paired.value == after - before
+    relative = relative_bootstrap(base, better, resamples=200)["all"][MetricId.at("fnmr", 0.1)]
+    assert relative.value == after / before - 1
+    samples = [draw(one, draw_subjects(one, 200, 0, 0.95))["all"][MetricId.at("fnmr", 0.1)] for one in (base, better)]
+    np.testing.assert_allclose(
+        (relative.low, relative.high), np.quantile(samples[1] / samples[0] - 1, (0.025, 0.975)), rtol=1e-12
+    )
+
+
+def test_a_relative_difference_to_no_errors_is_not_estimable_unless_there_are_none_after() -> None:
+    subjects = np.repeat(np.arange(12), 5)
+    apart = np.eye(12)[subjects] + 1e-3 * np.random.default_rng(0).normal(size=(60, 12))
+    mixed = np.random.default_rng(1).normal(size=(60, 12))
+    perfect, poor = (all_pairs(x, subjects, fmr_points=(0.1,)) for x in (apart, mixed))
+    same = relative_bootstrap(perfect, perfect, resamples=50)["all"][EER]
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    worse = relative_bootstrap(perfect, poor, resamples=50)["all"][EER]
+    assert (worse.value, worse.low) == (None, None)
+    assert worse.reason == "not estimable: no error before"
 
 
 def test_a_seed_repeats_the_draws_and_another_does_not() -> None:

@@ -50,6 +50,16 @@ def test_reasons_are_numbered_once_each() -> None:
     assert table.show(None) == Shown("–")
 
 
+def test_a_metric_on_few_false_matches_is_shown_with_a_note_that_says_so(population: Population) -> None:
+    table = Table("t", [])
+    shown = [table.show(Estimate(value=0.1), false_matches=number).unreliable for number in (29, 30, None)]
+    assert shown == [1, None, None]
+    assert table.notes == ["unreliable: rests on fewer than 30 false matches"]
+    details = detail_table(population, ["1e-2", "1e-3"])  # 12,000 frontal–profile impostor pairs
+    (cells,) = [rows for title, _, rows in details.groups if title == "frontal–profile"]
+    assert [cell.unreliable is None for cell in cells[0][1]] == [True, True, True, True, False]
+
+
 def test_a_missing_value_is_never_given_a_difference() -> None:
     shown = Table("t", []).show(Estimate(value=None, reason="ties"), Estimate(value=0.1, low=0.05, high=0.2))
     assert (shown.value, shown.verdict) == ("n/e", None)

@@ -236,6 +236,10 @@ def test_against_the_served_release(settings, features, tmp_path, make_checkpoin
     # What the models of the anchor make of the same rows is what was published with them.
     assert modes["per_sample"].versus_anchor == modes["per_sample"].versus_served
     assert modes["batch_stat"].versus_anchor == {}  # the same model
+    eer = modes["per_sample"].cells[ALL].eer.value
+    relative = modes["per_sample"].relative_to_anchor[ALL]["eer"]
+    assert relative.value == pytest.approx(worse.value / (eer - worse.value))
+    assert 0 < relative.low < relative.value < relative.high
 
     # Nobody is compared whom the model of the anchor was trained on, and a lost model is a note.
     leaky = load(Path(settings.models["per_sample"]))
