@@ -18,6 +18,7 @@ from schemas.errors import SettingsError, StoreBusyError
 from storage.location import Location
 from storage.releases import Releases
 from storage.tombstones import Tombstones, TombstonesLostError
+from tasks.maintenance.anchor import move_anchor
 from tasks.maintenance.erase import erase
 from tasks.maintenance.forget import forget_all, list_tombstones, undo
 from tasks.maintenance.forgotten_rows import find_matches
@@ -261,6 +262,8 @@ def test_hashes_of_a_training_subject_go_with_the_last_release_that_needs_the_mo
 
     other = make_checkpoint(tmp_path / "other.safetensors", seed=1)
     second = serve_stages(pipeline_of(tmp_path / "source", store, models={"per_sample": str(other)}))
+    assert clean(store, keep=1, dry_run=True).removed_releases == [first.release]
+    move_anchor(store, second.release)
     clean(store, keep=1)
     left = [f"models/{file.name}" for file in (Path(store) / "models").iterdir()]
     assert left == [second.models["per_sample"].path]
