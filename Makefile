@@ -77,10 +77,11 @@ types: $(READY) ## check types
 
 check: lint types test ## lint, types and test: what must be green before a change lands
 
-torture: $(READY) ## kill 60 runs on disk and 60 on S3, cut the power 60 times, simulate 400 runs, try 5,000 hostile commands
-	FRONTALIS_KILLS=60 FRONTALIS_CUTS=60 FRONTALIS_RUNS=400 FRONTALIS_FUZZED=5000 $(BIN)/python -m pytest \
+torture: $(READY) ## 60 kills on disk and on S3 each, 60 power cuts, 400 runs, 10,000 shards, 5,000 hostile commands
+	FRONTALIS_KILLS=60 FRONTALIS_CUTS=60 FRONTALIS_RUNS=400 FRONTALIS_SHARDS=10000 FRONTALIS_FUZZED=5000 \
+	  $(BIN)/python -m pytest -rP --durations 10 --timeout 7200 \
 	  tests/flows/test_crash.py tests/flows/test_object_storage.py tests/flows/test_power_cut.py \
-	  tests/tasks/maintenance/test_growth.py tests/frontalis/test_hostile_commands.py --timeout 7200
+	  tests/tasks/maintenance/test_growth.py tests/tasks/test_many_shards.py tests/frontalis/test_hostile_commands.py
 
 lock: ## resolve the dependencies again and write requirements/*.txt
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

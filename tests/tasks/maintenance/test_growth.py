@@ -59,6 +59,16 @@ def test_disk_use_stays_bounded(tmp_path, run_stages, pipeline_of, monkeypatch) 
     assert sizes[-1] - sizes[RUNS // 2] <= 3000 * (RUNS - RUNS // 2)
 
 
+def test_each_run_removes_what_retention_does_not_keep(plain_source, run_pipeline, make_checkpoint, tmp_path) -> None:
+    for number, keep in enumerate((1, 0, 1)):
+        model = make_checkpoint(tmp_path / f"{number}.safetensors", seed=number)
+        chosen = {"models": {"per_sample": str(model)}, "retention": {"keep": keep}}
+        assert run_pipeline(plain_source, tmp_path / "store", **chosen).status == "promoted"
+        kept = [not old.vacuumed for old in Releases(Location(str(tmp_path / "store"))).all()]
+        assert kept == [[True], [True, True], [False, False, True]][number]
+    assert len(list((tmp_path / "store/features").glob("mode=per_sample/*/*.parquet"))) == 3
+
+
 def write_shard(path: Path, seed: int) -> None:
     matrix = np.random.default_rng(seed).standard_normal((20, DIM)).astype(np.float32)
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), DIM)
