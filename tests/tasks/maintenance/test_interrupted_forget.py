@@ -126,6 +126,25 @@ def test_forgetting_once_more_keeps_a_bad_shard(published, run_pipeline, person,
     assert check(str(store)).problems == []
 
 
+def test_forgetting_while_a_shard_is_bad_keeps_the_rest_of_it(published, run_pipeline, person, tmp_path) -> None:
+    store, source = published(), tmp_path / "source"
+    shutil.copytree(person.source, source)
+    holding = [file for file in source.glob("*.parquet") if person.subject in set(pl.read_parquet(file)["subject"])]
+    for file in holding:
+        file.write_bytes(b"not Parquet")
+    with pytest.raises(CompletedWithBadShardsError):
+        run_pipeline(source, store, columns=KEEP)
+    before = history(store).serving().data.rows_features
+    forget(str(store), subject=person.subject)
+    with pytest.raises(CompletedWithBadShardsError) as raised:
+        run_pipeline(source, store, columns=KEEP)
+    assert [fault.kept for fault in raised.value.outcome.data.bad_shards] == [True] * len(holding)
+    served = history(store).serving()
+    assert served.data.rows_features == before - person.rows
+    assert person.subject not in open_ids(Location(str(store)), served.indexes["raw"])["subject"].to_pylist()
+    assert check(str(store)).problems == []
+
+
 def source_of_others(person, folder: Path) -> Path:
     """The person's source without the person."""
     shutil.copytree(person.source, folder)

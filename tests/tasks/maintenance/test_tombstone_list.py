@@ -13,11 +13,13 @@ import pytest
 
 from frontalis.cli import app
 from frontalis.process import Command
+from frontalis.store import open_store
 from models.checkpoint import load
 from schemas.errors import SettingsError, StoreBusyError
 from storage.location import Location
 from storage.releases import Releases
 from storage.tombstones import Tombstones, TombstonesLostError
+from tasks.evaluation.released import evaluate_release
 from tasks.maintenance.anchor import move_anchor
 from tasks.maintenance.erase import erase
 from tasks.maintenance.forget import forget_all, list_tombstones, undo
@@ -111,6 +113,8 @@ def test_marks_of_earlier_builds_match_names_as_they_were_typed(store: str) -> N
 
 COMMANDS: dict[str, Callable[[str], object]] = {
     "query": lambda store: answer(store, "raw", ids=["3"]),
+    "open_store": open_store,
+    "evaluate": evaluate_release,
     "forget": lambda store: forget_all(store, [Target("id", "3")]),
     "list": list_tombstones,
     "undo": lambda store: undo(store, "0" * 32),
