@@ -1,6 +1,6 @@
 """A source of very many small files: time and memory grow with their number, and no faster.
 
-FRONTALIS_SHARDS says how many (100 by default; `make torture` 10,000). With `-s` the seconds and the memory are shown.
+FRONTALIS_SHARDS says how many (60 by default; `make torture` 10,000). With `-s` the seconds and the memory are shown.
 """
 
 import os
@@ -17,7 +17,7 @@ from storage.features import features_table
 from storage.location import Location
 from tasks.maintenance.verify import check
 
-SHARDS = int(os.environ.get("FRONTALIS_SHARDS", "100"))
+SHARDS = int(os.environ.get("FRONTALIS_SHARDS", "60"))
 ROWS = 4
 DIM = 32
 MEGABYTES = 300  # of a run, whatever its size
