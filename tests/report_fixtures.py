@@ -1,9 +1,12 @@
-"""A realistic report: three modes measured on simulated scores, one release in a series of nine."""
+"""A browser, and a realistic report: three modes measured on simulated scores, one release in a series of nine."""
 
+import shutil
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from schemas.metrics import RAW
 from schemas.reports import (
@@ -40,6 +43,7 @@ GENUINE = {
     "half-profile": {RAW: 0.42, "per_sample": 0.45, "batch_stat": 0.43},
 }
 MODES = (RAW, "per_sample", "batch_stat")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RESAMPLES = 40
 
 
@@ -294,3 +298,16 @@ def report_input() -> ReportInput:
             "settings": {"source": "s3://faces/shards", "gate": {"metric": "eer", "tolerance": 0.0}},
         },
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium found: install one (apt-get install chromium) to test the page as it is seen")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"],
+        )
+        yield browser
+        browser.close()

@@ -2,8 +2,6 @@
 
 import io
 import re
-import shutil
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from reports.html import draw, markdown_stages, markdown_table, render_report
 from reports.text import threshold
@@ -29,7 +27,6 @@ from schemas.reports import (
     ShardFault,
 )
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "\"'></td></svg><script>pwned=1</script><img src=x onerror=pwned=1>{{7*7}}</style></title>\u202e&amp;$\\frac{"
 
 
@@ -306,19 +303,6 @@ def test_markdown_table_is_safe_from_its_names(hostile_input: ReportInput) -> No
     table = markdown_table(hostile_input.evaluation.model_copy(update={"populations": only}))
     assert "<" not in table
     assert "&lt;script&gt;pwned=1&lt;/script&gt;" in table
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium found: install one (apt-get install chromium) to test the page as it is seen")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"],
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
