@@ -2,8 +2,8 @@
 
     python -m benchmarks.expansion STORE [--mode per_sample] [--rounds 20]
 
-Subjects are those that no model of the served release was trained or selected on. In each round a third of them, drawn
-anew, is left out of the gallery (non-mated). Two kinds of gallery are searched:
+Subjects are those that no model of the served release was trained or selected on. In each round another third of
+them, drawn at random, is left out of the gallery (non-mated). Two kinds of gallery are searched:
 
 - frontal: some frontal rows of each subject; probes are the profile rows, as in the evaluation;
 - all: every row but the probe itself, as in a served store; probes are the profile or the frontal rows.

@@ -125,8 +125,8 @@ def test_ids_of_a_bad_shard_that_moved_elsewhere_stay_its_own(
     write(source, other, seed=1, first_id="b-4")
     write(source, "b", seed=2)
     spoil(source / "b.parquet")
-    for night in range(3):
-        if unreadable or night == 2:  # at last what a night before was read in part is not readable at all
+    for number in range(3):
+        if unreadable or number == 2:  # what an earlier run read in part cannot be read at all in the last one
             (source / "b.parquet").write_bytes(b"not Parquet")
         _, _, published = run_stages(settings)
         assert [(fault.shard, fault.kept) for fault in published.data.bad_shards] == [("b", True)]
