@@ -10,6 +10,7 @@ iterations, and is given an eighth of the lists to visit. The others are tuned t
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -24,9 +25,11 @@ import numpy as np
 
 from schemas.index import IndexSettings
 from storage.vectors import index as vectors_index
+from storage.vectors import training
 from storage.vectors.exact import unit_rows
-from storage.vectors.index import Batch, build, choose_factory
+from storage.vectors.index import build, choose_factory
 from storage.vectors.recall import audit_recall
+from storage.vectors.training import Batch
 from tasks.synthetic.population import SyntheticPopulation
 
 PER_SUBJECT = 14
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Line]:
     former = f"IVF{2 ** int(np.log2(min(4 * options.rows**0.5, options.rows / 128)))},Flat"
     present = choose_factory(max(options.rows, vectors_index.EXACT_ROWS + 1), options.dim, settings)
     if options.rows < vectors_index.EXACT_ROWS:  # too few for "auto", and for its lists
-        present = f"IVF{former[3:-5]},{present.partition(',')[2]}"
+        present = re.sub(r"IVF\d+", former.partition(",")[0], present)
     kinds = [(kind, False) for kind in options.kind or [present]]
     print(f"{options.rows:,} rows of {options.dim} numbers, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
     print(
@@ -107,6 +110,7 @@ def make_rows(folder: Path, rows: int, dim: int) -> None:
 def measure(folder: Path, kind: str, before: bool, options: argparse.Namespace) -> Line:
     """Build one kind and search it."""
     for name, value in BEFORE_TRAINING.items() if before else ():
+        setattr(training, name, value)
         setattr(vectors_index, name, value)
 
     def batches() -> Iterator[Batch]:

@@ -6,7 +6,9 @@ and how it searches is `storage.vectors.index`; which release is served, `tasks.
 
 import json
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,22 +18,25 @@ import pyarrow.compute as pc
 from schemas.errors import StoreError
 from schemas.index import IndexSettings
 from schemas.releases import IndexRef, ModelRef, Release
-from storage.features import check_files, features_table, matrix_of, read_rows
+from storage.features import check_files, features_table, matrix_of, read_rows, take_rows
 from storage.ids import id_keys
 from storage.layout import IDS_FILE, INDEX_FILE, index_folder
 from storage.location import Location
 from storage.parquet import from_parquet, to_parquet
 from storage.tables import FileTable, LiveFile, Snapshot
 from storage.vectors.exact import unit_rows
-from storage.vectors.index import Batch, VectorIndex, build, choose_factory, rebuild_reason
+from storage.vectors.index import VectorIndex, build, choose_factory, rebuild_reason
 from storage.vectors.recall import Recall, audit_recall
 from storage.vectors.store import IDS_LIMIT, ids_digest, open_ids, open_index
+from storage.vectors.training import Batch
 
 log = logging.getLogger("frontalis.index")
 
 PREVIOUS_RELEASES = 10  # how far back an index to update is looked for
 AUDIT_QUERIES = 256
 TUNING_QUERIES = 128
+QUERY_WINDOW = 2048  # rows of a file, of which queries are made
+BATCHES_AHEAD = 2  # read while the last one is worked on
 JOINED_ROWS = 16_384  # measured in docs/decisions.md, Incremental
 REFERENCE = b"frontalis.index"
 
@@ -78,7 +83,7 @@ def index_mode(
     if not rows:
         raise StoreError(f"{store.uri}: mode {mode} has no row to index; every row of the source is bad or forgotten.")
     dim = _dim(table, files.values())
-    index = build(lambda: _batches(table, files.values()), rows, dim, settings)
+    index = build(lambda: _ahead(_batches(table, files.values())), rows, dim, settings)
     return _write(store, folder, index, table, files, ids, choose_factory(rows, dim, settings), 0, settings)
 
 
@@ -195,7 +200,7 @@ def _write(
         raise StoreError(
             f"{store.uri}/{folder}: {len(index)} vectors and {ids.num_rows} ids for {rows} rows; run again."
         )
-    recall = _recall(index, table, files, None if settings.nprobe else settings.recall)
+    recall = _recall(index, table, files, settings)
     path = f"{folder}/{INDEX_FILE}"
     with (store / path).writing() as file:
         written = index.write(file)
@@ -216,26 +221,30 @@ def _write(
     return _write_ids(store, folder, ids.sort_by("key"), reference)
 
 
-def _recall(index: VectorIndex, table: FileTable, files: Mapping[str, LiveFile], wanted: float | None) -> Recall:
+def _recall(index: VectorIndex, table: FileTable, files: Mapping[str, LiveFile], settings: IndexSettings) -> Recall:
     """Audit the index on queries that are not its rows: between two neighbouring rows of a file, nearer to one.
 
-    Rows of one subject are neighbours in most shards, so most queries are where real ones are. 256 queries in all; with
-    `wanted` recall 128 more, which tune the index.
+    Rows of one subject are neighbours in most shards, so most queries are where real ones are. 256 queries in all; 128
+    more tune the index, unless the settings say how many lists a search visits. They are from files drawn at random,
+    and from one place in each, so that few pages are read.
     """
     if index.is_exact:
         return Recall(1.0, 1.0, 0)
+    wanted = None if settings.nprobe else settings.recall
     queries: list[np.ndarray] = []
-    count = AUDIT_QUERIES + (TUNING_QUERIES if wanted is not None else 0)
+    count = AUDIT_QUERIES + (0 if wanted is None else TUNING_QUERIES)
     share = max(1, -(-count // len(files)))
-    for file in files.values():
+    random = np.random.default_rng(settings.seed)
+    for file in random.permutation([file for file in files.values() if file.rows]):  # type: ignore[arg-type]
         if sum(map(len, queries)) >= count:
             break
-        for _, vectors in _batches(table, [file]):
-            unit = unit_rows(vectors, index.dim)
-            # A third of the way, so that no two rows are equally near; a lone row has no neighbour.
-            usable = 2 * unit[:-1] + unit[1:] if len(unit) > 1 else unit
-            queries.append(usable[np.linspace(0, len(usable) - 1, min(share, len(usable))).astype(int)])
-            break
+        window = min(file.rows, QUERY_WINDOW)
+        start = int(random.integers(file.rows - window + 1))
+        column = take_rows(table, file, ["front"], np.arange(start, start + window))["front"]
+        unit = unit_rows(matrix_of(column, file.path), index.dim)
+        # A third of the way, so that no two rows are equally near; a lone row has no neighbour.
+        usable = 2 * unit[:-1] + unit[1:] if len(unit) > 1 else unit
+        queries.append(usable[np.linspace(0, len(usable) - 1, min(share, len(usable))).astype(int)])
     return audit_recall(index, lambda: _batches(table, files.values()), np.concatenate(queries), wanted)
 
 
@@ -278,6 +287,22 @@ def _batches(table: FileTable, files: Iterable[LiveFile]) -> Iterator[Batch]:
                 keys, vectors, rows = [], [], 0
     if keys:
         yield _joined(keys), _joined(vectors)
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the same batches, read by a thread while the last ones are worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting: deque[Future[Batch | None]] = deque()
+        try:
+            while True:
+                while len(waiting) <= BATCHES_AHEAD:
+                    waiting.append(reader.submit(next, batches, None))
+                batch = waiting.popleft().result()
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            reader.shutdown(wait=True, cancel_futures=True)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

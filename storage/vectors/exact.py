@@ -15,6 +15,8 @@ Best = tuple[np.ndarray, np.ndarray]
 """Scores, float32 `[n, k]`, highest first, and keys, int64 `[n, k]`, equal scores by key."""
 
 _BLOCK_NUMBERS = 2**22  # numbers of a float64 work array: 32 MiB
+_UNIT_NUMBERS = 2**16  # likewise, where it is used again and again: 512 KiB stay in the cache
+_COMPARED_ROWS = 8192
 
 
 def unit_rows(vectors: np.ndarray, dim: int, keys: np.ndarray | None = None) -> np.ndarray:
@@ -34,16 +36,19 @@ def unit_rows(vectors: np.ndarray, dim: int, keys: np.ndarray | None = None) -> 
     if vectors.ndim != 2 or vectors.shape[1] != dim:
         raise refuse(f"{what} have shape {list(vectors.shape)}, the index wants [n, {dim}]")
     unit = np.empty(vectors.shape, np.float32)
-    step = max(1, _BLOCK_NUMBERS // dim)
+    step = max(1, _UNIT_NUMBERS // dim)
+    work = np.empty((min(step, len(vectors)), dim))
     for start in range(0, len(vectors), step):
-        wide = vectors[start : start + step].astype(np.float64)
+        wide = work[: len(vectors) - start]
+        np.copyto(wide, vectors[start : start + step])
         lengths = np.sqrt(np.vecdot(wide, wide))
         bad = np.flatnonzero(~((lengths > 0) & np.isfinite(lengths)))
         if len(bad):
             at = start + int(bad[0])
             row = f"query vector {at}" if keys is None else f"the vector of key {keys[at]}"
             raise refuse(f"{row} is zero or not finite, so it has no direction; leave it out or embed it again")
-        unit[start : start + step] = wide / lengths[:, None]
+        np.divide(wide, lengths[:, None], out=wide)
+        unit[start : start + step] = wide
     return unit
 
 
@@ -74,8 +79,43 @@ def exact_search(flat: Any, keys: np.ndarray, queries: np.ndarray, k: int) -> Be
     return best_scores, best_keys
 
 
+def nearest(best: Best, rows: np.ndarray, keys: np.ndarray, queries: np.ndarray, k: int) -> Best:
+    """Return the `k` best of what was found so far and of further rows, scored and ordered as in `exact_search`.
+
+    A float32 product of all pairs, which is off by at most slack = D·2⁻²³, leaves out what cannot be among the best.
+
+    Args:
+        best: of each query `[n, …]`, in order; no columns at the start.
+        rows: unit vectors, float32 `[rows, D]`.
+        keys: int64 `[rows]`.
+        queries: unit vectors, float32 `[n, D]`.
+        k: how many are wanted.
+    """
+    slack = rows.shape[1] * 2.0**-23
+    for start in range(0, len(rows), _COMPARED_ROWS):
+        part = rows[start : start + _COMPARED_ROWS]
+        rough = queries @ part.T
+        lowest = best[0][:, k - 1] if best[0].shape[1] == k else np.full(len(queries), -np.inf)
+        if len(part) >= k and not np.isfinite(lowest).all():
+            lowest = np.maximum(lowest, np.partition(rough, -k, axis=1)[:, -k])
+        query, row = np.nonzero(rough >= (lowest - 2 * slack)[:, None])
+        step = max(1, _BLOCK_NUMBERS // rows.shape[1])
+        exact = [_scores(part[row[s : s + step]], queries[query[s : s + step]]) for s in range(0, len(row), step)]
+        found = np.bincount(query, minlength=len(queries))
+        place = np.arange(len(query)) - (np.cumsum(found) - found)[query]
+        scores = np.full((len(queries), found.max(initial=0)), -np.inf, np.float32)
+        there = np.full(scores.shape, -1, np.int64)
+        if exact:
+            scores[query, place], there[query, place] = np.concatenate(exact), keys[start + row]
+        best = merge_best(best, (scores, there), k)
+    return best
+
+
 def rescore(rows: np.ndarray, keys: np.ndarray, queries: np.ndarray, at: np.ndarray, k: int) -> Best:
     """Return the `k` best of each query's candidates, scored as in `exact_search`.
+
+    Float32 scores choose a few more than `k` first. Where the last of these comes within 2·slack of the k-th, the query
+    is scored with all candidates.
 
     Args:
         rows: unit vectors, float32 `[rows, D]`.
@@ -84,6 +124,25 @@ def rescore(rows: np.ndarray, keys: np.ndarray, queries: np.ndarray, at: np.ndar
         at: row numbers of the candidates, int64 `[n, candidates]`, each once; negative ones stand for none.
         k: at most the number of candidates; where there are fewer, the rest has score −inf and key −1.
     """
+    chosen = k + max(8, k // 8)
+    if chosen >= at.shape[1]:
+        return _rescored(rows, keys, queries, at, k)
+    at, queries = np.ascontiguousarray(at, np.int64), np.ascontiguousarray(queries)
+    rough = np.empty(at.shape, np.float32)
+    faiss.fvec_inner_products_by_idx(  # type: ignore[attr-defined]
+        *map(faiss.swig_ptr, (rough, queries, rows, at)), rows.shape[1], *at.shape
+    )
+    first = np.argpartition(-rough, chosen - 1, axis=1)[:, :chosen]
+    best = _rescored(rows, keys, queries, np.take_along_axis(at, first, 1), k)
+    kept = np.sort(np.take_along_axis(rough, first, 1), axis=1)[:, ::-1]
+    near = kept[:, -1] >= kept[:, k - 1] - 2 * rows.shape[1] * 2.0**-23
+    for query in np.flatnonzero(near & np.isfinite(kept[:, -1])):
+        part = slice(query, query + 1)
+        best[0][part], best[1][part] = _rescored(rows, keys, queries[part], at[part], k)
+    return best
+
+
+def _rescored(rows: np.ndarray, keys: np.ndarray, queries: np.ndarray, at: np.ndarray, k: int) -> Best:
     scores, found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     step = max(1, _BLOCK_NUMBERS // (at.shape[1] * rows.shape[1]))
     for start in range(0, len(queries), step):

@@ -5,6 +5,7 @@ left to `storage.vectors.index`.
 """
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, BinaryIO
@@ -26,17 +27,21 @@ class Written:
 
 
 def write_faiss(index: Any, file: BinaryIO) -> Written:
-    """Stream a `faiss.Index` into `file` (any object with `write`), hashing on the way."""
+    """Stream a `faiss.Index` into `file` (any object with `write`), hashing on the way, in a thread of its own."""
     digest, size = blake2b(digest_size=16), 0
+    with ThreadPoolExecutor(1) as hashing:
+        hashed = hashing.submit(digest.update, b"")
 
-    def take(piece: bytes) -> int:
-        nonlocal size
-        file.write(piece)
-        digest.update(piece)
-        size += len(piece)
-        return len(piece)
+        def take(piece: bytes) -> int:
+            nonlocal size, hashed
+            hashed.result()  # at most one piece waits
+            hashed = hashing.submit(digest.update, piece)
+            file.write(piece)
+            size += len(piece)
+            return len(piece)
 
-    faiss.write_index(index, faiss.PyCallbackIOWriter(take, _PIECE))  # type: ignore[attr-defined]
+        faiss.write_index(index, faiss.PyCallbackIOWriter(take, _PIECE))  # type: ignore[attr-defined]
+        hashed.result()
     return Written(digest.hexdigest(), size)
 
 

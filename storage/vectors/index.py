@@ -4,7 +4,7 @@ An index is chosen, built from a stream of batches, updated, searched, written a
 `storage.vectors.recall`; which id a key stands for is `storage.ids`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import faiss
@@ -15,21 +15,24 @@ from schemas.index import IndexSettings
 from storage.vectors.exact import Best, exact_search, order_best, unit_rows
 from storage.vectors.files import Written, read_faiss, write_faiss
 from storage.vectors.refined import K_FACTOR, Refined, list_keys, remove_from_lists
-
-Batch = tuple[np.ndarray, np.ndarray]
-"""Keys, int64 `[n]`, and their vectors, float32 `[n, D]`; the vectors need not be normalised."""
-Batches = Callable[[], Iterable[Batch]]
-"""Each call starts a fresh pass over the same rows in the same order: training reads them before they are added."""
+from storage.vectors.training import (
+    ITERATIONS,
+    ROWS_PER_LIST,
+    Batch,
+    Batches,
+    check_keys,
+    lists_of,
+    read_all,
+    refuse_other_count,
+    train,
+    training_rows,
+    training_sample,
+)
 
 EXACT_KIND = "Flat"
 EXACT_ROWS = 262_144
 """Up to here "auto" compares with every row: at 512 numbers one query takes 0.09 s on two cores (measured)."""
 WHOLE_ROWS = 32_768  # of a batch of `whole_rows`
-ROWS_PER_LIST = 40
-"""Training rows for a list: FAISS warns below 39, and recall does not grow above (docs/index.md)."""
-LEAST_TRAINING_ROWS = 16_384
-ITERATIONS = 6
-"""Of the clustering; recall does not grow above (docs/index.md)."""
 KEY_BYTES = 72
 """A key costs 8 bytes in an array, 8 in a list or none, and 56 in a hash map."""
 
@@ -40,9 +43,9 @@ def choose_factory(rows: int, dim: int, settings: IndexSettings) -> str:
     A string in the settings is taken as it is. "auto" gives the first of these that fits the memory budget:
 
     - `Flat`, up to `EXACT_ROWS` rows: exact, no training;
-    - `IVF…,PQ…x4fs,RFlat`: codes of half a byte for four numbers, in lists of which a search visits some; they propose
-      candidates, and the vectors beside them score these exactly (4.1·D bytes a row; where four does not divide D:
-      `IVF…,Flat`);
+    - `PCAR…,IVF…,PQ…x4fs,RFlat`: vectors are projected to their D/2 main directions and become codes of half a byte for
+      four numbers, in lists of which a search visits some; they propose candidates, and the vectors beside them score
+      these exactly (4.1·D bytes a row; where eight does not divide D: `IVF…,Flat`);
     - `IVF…,SQ8`: a byte for a number (D bytes a row);
     - `IVF…,PQ…`: D/2, D/4, … down to D/32 bytes a row, as far as D divides.
 
@@ -60,11 +63,14 @@ def choose_factory(rows: int, dim: int, settings: IndexSettings) -> str:
         return EXACT_KIND
     lists = _power_of_two_below(min(1.5 * rows**0.5, min(rows, settings.training_rows) / ROWS_PER_LIST))
     codes = {f"PQ{dim // part}": dim // part for part in (2, 4, 8, 16, 32) if dim % part == 0}
-    whole = {"Flat": 4 * dim} if dim % 4 else {f"PQ{dim // 4}x4fs,RFlat": 4 * dim + dim // 8 + KEY_BYTES}
-    for name, code_bytes in (whole | {"SQ8": dim} | codes).items():
+    kinds = {f"IVF{lists},Flat": 4 * dim}
+    if dim % 8 == 0:
+        kinds = {f"PCAR{dim // 2},IVF{lists},PQ{dim // 8}x4fs,RFlat": 4 * dim + dim // 16 + KEY_BYTES}
+    kinds |= {f"IVF{lists},{name}": code_bytes for name, code_bytes in ({"SQ8": dim} | codes).items()}
+    for name, code_bytes in kinds.items():
         needed = rows * (code_bytes + 8) + lists * dim * 4
         if needed <= budget:
-            return f"IVF{lists},{name}"
+            return name
     raise SettingsError(
         f"memory_budget_gb = {settings.memory_budget_gb:g} is too small for {rows:,} vectors of {dim} numbers: the "
         f"most compressed kind needs {needed / 1e9:.3g} GB; raise memory_budget_gb, or set factory yourself"
@@ -95,24 +101,22 @@ def build(batches: Batches, rows: int, dim: int, settings: IndexSettings) -> "Ve
     refined = Refined.of(index)
     if refined is not None:
         vectors, all_keys = refined.reserve(rows), np.empty(rows, np.int64)
-        _read_all(batches, vectors, all_keys)
-        _train(
-            refined.codes, np.take(vectors, _training_rows(refined.codes, rows, settings), axis=0), factory, settings
-        )
+        read_all(batches, vectors, all_keys)
+        train(refined.codes, np.take(vectors, training_rows(refined.codes, rows, settings), axis=0), factory, settings)
         refined.fill(all_keys)
         _refuse_repeated(all_keys)
         return VectorIndex(index)
     if not index.is_trained:
-        sample = _training_sample(batches, rows, dim, _training_rows(index, rows, settings))
-        _train(index, sample, factory, settings)
+        sample = training_sample(batches, rows, dim, training_rows(index, rows, settings))
+        train(index, sample, factory, settings)
         del sample
     seen = [np.empty(0, np.int64)]
     for keys, vectors in batches():
-        _check_keys(keys, vectors)
+        check_keys(keys, vectors)
         index.add_with_ids(unit_rows(vectors, dim, keys), keys)
         seen.append(keys.copy())
     all_keys = np.concatenate(seen)
-    _refuse_other_count(rows, len(all_keys))
+    refuse_other_count(rows, len(all_keys))
     _refuse_repeated(all_keys)
     return VectorIndex(index)
 
@@ -154,17 +158,29 @@ class VectorIndex:
         """Return the keys of all rows, ascending."""
         if isinstance(self._index, faiss.IndexIDMap2):
             return np.sort(faiss.vector_to_array(self._index.id_map))
-        return np.sort(np.concatenate([np.empty(0, np.int64), *list_keys(_lists_of(self._index))]))
+        return np.sort(np.concatenate([np.empty(0, np.int64), *list_keys(lists_of(self._index))]))
 
     @property
     def lists(self) -> int:
         """How many inverted lists there are; 0 for kinds without."""
-        lists = _lists_of(self._index)
+        lists = lists_of(self._index)
         return 0 if lists is None else int(lists.nlist)
 
     def visit(self, lists: int) -> None:
         """Let a search visit so many lists; the number is kept in the file."""
         faiss.extract_index_ivf(self._index).nprobe = lists
+
+    def propose(self, candidates: int) -> None:
+        """Let a search of a refined kind score so many candidates for each neighbour; kept in the file likewise."""
+        assert self._refined is not None
+        self._refined.propose(candidates)
+
+    def candidates(self, queries: np.ndarray, count: int) -> np.ndarray | None:
+        """Return the keys that the codes of a refined kind propose to unit vectors, best first; None for other kinds.
+
+        A search scores the first of these, so it finds a neighbour if and only if that is among them.
+        """
+        return None if self._refined is None else self._refined.candidates(queries, count)
 
     def whole_rows(self) -> Iterator[Batch] | None:
         """Yield keys and unit vectors where the index holds them uncompressed; None for other kinds.
@@ -241,7 +257,7 @@ class VectorIndex:
             raise StoreError(f"an index of kind {type(self._index).__name__} cannot remove rows; rebuild it")
         self._remove(removed)
         for keys, vectors in batches:
-            _check_keys(keys, vectors)
+            check_keys(keys, vectors)
             _refuse_repeated(keys)
             unit = unit_rows(vectors, self.dim, keys)
             self._remove(keys)
@@ -329,11 +345,6 @@ def _holds_keys(index: Any) -> bool:
     return isinstance(index, faiss.IndexIVF | faiss.IndexIDMap2)
 
 
-def _lists_of(index: Any) -> Any | None:
-    """Return the inverted lists inside an index, or None if it has none."""
-    return faiss.try_extract_index_ivf(index)
-
-
 def _listed(lists: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield keys and codes, as bytes, of each list that is not empty: views of its memory."""
     held = lists.invlists
@@ -345,7 +356,7 @@ def _listed(lists: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _tune(index: Any, settings: IndexSettings) -> None:
     """Set what a search visits; FAISS keeps it in the file."""
-    lists = _lists_of(index)
+    lists = lists_of(index)
     if lists is not None:
         # an eighth of the lists, until `storage.vectors.recall` finds how many the wanted recall needs
         lists.nprobe = min(lists.nlist, settings.nprobe or max(16, lists.nlist // 8))
@@ -354,83 +365,6 @@ def _tune(index: Any, settings: IndexSettings) -> None:
     graph = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap2) else index
     if isinstance(graph, faiss.IndexHNSW) and settings.ef_search:
         graph.hnsw.efSearch = settings.ef_search
-
-
-def _training_rows(index: Any, rows: int, settings: IndexSettings) -> np.ndarray:
-    """Return the numbers of the rows to train on, ascending: drawn with equal chance, no more than recall needs."""
-    lists = _lists_of(index)
-    wanted = max(LEAST_TRAINING_ROWS, ROWS_PER_LIST * (0 if lists is None else lists.nlist))
-    count = min(rows, settings.training_rows, wanted)
-    chosen: np.ndarray = np.sort(np.random.default_rng(settings.seed).choice(rows, count, replace=False))
-    return chosen
-
-
-def _training_sample(batches: Batches, rows: int, dim: int, chosen: np.ndarray) -> np.ndarray:
-    """Take the chosen rows of all batches, by position in the stream, however it is cut into batches."""
-    sample = np.empty((len(chosen), dim), np.float32)
-    filled = start = 0
-    for keys, vectors in batches():
-        _check_keys(keys, vectors)
-        end = int(np.searchsorted(chosen, start + len(keys)))
-        here = chosen[filled:end] - start
-        sample[filled:end] = unit_rows(vectors[here], dim, keys[here])
-        filled, start = end, start + len(keys)
-        if filled == len(chosen):
-            return sample
-    _refuse_other_count(rows, start)
-    return sample
-
-
-def _read_all(batches: Batches, vectors: np.ndarray, all_keys: np.ndarray) -> None:
-    """Fill `vectors` `[rows, D]`, at length 1, and `all_keys` `[rows]` from one pass."""
-    rows, dim = vectors.shape
-    start = 0
-    for keys, found in batches():
-        _check_keys(keys, found)
-        end = start + len(keys)
-        if end <= rows:
-            all_keys[start:end], vectors[start:end] = keys, unit_rows(found, dim, keys)
-        start = end
-    _refuse_other_count(rows, start)
-
-
-def _refuse_other_count(announced: int, came: int) -> None:
-    if came != announced:
-        raise StoreError(
-            f"{announced:,} rows were announced for the index but {came:,} came; the features changed meanwhile"
-        )
-
-
-def _train(index: Any, sample: np.ndarray, factory: str, settings: IndexSettings) -> None:
-    lists = _lists_of(index)
-    if lists is not None and settings.gpu == "auto" and faiss.get_num_gpus() > 0:
-        # the clusters are found on the GPU, by far the longest part; the index itself stays in main memory
-        on_gpu = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(lists.d))  # FAISS borrows it: the name keeps it alive
-        lists.clustering_index = on_gpu
-    threads = faiss.omp_get_max_threads()
-    try:
-        if isinstance(index, faiss.IndexIVFPQFastScan):
-            index.train_q1(len(sample), faiss.swig_ptr(sample), False, index.metric_type)  # type: ignore[attr-defined]
-            # The code books are many tiny problems: a team of two threads took 5 to 14 s of CPU for 0.8 s of one.
-            faiss.omp_set_num_threads(1)
-        index.train(sample)
-    except RuntimeError as error:
-        reason = str(error).rsplit(": ", 1)[-1]
-        raise SettingsError(
-            f"factory = {factory!r} cannot be trained on {len(sample):,} rows ({reason}); raise training_rows, or "
-            "choose a kind with fewer lists or codes"
-        ) from error
-    finally:
-        faiss.omp_set_num_threads(threads)
-        if lists is not None:
-            lists.clustering_index = None
-
-
-def _check_keys(keys: np.ndarray, vectors: np.ndarray) -> None:
-    if keys.dtype != np.int64 or keys.shape != vectors.shape[:1]:
-        raise ValueError(f"keys are {keys.dtype} {list(keys.shape)} for vectors {list(vectors.shape)}, not int64 [n]")
-    if len(keys) and keys.min() < 0:
-        raise StoreError(f"key {keys.min()} is negative; make keys with id_keys")
 
 
 def _refuse_repeated(keys: np.ndarray) -> None:

@@ -3,17 +3,19 @@
 Which queries are asked is left to the caller.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 
-from storage.vectors.exact import exact_search, merge_best, unit_rows
-from storage.vectors.index import Batch, Batches, VectorIndex
+from storage.vectors.exact import nearest, unit_rows
+from storage.vectors.index import VectorIndex
+from storage.vectors.refined import LEAST_CANDIDATES
+from storage.vectors.training import Batches
 
-COMPARED_ROWS = 32_768
-"""Half as many at once, or four times as many, took longer (256 queries of 64 numbers)."""
+CANDIDATES = (8, 16, 32)
+"""How many candidates for each neighbour a search of a refined kind may score."""
+CANDIDATE_ROWS = 300
+"""To score a candidate takes as long as to visit so many rows (512 numbers, docs/index.md)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def audit_recall(index: VectorIndex, batches: Batches, queries: np.ndarray, want
         batches: a pass over all rows; one batch at a time is in memory.
         queries: `[n, D]`, held-out vectors.
         wanted: recall@10. Of an index with inverted lists, every third query then chooses how many lists a search
-            visits, and the others measure.
+            visits and how many candidates it scores, and the others measure.
     """
     k = min(10, len(index))
     if not k or not len(queries):
@@ -57,47 +59,49 @@ def _nearest(index: VectorIndex, batches: Batches, queries: np.ndarray, k: int) 
     """Return the keys of the `k` nearest rows of each query, from one pass over all rows."""
     best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     rows = index.whole_rows() or ((keys, unit_rows(vectors, index.dim, keys)) for keys, vectors in batches())
-    for keys, vectors in _joined(rows):
-        part = faiss.IndexFlatIP(index.dim)
-        part.add(vectors)
-        best = merge_best(best, exact_search(part, keys, queries, min(k, len(keys))), k)
+    for keys, vectors in rows:
+        best = nearest(best, vectors, keys, queries, k)
     return best[1]
 
 
 def _tune(index: VectorIndex, queries: np.ndarray, true: np.ndarray, wanted: float) -> None:
-    """Visit the fewest lists, of powers of two up to half of them, that reach `wanted` recall.
+    """Visit the fewest lists, and score the fewest candidates, that reach `wanted` recall@10.
 
-    Where compressed scores keep all of them below, the fewest that come within a hundredth of the best.
+    Of several such pairs the cheapest is taken. Where none does, because compressed scores or the share of the lists
+    keep all below, the cheapest that comes within a hundredth of the best.
     """
-    steps = [2**power for power in range(index.lists.bit_length()) if 2**power <= max(1, index.lists // 2)]
-    found: list[float] = []
-    for lists in steps:
+    found: dict[tuple[int, int | None], float] = {}
+    for lists in _steps(index.lists):
         index.visit(lists)
-        found.append(_recall(index, queries, true).at_10)
-        if found[-1] >= wanted:
+        proposed = index.candidates(queries, CANDIDATES[-1] * true.shape[1])
+        if proposed is None:
+            found[lists, None] = best = _recall(index, queries, true).at_10
+        else:
+            hits = (proposed[:, :, None] == true[:, None, :]).any(axis=2)
+            # A row is found where it is among the candidates: their scores are exact.
+            for each in CANDIDATES:
+                found[lists, each] = hits[:, : max(LEAST_CANDIDATES, each * true.shape[1])].sum() / true.size
+            best = found[lists, CANDIDATES[0]]
+        if best >= wanted:
             break
-    goal = min(wanted, 0.99 * max(found))
-    index.visit(next(lists for lists, recall in zip(steps, found, strict=False) if recall >= goal))
+    goal = min(wanted, 0.99 * max(found.values()))
+    rows_of_list = len(index) / index.lists
+    lists, proposals = min(
+        (pair for pair, recall in found.items() if recall >= goal),
+        key=lambda pair: pair[0] * rows_of_list + true.shape[1] * CANDIDATE_ROWS * (pair[1] or 0),
+    )
+    index.visit(lists)
+    if proposals is not None:
+        index.propose(proposals)
+
+
+def _steps(lists: int) -> list[int]:
+    """Return how many lists may be visited: 1, 2, 3, 4, 6, 8, 12 … up to half of them."""
+    steps = sorted({part for power in range(lists.bit_length()) for part in (2**power, 3 * 2**power // 2)})
+    return [step for step in steps if step <= max(1, lists // 2)]
 
 
 def _recall(index: VectorIndex, queries: np.ndarray, true: np.ndarray) -> Recall:
     _, answers = index.search(queries, true.shape[1])
     hits = (answers[:, :, None] == true[:, None, :]) & (answers[:, :, None] >= 0)
     return Recall(float(hits[:, 0, 0].mean()), float(hits.any(axis=2).mean()), len(queries))
-
-
-def _joined(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield several batches at a time."""
-    parts: list[Batch] = []
-    for batch in batches:
-        parts.append(batch)
-        if sum(len(keys) for keys, _ in parts) >= COMPARED_ROWS:
-            yield _one(parts)
-            parts = []
-    if parts:
-        yield _one(parts)
-
-
-def _one(parts: list[Batch]) -> Batch:
-    keys, vectors = zip(*parts, strict=True)
-    return np.concatenate(keys), np.concatenate(vectors)

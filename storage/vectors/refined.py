@@ -14,7 +14,7 @@ import numpy as np
 from storage.vectors.exact import Best, rescore
 
 K_FACTOR = 8
-"""Candidates for each neighbour wanted. Twice as many raised recall@10 by 0.002 at most (docs/index.md)."""
+"""Candidates for each neighbour wanted, until `storage.vectors.recall` finds how many the wanted recall needs."""
 LEAST_CANDIDATES = 64
 _ADDED_ROWS = 65_536
 
@@ -77,6 +77,15 @@ class Refined:
             self.codes.add(vectors[start : start + _ADDED_ROWS])
         self._refine.is_trained = True
         self._set_rows(keys)
+
+    def propose(self, candidates: int) -> None:
+        """Let a search score so many candidates for each neighbour wanted."""
+        self._refine.k_factor = candidates
+
+    def candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """Return the keys that the codes propose to unit vectors, int64 `[n, count]`, best first, −1 for none."""
+        _, at = self.codes.search(queries, min(self._index.ntotal, count))
+        return np.where(at < 0, -1, self.keys[at])
 
     def search(self, queries: np.ndarray, k: int) -> Best:
         """Return the `k` best candidates of each query, scored and ordered as `exact_search` does.

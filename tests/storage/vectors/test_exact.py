@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import SettingsError, StoreError
-from storage.vectors.exact import exact_search, merge_best, unit_rows
+from storage.vectors import exact
+from storage.vectors.exact import exact_search, merge_best, nearest, rescore, unit_rows
 
 NUMBERS = np.random.default_rng(5)
 
@@ -92,6 +93,33 @@ def test_order_of_rows_and_size_of_query_batches_do_not_matter(rows, k, seed):
     alone = [exact_search(flat_over(vectors[shuffled]), keys[shuffled], vectors[i : i + 1], k) for i in keys]
     np.testing.assert_array_equal(together[0], np.vstack([scores for scores, _ in alone]))
     np.testing.assert_array_equal(together[1], np.vstack([found for _, found in alone]))
+    best = np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.int64)
+    for part in np.array_split(shuffled, 3):
+        best = nearest(best, vectors[part], keys[part], vectors, k)
+    candidates = np.tile(shuffled, (len(rows), 1))
+    for found in (best, rescore(vectors, keys, vectors, candidates, k)):
+        np.testing.assert_array_equal(found[0], together[0])
+        np.testing.assert_array_equal(found[1], together[1])
+
+
+def test_nearest_rows_and_candidates_are_scored_as_by_an_exact_search(monkeypatch):
+    monkeypatch.setattr(exact, "_COMPARED_ROWS", 150)
+    rows = unit_rows(np.repeat(NUMBERS.standard_normal((250, 64)), 3, axis=0), 64)  # each three times
+    rows[1::3] *= np.float32(1 - 2**-23)  # so near that float32 products may order them wrongly
+    queries, keys = unit_rows(NUMBERS.standard_normal((40, 64)), 64), NUMBERS.permutation(750)
+    expected = exact_search(flat_over(rows), keys, queries, 20)
+    start = np.empty((40, 0), np.float32), np.empty((40, 0), np.int64)
+    at = np.argsort(-(queries.astype(float) @ rows.T.astype(float)), axis=1)[:, :120]
+    at[:, 100:] = -1
+    for found in (
+        nearest(start, rows, keys, queries, 20),
+        rescore(rows, keys, queries, NUMBERS.permuted(at, axis=1), 20),
+    ):
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_array_equal(found[1], expected[1])
+    few = np.full((40, 120), -1)
+    few[:, 5] = 3
+    assert (rescore(rows, keys, queries, few, 20)[1][:, :2] == [keys[3], -1]).all()
 
 
 def test_merging_two_answers_keeps_the_best_of_both():

@@ -16,7 +16,7 @@ from storage.vectors.recall import audit_recall
 
 AUTO = IndexSettings()
 NO_KEYS = np.empty(0, np.int64)
-LISTS = ["IVF8,Flat", "IVF8,SQ8", "IVF8,PQ16x4", "PCAR24,IVF8,SQ8", "IVF8,PQ8x4fs,RFlat"]
+LISTS = ["IVF8,Flat", "IVF8,SQ8", "IVF8,PQ16x4", "PCAR24,IVF8,SQ8", "PCAR16,IVF8,PQ4x4fs,RFlat"]
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +63,10 @@ class TestChoice:
         [
             (1, 512, 16, "Flat"),
             (EXACT_ROWS, 512, 16, "Flat"),
-            (EXACT_ROWS + 1, 512, 16, "IVF512,PQ128x4fs,RFlat"),
-            (2_000_000, 192, 16, "IVF2048,PQ48x4fs,RFlat"),  # 1.7 GB
-            (2_000_000, 190, 16, "IVF2048,Flat"),  # four does not divide 190
-            (20_000_000, 192, 20, "IVF4096,PQ48x4fs,RFlat"),  # 17.4 GB; training_rows = 262,144 feed 6,553 lists
+            (EXACT_ROWS + 1, 512, 16, "PCAR256,IVF512,PQ64x4fs,RFlat"),
+            (2_000_000, 192, 16, "PCAR96,IVF2048,PQ24x4fs,RFlat"),  # 1.7 GB
+            (2_000_000, 190, 16, "IVF2048,Flat"),  # eight does not divide 190
+            (20_000_000, 192, 20, "PCAR96,IVF4096,PQ24x4fs,RFlat"),  # 17.4 GB; training_rows = 262,144 feed 6,553 lists
             (20_000_000, 512, 16, "IVF4096,SQ8"),  # 41 GB whole, 10.4 at a byte a number
             (40_000_000, 512, 16, "IVF4096,PQ256"),  # 20.8 at a byte, 10.6 at half a byte
             (1_000_000_000, 512, 30, "IVF4096,PQ16"),
@@ -79,9 +79,9 @@ class TestChoice:
     def test_more_training_rows_allow_more_lists(self):
         for training_rows, lists in ((262_144, 4096), (2_000_000, 32_768)):
             settings = IndexSettings(training_rows=training_rows, memory_budget_gb=1000)
-            assert choose_factory(500_000_000, 192, settings) == f"IVF{lists},PQ48x4fs,RFlat"
+            assert choose_factory(500_000_000, 192, settings) == f"PCAR96,IVF{lists},PQ24x4fs,RFlat"
 
-    @pytest.mark.parametrize("dim", [100, 192, 126, 512])
+    @pytest.mark.parametrize("dim", [8, 100, 192, 126, 512])
     def test_what_is_chosen_can_be_made(self, dim):
         for budget in (100, 3, 1.5, 1, 0.6):
             kind = choose_factory(5_000_000, dim, IndexSettings(memory_budget_gb=budget))
@@ -361,7 +361,7 @@ class TestRebuildReason:
     def test_an_exact_index_is_rebuilt_only_for_another_kind(self):
         index = built(*make_rows(100, 8))
         assert rebuild_reason(index, "Flat", 90, 190, AUTO) is None
-        assert "want IVF1024,PQ2x4fs,RFlat" in (rebuild_reason(index, "Flat", EXACT_ROWS * 2, 1, AUTO) or "")
+        assert "want PCAR4,IVF1024,PQ1x4fs,RFlat" in (rebuild_reason(index, "Flat", EXACT_ROWS * 2, 1, AUTO) or "")
 
     def test_trained_kinds_age(self):
         settings = IndexSettings(factory="IVF8,Flat", rebuild_share=0.2)

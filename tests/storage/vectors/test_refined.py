@@ -13,6 +13,7 @@ from storage.vectors.index import VectorIndex, build, read_index
 from storage.vectors.recall import audit_recall
 
 KIND = "IVF16,PQ16x4fs,RFlat"
+PROJECTED = "PCAR32,IVF16,PQ8x4fs,RFlat"
 NUMBERS = np.random.default_rng(1)
 CENTRES = NUMBERS.standard_normal((300, 64))
 KEYS = NUMBERS.choice(2**62, 3000, replace=False)
@@ -37,6 +38,25 @@ def test_answers_are_those_of_an_exact_search_with_its_scores() -> None:
     assert (keys == true_keys).mean() > 0.98
     np.testing.assert_array_equal(scores[keys == true_keys], true_scores[keys == true_keys])
     assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_a_projection_keeps_the_inner_products_and_so_the_mean_of_the_vectors() -> None:
+    # All rows are about in one direction, and lie in 16 dimensions: a projection to 32 loses nothing.
+    basis = np.linalg.qr(NUMBERS.standard_normal((64, 64)))[0][:16]
+    rows = ((NUMBERS.standard_normal((3000, 16)) + 1) @ basis).astype(np.float32)
+    index = build(lambda: iter([(KEYS, rows)]), 3000, 64, IndexSettings(factory=PROJECTED, nprobe=16))
+    codes = faiss.downcast_index(faiss.downcast_index(index._index.index).base_index)
+    projected = faiss.downcast_VectorTransform(codes.chain.at(0)).apply(rows)
+    np.testing.assert_allclose(projected @ projected.T, rows @ rows.T, atol=1e-3)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert (index.candidates(unit, 64) == KEYS[:, None]).any(axis=1).mean() > 0.99
+    file = io.BytesIO()
+    index.propose(32)
+    proof = index.write(file)
+    file.seek(0)
+    again = read_index(file, proof.digest, proof.size)
+    assert again._refined._refine.k_factor == 32
+    np.testing.assert_array_equal(again.search(rows[:50], 5)[1], index.search(rows[:50], 5)[1])
 
 
 def test_recall_is_measured_from_its_own_vectors() -> None:
@@ -65,7 +85,7 @@ def test_rows_are_removed_replaced_and_added_under_their_keys() -> None:
         np.testing.assert_allclose(scores[found[:, 0] == left], 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("factory", [KIND, "IVF16,PQ16x4fs"])
+@pytest.mark.parametrize("factory", [KIND, PROJECTED, "IVF16,PQ16x4fs"])
 def test_rows_removed_and_added_again_are_found_as_before(factory: str) -> None:
     index = built(factory)
     before = index.search(VECTORS, 10)[1]
