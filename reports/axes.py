@@ -1,6 +1,6 @@
 """Parts of the report's plots: the canvas, the marks and lines of the modes, legends, intervals, names.
 
-`reports.plots` composes figures from these; colours come from `reports.theme`. Call them within `theme.drawing()`.
+`reports.plots` composes figures from these; colours come from `reports.theme`. Call them within `drawing.drawing()`.
 """
 
 import re

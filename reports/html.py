@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from reports import plots
 from reports.expansion import expansion_table
 from reports.tables import (
     Shown,
@@ -42,9 +42,12 @@ from reports.text import (
     percent_of,
     visible,
 )
-from reports.theme import Plot, mode_rules, variables
+from reports.theme import mode_rules, variables
 from schemas.metrics import EER, HELD_OUT, MAIN_CELLS, MetricId
 from schemas.reports import Evaluation, ModeResult, Population, ReportInput, StageCost
+
+if TYPE_CHECKING:
+    from reports.drawing import Plot
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -62,7 +65,7 @@ class FigureView:
     key: str
     title: str
     caption: str
-    plots: list[Plot]
+    plots: "list[Plot]"
 
 
 def render_report(report: ReportInput, drawn: Sequence[FigureView] | None = None) -> str:
@@ -167,6 +170,8 @@ def _other_poses(population: Population, report: ReportInput) -> Table | None:
 
 def draw(report: ReportInput) -> list[FigureView]:
     """Draw every figure for which there are measurements, in the order of the page."""
+    from reports import plots  # matplotlib is not loaded by a run in which nothing changed
+
     population = _population(report.evaluation, report.gated.population)
     modes: dict[str, ModeResult] = population.modes if population else {}
     cells = _shown_cells(report, population) if population else []

@@ -31,6 +31,7 @@ from reports.axes import (
     slug,
     style_axes,
 )
+from reports.drawing import Plot, drawing
 from reports.text import (
     NOT_ESTIMABLE,
     cell_name,
@@ -42,7 +43,7 @@ from reports.text import (
     pose_pair,
     verdict,
 )
-from reports.theme import RAMP_STEPS, Plot, drawing, light, mode_role
+from reports.theme import RAMP_STEPS, light, mode_role
 from schemas.metrics import RAW, MetricId
 from schemas.reports import FEWEST_FALSE_MATCHES, CellResult, ChannelWeights, ModeResult, TrendPoint
 

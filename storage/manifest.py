@@ -5,11 +5,10 @@ ids across shards: rows whose id is that of an earlier row.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from schemas.errors import BadShardError, FrontalisError
@@ -236,37 +235,30 @@ def mark_repeats(
     owned = owned or {}
     order = sorted(records)
     parts = [*owned.values(), *(keys[name] for name in order)]
-    frame = pl.concat(
-        [
-            pl.DataFrame(
-                {
-                    "shard": pl.Series([], dtype=pl.Int64),
-                    "row": pl.Series([], dtype=pl.Int64),
-                    "key": pl.Series([], dtype=pl.Int64),
-                    "check": pl.Series([], dtype=pl.Int64),
-                }
-            )
-        ]
-        + [
-            pl.DataFrame({"key": part.keys, "check": part.checks})
-            .with_row_index("row")
-            .select(pl.lit(number, pl.Int64).alias("shard"), pl.col("row").cast(pl.Int64), "key", "check")
-            for number, part in enumerate(parts, -len(owned))
-        ]
-    ).filter(pl.col("key") != NO_KEY)
-    first = pl.col("key").is_first_distinct()
-    later = frame.filter(~first)
-    owners = frame.filter(first & pl.col("key").is_in(later["key"].unique().implode())).select("key", owner="check")
-    repeats = later.join(owners, on="key", how="left").with_columns(same=pl.col("check") == pl.col("owner"))
+    repeated = _repeated([part.keys for part in parts])
+    owners: dict[int, int] = {}
     found: dict[tuple[int, bool], list[int]] = {}
-    for shard, row, same in repeats.select("shard", "row", "same").sort("shard", "row").iter_rows():
-        found.setdefault((shard, same), []).append(row)
+    for number, part in enumerate(parts if len(repeated) else (), -len(owned)):
+        at = np.flatnonzero(np.isin(part.keys, repeated))
+        for row, key, check in zip(at.tolist(), part.keys[at].tolist(), part.checks[at].tolist(), strict=True):
+            if key in owners:
+                found.setdefault((number, check == owners[key]), []).append(row)
+            else:
+                owners[key] = check
     return {
         name: replace(
             records[name], duplicates=found.get((number, True), []), collisions=found.get((number, False), [])
         )
         for number, name in enumerate(order)
     }
+
+
+def _repeated(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the keys that come more than once, in 8 bytes a row: few do, so only they are looked at by row."""
+    keys = np.concatenate([np.empty(0, np.int64), *parts])
+    keys.sort()
+    again = np.unique(keys[1:][keys[1:] == keys[:-1]])
+    return again[again != NO_KEY]
 
 
 def find_misfits(

@@ -16,9 +16,9 @@ from metrics.poses import UNKNOWN
 from models.checkpoint import Checkpoint, load
 from models.explain import identity_relatedness, rank_correlation, top_channels
 from models.se import SEBlock
+from reports.drawing import plot_files
 from reports.plots import channel_relatedness
 from reports.plots import channel_weights as draw
-from reports.theme import plot_files
 from schemas.errors import SettingsError
 from schemas.metrics import POSE_CLASSES
 from schemas.reports import ChannelWeights

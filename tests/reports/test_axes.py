@@ -3,7 +3,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from reports.axes import bounds, canvas, error_curve, line_style, mark_style, mode_legend, short, slug
-from reports.theme import Plot, drawing, light
+from reports.drawing import Plot, drawing
+from reports.theme import light
 from schemas.reports import Estimate
 
 MODES = ["raw", "per_sample", "batch_stat"]

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
+from reports.drawing import plot_files
 from reports.html import draw, markdown_stages, markdown_table, render_report
 from reports.text import threshold
-from reports.theme import PALETTE, plot_files
+from reports.theme import PALETTE
 from schemas.metrics import RAW
 from schemas.reports import (
     Changes,

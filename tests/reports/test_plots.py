@@ -8,8 +8,9 @@ from matplotlib.patches import Rectangle, StepPatch
 from scipy.stats import norm
 
 from reports import plots
+from reports.drawing import Plot
 from reports.text import in_words
-from reports.theme import Plot, light
+from reports.theme import light
 from schemas.metrics import EER, RAW, MetricId
 from schemas.reports import CellResult, Curve, Estimate, Histogram, IdentificationResult, ModeResult, ReportInput
 
