@@ -258,7 +258,8 @@ def _repeated(parts: Sequence[np.ndarray]) -> np.ndarray:
     keys = np.concatenate([np.empty(0, np.int64), *parts])
     keys.sort()
     again = np.unique(keys[1:][keys[1:] == keys[:-1]])
-    return again[again != NO_KEY]
+    found: np.ndarray = again[again != NO_KEY]
+    return found
 
 
 def find_misfits(

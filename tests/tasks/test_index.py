@@ -143,6 +143,21 @@ def test_nothing_changed_shares_the_files(features_of, store: Location) -> None:
     assert not (store / "indexes/r2").exists()
 
 
+@pytest.mark.parametrize("former", ["IVF4,Flat", "IVF4,PQ8x4fs,RFlat"])
+def test_kind_of_an_older_release_answers_and_is_replaced(
+    former: str, features_of, store: Location, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("storage.vectors.index.EXACT_ROWS", 100)
+    features = features_of()
+    old = index_mode(store, "r1", "raw", features, IndexSettings(factory=former), None)
+    queries = np.random.default_rng(0).standard_normal((5, D))
+    with caplog.at_level("INFO", "frontalis.index"):
+        new = index_mode(store, "r2", "raw", features, IndexSettings(), release_of("r1", features, old))
+    assert f"building a new index: it is of kind {former}, 400 rows want {new.factory}" in caplog.text
+    assert new.factory.startswith("PCAR16,")
+    assert all((found(store, reference, queries)[1][:, 0] > 0.2).all() for reference in (old, new))
+
+
 def test_finished_index_is_taken_as_it_is(features_of, store: Location) -> None:
     features = features_of()
     first = index_mode(store, "r1", "raw", features, FLAT, None)
