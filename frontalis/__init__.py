@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from models.dual_branch import DualBranchSENet
     from models.se import SEBlock
 
+__version__ = "0.1.0"
+
 __all__ = ["DualBranchSENet", "SEBlock", "Store", "open_store"]
 
 

@@ -21,7 +21,7 @@ app = typer.Typer(
     name="frontalis",
     help="Re-weight face embeddings, measure whether it helped, serve the result.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -37,6 +37,8 @@ def a_number(value: float | None) -> float | None:
 Store = Annotated[str, typer.Option("--store", help="The store: a folder or s3://bucket/prefix.")]
 WAIT = typer.Option(min=0, max=MAX_WAIT_SECONDS, callback=a_number, help="Seconds to wait for another run.")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Wide = Annotated[bool, typer.Option("--wide", help="All columns, however narrow the terminal is.")]
+Details = Annotated[bool, typer.Option("--details", help="Print all that is known, not only what decides.")]
 
 kept_by: dict[str, str] = {}
 """What an interrupt leaves of the work of each command."""
@@ -52,9 +54,20 @@ def command(kept: str) -> Callable[[Function], Function]:
     return register
 
 
+def _print_version(value: bool) -> None:
+    if value:
+        from frontalis import __version__
+
+        print(f"frontalis {__version__}")  # noqa: T201
+        raise typer.Exit
+
+
 @app.callback()
 def _start(
     context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr, only warnings.")] = False,
 ) -> None:
     context.obj.kept = kept_by[str(context.invoked_subcommand)]

@@ -5,21 +5,27 @@ prints the results. Commands with a module of their own are in `frontalis.comman
 command that needs them, so that `--help` and a mistyped option answer at once.
 """
 
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from frontalis.app import WAIT, AsJson, Store, a_number, app, command
-from frontalis.commands import query, serve  # noqa: F401 - register themselves
+from frontalis.app import WAIT, AsJson, Details, Store, Wide, a_number, app, command
+from frontalis.commands import query, schema, serve  # noqa: F401 - register themselves
 from frontalis.process import run
 from frontalis.server import run_flow, uses_prefect
+from schemas.choices import Architecture, Loss, Mode
 from schemas.errors import ExitCode, SettingsError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from schemas.settings import PipelineSettings
     from tasks.outcome import Outcome
+
+log = logging.getLogger("frontalis.cli")
 
 ROWS = 1_000_000_000  # of synthetic shards; beyond it a number is a mistake
 Wait = Annotated[float, WAIT]
@@ -46,12 +52,14 @@ def synth(
     """Make synthetic shards that behave like measured embeddings."""
     # Blocks are computed side by side; threads of OpenBLAS inside each would wait for one another.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from reports.text import counted
     from tasks.synthetic.shards import synthesize
 
     made = synthesize(
         out, subjects=subjects, per_subject=per_subject, dim=dim, shards=shards, seed=seed, bad_rows=bad_rows
     )
-    print(f"{made.rows:,} rows of {subjects} subjects in {len(made.files)} shards under {out}")  # noqa: T201
+    people, files = counted(subjects, "subject"), counted(len(made.files), "shard")
+    print(f"{counted(made.rows, 'row')} of {people} in {files} under {out}")  # noqa: T201
 
 
 @command(kept="no checkpoint was written")
@@ -59,10 +67,10 @@ def train(
     context: typer.Context,
     sources: Annotated[list[str], typer.Argument(help="Folders of labelled shards.")],
     out: Annotated[str, typer.Option(help="Checkpoint to write (.safetensors); its card goes beside it.")],
-    mode: Annotated[str, typer.Option(help="per_sample or batch_stat.")] = "per_sample",
+    mode: Annotated[Mode, typer.Option(help="How the squeeze statistic is formed.")] = "per_sample",
     augment: Annotated[list[str] | None, typer.Option(help="More views of the same subjects; repeat.")] = None,
-    architecture: Annotated[str | None, typer.Option(help="dual_branch_ensemble (default), dual_branch or se.")] = None,
-    loss: Annotated[str | None, typer.Option(help="global_threshold (default), supcon or triplet.")] = None,
+    architecture: Annotated[Architecture | None, typer.Option(help="By default dual_branch_ensemble.")] = None,
+    loss: Annotated[Loss | None, typer.Option(help="By default global_threshold.")] = None,
     seed: int = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; 360 by default.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of subjects for model selection (0.1).")] = None,
@@ -74,6 +82,7 @@ def train(
             "--skip-bad-rows", help="Skip rows with non-finite or wrong-length embeddings instead of failing."
         ),
     ] = False,
+    wide: Wide = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one checkpoint and measure it on held-out subjects."""
@@ -95,6 +104,9 @@ def train(
         "skip_bad_rows": skip_bad_rows,
     }
     settings = training(**values)
+    if not out.lower().endswith(".safetensors"):
+        raise SettingsError(f"--out {out}: must end in .safetensors.")
+    log.info("train: %s of %s into %s", mode, ", ".join(sources), out, extra={"stage": "train"})
     from frontalis.printing import print_trained
     from tasks.training.stop import train_until_stopped
 
@@ -109,7 +121,7 @@ def train(
     finally:
         if Location(out).entry() != before:
             context.obj.kept = f"{out} is the best model so far"
-    print_trained(trained, as_json)
+    print_trained(trained, as_json, wide=wide)
 
 
 @command(kept="complete files are kept; run the same command again to continue")
@@ -129,6 +141,8 @@ def reprocess(
     drop_mode: Annotated[
         list[str] | None, typer.Option("--drop-mode", help="A served mode that the release may lack; repeat.")
     ] = None,
+    wide: Wide = False,
+    details: Details = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring the store up to date, measure, and serve the result if the gate promotes it."""
@@ -154,12 +168,13 @@ def reprocess(
     if drop_mode:
         changes["gate"]["drop_modes"] = tuple(drop_mode)
     settings = pipeline(**changes)
+    log.info("reprocess: %s into %s", settings.source, settings.store, extra={"stage": "reprocess"})
 
     from frontalis.printing import print_outcome
     from tasks.outcome import CompletedWithBadShardsError
 
     outcome = _reprocess(settings, allow_removal)
-    print_outcome(outcome, as_json)
+    print_outcome(outcome, as_json, wide=wide, details=details)
     if outcome.data.bad_shards:
         raise CompletedWithBadShardsError(outcome)
     if outcome.status == "rejected":
@@ -189,9 +204,12 @@ def evaluate(
     resamples: Annotated[
         int | None, typer.Option(min=0, help="Bootstrap resamples; 0 gives no intervals. By default as in the release.")
     ] = None,
+    wide: Wide = False,
+    details: Details = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a release again, on its own features."""
+    log.info("evaluate: %s of %s", release or "the served release", store, extra={"stage": "evaluate"})
     from frontalis.printing import print_evaluation
     from tasks.evaluation.released import evaluate_release
 
@@ -201,7 +219,7 @@ def evaluate(
         result = run_flow(flow, store=store, release=release, pairs=pairs, resamples=resamples)
     else:
         result = evaluate_release(store, release, pairs=pairs, resamples=resamples)
-    print_evaluation(result, as_json)
+    print_evaluation(result, as_json, wide=wide, details=details)
 
 
 @command(kept="not all files are written; run the same command again")
@@ -223,13 +241,18 @@ def explain(
 
 
 @command(kept="nothing was changed")
-def releases(store: Store, as_json: AsJson = False) -> None:
+def releases(store: Store, wide: Wide = False, details: Details = False, as_json: AsJson = False) -> None:
     """List the releases of a store, with the gated metric per mode."""
-    from frontalis.printing import print_releases
+    from frontalis.documents import write_json
+    from frontalis.history import print_releases
     from storage.location import Location
     from storage.releases import Releases
 
-    print_releases(Releases.of(Location(store)).all(), as_json)
+    found = Releases.of(Location(store)).made()
+    if as_json:
+        write_json({"releases": [release.model_dump(mode="json") for release in found]})
+    else:
+        print_releases(found, wide=wide, details=details)
 
 
 @command(kept="`frontalis releases` shows which release is served")
@@ -240,7 +263,7 @@ def rollback(
     from tasks.maintenance.rollback import roll_back
 
     served = roll_back(store, release)
-    print(served.model_dump_json() if as_json else f"{served.release} is served now")  # noqa: T201
+    _say(served, f"{served.release} is served now", as_json)
 
 
 @command(kept="`frontalis releases` shows which release is the anchor")
@@ -253,7 +276,7 @@ def anchor(
     from tasks.maintenance.anchor import move_anchor
 
     moved = move_anchor(store, release)
-    print(moved.model_dump_json() if as_json else f"{moved.release} is the anchor now")  # noqa: T201
+    _say(moved, f"{moved.release} is the anchor now", as_json)
 
 
 @command(kept="not everything is deleted yet; run the same command again")
@@ -295,7 +318,7 @@ def forget(
         print_tombstones(erasure.list_tombstones(store), as_json)
     elif undo is not None:
         lifted = erasure.undo(store, undo, wait=wait)
-        print(lifted.model_dump_json() if as_json else f"lifted {lifted.mark}, from the next run on")  # noqa: T201
+        _say(lifted, f"lifted {lifted.mark}, from the next run on", as_json)
     else:
         if file is not None:
             targets = read_targets(file, ignore_case=ignore_case)
@@ -341,6 +364,16 @@ def verify(store: Store, as_json: AsJson = False) -> None:
     print_checked(checked, as_json)
     if checked.problems:
         raise typer.Exit(ExitCode.FAILED)
+
+
+def _say(record: "BaseModel", line: str, as_json: bool) -> None:
+    """Print a record as a document, or one line about it."""
+    if as_json:
+        from frontalis.documents import write_json
+
+        write_json(record)
+    else:
+        print(line)  # noqa: T201
 
 
 def _models(pairs: list[str] | None) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any, TextIO, cast
 
 import typer
 
+from frontalis.progress import OneLine, progress_handler, restore_terminal, stop_progress
 from schemas.errors import ExitCode, FrontalisError, SettingsError, first_line, one_line
 from storage.permissions import restrict_new_files
 
@@ -45,6 +46,7 @@ class Command:
         """Raise `Interrupt` on the first signal. The second one, or one that comes while Python exits, ends at once."""
         if self.signal is not None or self.done:
             _end_children()
+            restore_terminal()
             os._exit(128 + number)
         self.signal = number
         raise Interrupt
@@ -72,6 +74,8 @@ def run(app: typer.Typer) -> int:
         command.done = True
     except Interrupt:
         code = _refuse(f"interrupted; {command.kept}", 128 + (command.signal or signal.SIGINT))
+    finally:
+        stop_progress()
     if stdout is None:
         return code
     stdout.flush()
@@ -117,6 +121,7 @@ def _check_arguments(arguments: list[str]) -> None:
 
 
 def _refuse(message: str, code: int) -> int:
+    stop_progress()
     print(f"frontalis: {one_line(message)}", file=sys.stderr)  # noqa: T201
     return code
 
@@ -147,24 +152,17 @@ class _Stdout:
 
 
 def log_to_stderr() -> None:
-    """Log to stderr, one line a record.
+    """Log to stderr: one line a record, and a bar on a terminal.
 
     Prefect's own records stay out, because they repeat errors with a traceback, and Matplotlib's about its cache.
     """
     logging.raiseExceptions = False  # or Prefect writes about each log record that its server did not take
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    handler = progress_handler()
+    handler.setFormatter(OneLine("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(
         lambda record: not (record.name.startswith(("prefect", "matplotlib")) or "/prefect/" in record.pathname)
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-
-
-class _OneLine(logging.Formatter):
-    """Names from the data, such as those of files, can neither forge a line nor steer the terminal."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
-        return one_line(super().formatMessage(record))
 
 
 def _end_children() -> None:

@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from schemas.choices import Mode as Mode
 from schemas.split import SplitRule
 
-Mode = Literal["per_sample", "batch_stat"]
 Statistic = Literal["frozen", "batch"]
 Precision = Literal["float32", "tf32", "bf16"]
 Normalisation = Literal["none", "l2", "mean_norm"]

@@ -11,6 +11,7 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from schemas.choices import Architecture, Loss
 from schemas.errors import MAX_WAIT_SECONDS, SettingsError, first_line
 from schemas.files import read_regular
 from schemas.index import IndexSettings
@@ -226,8 +227,8 @@ class TrainingSettings(Settings):
     out: str = Field(description="checkpoint file to write; its card goes beside it as .md")
     mode: Mode = "per_sample"
     augment: tuple[str, ...] = Field(default=(), description="further views of the same subjects, for training only")
-    architecture: Literal["dual_branch_ensemble", "dual_branch", "se"] = "dual_branch_ensemble"
-    loss: Literal["global_threshold", "supcon", "triplet"] = "global_threshold"
+    architecture: Architecture = "dual_branch_ensemble"
+    loss: Loss = "global_threshold"
     columns: ColumnNames = ColumnNames()
     seed: int = Field(default=0, ge=0, lt=2**31)
     salt: str = Field(default="frontalis", min_length=1, max_length=64, description="of the subject split")

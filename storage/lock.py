@@ -40,6 +40,7 @@ def store_lock(store: Location, what: str, wait: float = 0.0) -> Iterator[None]:
         yield
         return
     path = Path(store.path) / LOCK
+    is_new = not path.parent.exists()
     lock = FileLock(path, poll_interval=POLL_SECONDS)
     try:
         make_folder(path.parent)
@@ -56,8 +57,23 @@ def store_lock(store: Location, what: str, wait: float = 0.0) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk must not stop a run that could free it
             path.write_text(json.dumps({"what": what, "pid": os.getpid(), "host": socket.gethostname()}))
         yield
+    except BaseException:
+        if is_new:
+            _remove_empty(path)
+        raise
     finally:
         lock.release()
+
+
+def _remove_empty(path: Path) -> None:
+    """Remove a folder that holds nothing but the lock: a refused run leaves no folder that looks like a store.
+
+    Whoever waits for the lock meanwhile notices that its file is gone, and makes another one.
+    """
+    with contextlib.suppress(OSError):
+        if [file.name for file in path.parent.iterdir()] == [LOCK]:
+            path.unlink()
+            path.parent.rmdir()
 
 
 def _acquire(lock: FileLock, path: Path, store: Location, wait: float) -> None:

@@ -43,6 +43,17 @@ class Releases:
             raise SettingsError(f"store {store.uri}: {what}; check the path, or make it with `frontalis reprocess`.")
         return history
 
+    def made(self) -> list[Release]:
+        """Return every release, as `all`, of a store that has one.
+
+        Raises:
+            SettingsError: a first run was killed or refused before it made one.
+        """
+        found = self.all()
+        if not found:
+            raise SettingsError(f"store {self.store.uri}: no run has made a release yet; run `frontalis reprocess`.")
+        return found
+
     def all(self) -> list[Release]:
         """Return every release ever recorded, oldest first; empty for a store without any.
 

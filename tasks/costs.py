@@ -1,5 +1,6 @@
 """What the stages of a run take: time, CPU time, rows and memory, for the release record and the report."""
 
+import logging
 import os
 import threading
 import time
@@ -10,6 +11,8 @@ from types import TracebackType
 from typing import Self
 
 from schemas.reports import StageCost
+
+log = logging.getLogger("frontalis.stages")
 
 SAMPLE_SECONDS = 0.05
 
@@ -44,6 +47,7 @@ class Costs:
     @contextmanager
     def stage(self, name: str) -> Iterator["OpenStage"]:
         """Measure what happens inside; a stage that raises is not recorded."""
+        log.info("%s: started", name, extra={"stage": name})
         stage = OpenStage(resident_bytes())
         self._open.append(stage)
         started, used = time.monotonic(), time.process_time()

@@ -29,7 +29,8 @@ class Progress:
         if now - self._logged > LOG_SECONDS or self.done == self.total:
             rate = self.done / max(now - self._started, 1e-9)
             log.info("reweight: %s of %s rows, %s rows/s, %.0f s left", f"{self.done:,}", f"{self.total:,}",
-                     f"{rate:,.0f}", (self.total - self.done) / rate)  # fmt: skip
+                     f"{rate:,.0f}", (self.total - self.done) / rate,
+                     extra={"stage": "reweight", "done": self.done, "total": self.total})  # fmt: skip
             self._logged = now
 
     @contextlib.contextmanager

@@ -1,10 +1,11 @@
 """`frontalis query`: the nearest stored rows of stored ids or of new embeddings, and what their scores mean."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from frontalis.app import AsJson, Store, a_number, command
+from schemas.choices import By, SearchedMode
 from schemas.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ DEFAULT_MODE = "per_sample"
 @command(kept="nothing was changed")
 def query(
     store: Store,
-    mode: Annotated[str | None, typer.Option(help="per_sample (default), batch_stat or raw.")] = None,
+    mode: Annotated[SearchedMode | None, typer.Option(help="By default per_sample.")] = None,
     id_: Annotated[list[str] | None, typer.Option("--id", help="A stored id; repeat for several.")] = None,
     vectors: Annotated[str | None, typer.Option(help="New embeddings: .npy, .parquet or .csv.")] = None,
     k: Annotated[int, typer.Option("-k", help="Neighbours a query.")] = 10,
@@ -32,7 +33,7 @@ def query(
     unique_subject: Annotated[
         bool, typer.Option("--unique-subject", help="Keep the best row of each subject.")
     ] = False,
-    by: Annotated[str, typer.Option(help="row, or subject: find subjects by the mean of their rows.")] = "row",
+    by: Annotated[By, typer.Option(help="subject finds subjects by the mean of their rows.")] = "row",
     where: Annotated[
         str | None, typer.Option(help="SQL condition on stored columns: \"pose = 'profile' and yaw < -30\".")
     ] = None,
@@ -52,7 +53,7 @@ def query(
     as_json: AsJson = False,
 ) -> None:
     """Find the nearest stored rows of an id or of new embeddings."""
-    from frontalis.terminal import write_json
+    from frontalis.documents import write_json
     from tasks.query.answers import Question, all_modes, ask
     from tasks.query.files import check_suffix, document, write_answers
     from tasks.query.opened import open_release
@@ -68,7 +69,7 @@ def query(
         unique_subject=unique_subject,
         min_score=min_score,
         columns=[name.strip() for name in columns.split(",")] if columns else [],
-        by=_by(by),
+        by=by,
     )
     question = Question(id_ or [], vectors, k, include_self, exclude_self, fmr, options)
     opened = open_release(store, release)
@@ -82,12 +83,6 @@ def query(
         write_json(document(answers))
     else:
         print_answers([one.record() for one in answers])
-
-
-def _by(value: str) -> Literal["row", "subject"]:
-    if value not in ("row", "subject"):
-        raise SettingsError(f"--by {value}: must be row or subject.")
-    return "subject" if value == "subject" else "row"
 
 
 def print_answers(answers: "Sequence[QueryAnswer]") -> None:
@@ -105,11 +100,12 @@ def print_answers(answers: "Sequence[QueryAnswer]") -> None:
 
 
 def _print_result(on: "Console", answer: "QueryAnswer", result: "QueryResult") -> None:
-    from frontalis.terminal import new_table, plain
+    from frontalis.terminal import new_table, plain, show_table
 
     known = result.subject is not None
     of = f" (subject {result.subject})" if known else ""
-    rows = new_table(on, f"{result.query}{of}: {answer.mode}, {answer.release}")
+    title = f"{result.query}{of}: {answer.mode}, {answer.release}"
+    rows = new_table()
     further = list(dict.fromkeys(name for found in result.neighbours for name in found.columns))
     shown = {
         "rank": True,
@@ -125,7 +121,8 @@ def _print_result(on: "Console", answer: "QueryAnswer", result: "QueryResult") -
     }
     names = [name for name, is_shown in shown.items() if is_shown]
     for name in (*names, *further):
-        rows.add_column(name, justify="right" if name in ("rank", "score", "expanded", "FMR", "rows") else "left")
+        right = name in ("rank", "score", "expanded", "FMR", "rows")
+        rows.add_column(name, justify="right" if right else "left", no_wrap=True)
     for found in result.neighbours:
         cells = {
             "rank": found.rank,
@@ -140,17 +137,18 @@ def _print_result(on: "Console", answer: "QueryAnswer", result: "QueryResult") -
             "shard": found.shard,
         }
         rows.add_row(*(plain(cells[name]) for name in names), *(plain(_shown(found.columns[name])) for name in further))
-    on.print(rows)
+    show_table(on, title, rows)
     if not result.neighbours:
         on.print("none")
 
 
 def _print_side_by_side(on: "Console", answers: "Sequence[QueryAnswer]", results: "Sequence[QueryResult]") -> None:
-    from frontalis.terminal import new_table, plain
+    from frontalis.terminal import new_table, plain, show_table
 
     subject = results[0].subject
     of = f" (subject {subject})" if subject is not None else ""
-    rows = new_table(on, f"{results[0].query}{of}: {answers[0].release}; = same subject, ≠ another")
+    title = f"{results[0].query}{of}: {answers[0].release}; = same subject, ≠ another"
+    rows = new_table()
     rows.add_column("rank", justify="right")
     for answer in answers:
         rows.add_column(answer.mode, justify="right")
@@ -166,7 +164,7 @@ def _print_side_by_side(on: "Console", answers: "Sequence[QueryAnswer]", results
                 match = "*" if found.match else ""
                 cells += [f"{found.score:.4f}{match}", _fmr(found, answer), f"{_same(found, result)} {found.id}"]
         rows.add_row(*map(plain, cells))
-    on.print(rows)
+    show_table(on, title, rows)
 
 
 def _explained(answer: "QueryAnswer", marked: bool) -> "Iterator[str]":

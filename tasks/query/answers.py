@@ -96,12 +96,14 @@ class ModeAnswer(BaseModel):
 class QueryAnswer(ModeAnswer):
     """The same, and the store that was asked: local path or s3 address."""
 
+    schema_version: Literal[1] = 1
     store: str
 
 
 class QueryComparison(BaseModel):
     """The answers of raw and of every mode to the same queries."""
 
+    schema_version: Literal[1] = 1
     store: str
     release: str
     answers: dict[str, QueryAnswer]

@@ -166,11 +166,14 @@ def _fit(
     def report(step: int, loss: float, best: Candidate) -> None:
         base = scorer.raw_cell
         log.info(
-            "train: step %d of %d, loss %.4f; validation: score %+.4f with the change scaled by %g, %s EER %s (raw %s)",
-            step, settings.steps, loss, best.score, best.share, base.name,
+            "train: step %d of %d, loss %.4f; validation: %s EER %s (raw %s): %s",
+            step, settings.steps, loss, base.name,
             _percent(scorer.rates[best.score][EER]), _percent(base.verification.eer.value),
+            "better than raw" if best.score < 0 else "not better than raw",
+            extra={"stage": "train", "done": step, "total": settings.steps},
         )  # fmt: skip
 
+    log.info("train: %d steps", settings.steps, extra={"stage": "train", "done": 0, "total": settings.steps})
     _, subjects = np.unique(learn.subjects, return_inverse=True)
     rows = LabelledTensor(
         scaled(learn.x, mean_norm), torch.from_numpy(subjects), torch.from_numpy(learn.classes == PROFILE)

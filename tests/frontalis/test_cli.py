@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
+import frontalis
 from frontalis.cli import app
 from frontalis.process import Command
 from schemas.errors import FrontalisError
@@ -77,11 +79,14 @@ def job(shell, tmp_path_factory) -> Path:
             "--skip-bad-rows",
             "--json",
         )
+        (folder / "trained.json").write_text(trained.stdout)
         card = json.loads(trained.stdout)["card"]
         assert card["mode"] == mode
         assert card["embedding_dim"] == 32
         assert (folder / f"{mode}.safetensors.md").read_text().startswith("# ")
-    outcome = json.loads(reprocess(in_a_process, folder, "--json").stdout)
+    done = reprocess(in_a_process, folder, "--json")
+    (folder / "outcome.json").write_text(done.stdout)
+    outcome = json.loads(done.stdout)
     assert outcome["status"] == "promoted"
     assert outcome["shards_computed"] == 3
     data = outcome["data"]
@@ -136,13 +141,13 @@ def query(shell, job: Path, *words: object) -> list[dict[str, object]]:
 
 
 def test_releases_and_rollback(shell, job) -> None:
-    (release,) = json.loads(shell("releases", "--store", job / "store", "--json").stdout)
+    (release,) = json.loads(shell("releases", "--store", job / "store", "--json").stdout)["releases"]
     assert release["serving"]
     assert "served" in shell("releases", "--store", job / "store").stdout
     done = shell("rollback", "--store", job / "store", release["release"])
     assert "is served now" in done.stdout
     served = json.loads(shell("rollback", "--store", job / "store", release["release"], "--json").stdout)
-    assert served == release
+    assert served == {"schema_version": 1, **release}
     assert "is not in" in shell("rollback", "--store", job / "store", "r00099-nothing", code=2).stderr
 
 
@@ -184,7 +189,6 @@ def test_report_is_written(job) -> None:
     ("words", "message"),
     [
         (["query", "--store", "{store}", "--id", "nobody"], "--id 'nobody': is not in release"),
-        (["query", "--store", "{store}", "--mode", "best", "--id", "x"], "mode best: release"),
         (["query", "--store", "{store}"], "pass either --id or --vectors"),
         (["query", "--store", "{store}", "--id", "x", "-k", "0"], "-k 0: must be 1 to"),
         (["query", "--store", "{tmp}/none", "--id", "x"], "/none: does not exist; check the path"),
@@ -200,6 +204,7 @@ def test_report_is_written(job) -> None:
         (["reprocess", "--config", "{tmp}/none.toml"], "cannot be read"),
         (["reprocess", "--source", "{tmp}", "--store", "{store}", "--model", "per_sample"], "write mode=FILE"),
         (["explain", "--model", "m", "--out", "{tmp}", "--column", "person=subject"], "person is no role; use id, emb"),
+        (["train", "{store}", "--out", "{tmp}/x.pt"], "x.pt: must end in .safetensors"),
         (["train", "{tmp}", "--out", "{tmp}/x", "--column", "subject"], "--column subject: write ROLE=NAME"),
         (["train", "{tmp}", "--out", "{tmp}/x", "--column", "id=a", "--column", "id=b"], "id is given twice"),
         (["evaluate", "--store", "{store}", "--pairs", "{tmp}/none.parquet"], "there is no such file"),
@@ -222,12 +227,55 @@ def test_refusals_name_the_thing_and_the_way_out(job, tmp_path, capsys, words, m
     assert capsys.readouterr().out == ""
 
 
-def test_unknown_option_is_refused(shell) -> None:
+def test_unknown_options_and_choices_are_refused(shell) -> None:
     assert "No such option" in shell("releases", "--stor", "x", code=2).stderr
+    assert (
+        "is not one of 'per_sample', 'batch_stat'" in shell("train", "x", "--mode", "best", "--out", "y", code=2).stderr
+    )
+    assert "is not one of 'row', 'subject'" in shell("query", "--store", "x", "--by", "pose", code=2).stderr
+
+
+def test_version_help_and_completion(shell) -> None:
+    assert shell("--version").stdout == f"frontalis {frontalis.__version__}\n"
+    assert shell("query", "-h").stdout == shell("query", "--help").stdout
+    assert "--install-completion" in shell("-h").stdout
+
+
+def test_documents_are_as_their_schemas_say(shell, job) -> None:
+    store = ("--store", job / "store")
+    schemas = json.loads(shell("schema").stdout)
+    typed = {
+        "releases": ["releases", *store],
+        "evaluate": ["evaluate", *store, "--resamples", 5],
+        "query": ["query", *store, "--id", "000003-002"],
+        "query --compare": ["query", *store, "--id", "000003-002", "--compare"],
+        "forget": ["forget", *store, "--id", "000003-002", "--dry-run"],
+        "forget --list": ["forget", *store, "--list"],
+        "vacuum": ["vacuum", *store, "--dry-run"],
+        "verify": ["verify", *store],
+        "explain": ["explain", "--model", job / "batch_stat.safetensors", "--out", job / "explained"],
+    }
+    for name, words in typed.items():
+        document = json.loads(shell(*words, "--json").stdout)
+        Draft202012Validator.check_schema(schemas[name])
+        Draft202012Validator(schemas[name]).validate(document)
+        assert document["schema_version"] == schemas[name]["properties"]["schema_version"]["const"] == 1
+    Draft202012Validator(schemas["train"]).validate(json.loads((job / "trained.json").read_text()))
+    Draft202012Validator(schemas["reprocess"]).validate(json.loads((job / "outcome.json").read_text()))
+    assert json.loads(shell("schema", "train").stdout) == schemas["train"]
+    assert "prints no JSON; use one of train, reprocess" in shell("schema", "synth", code=2).stderr
+
+
+def test_a_refused_first_run_leaves_no_store(shell, tmp_path) -> None:
+    source, store = tmp_path / "shards", tmp_path / "new" / "store"
+    source.mkdir()
+    shell("reprocess", "--source", source, "--store", store, "--model", f"per_sample={tmp_path}/none", code=2)
+    assert not store.exists()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".lock").touch()
+    assert "no run has made a release yet" in shell("releases", "--store", tmp_path / "killed", code=2).stderr
 
 
 def test_public_names() -> None:
-    import frontalis
-
     assert sorted(frontalis.__all__) == ["DualBranchSENet", "SEBlock", "Store", "open_store"]
     assert all(hasattr(frontalis, name) for name in frontalis.__all__)

@@ -1,17 +1,26 @@
 """What the evaluation tables say on a terminal: which threshold a rate belongs to, and every pose that was measured."""
 
+import io
+import logging
 import re
 
 import pytest
+from rich.console import Console
 
+from frontalis.evaluations import show_evaluation
+from frontalis.history import short_reason
 from frontalis.printing import print_evaluation
+from frontalis.progress import ProgressBar
 from schemas.metrics import RAW
 from schemas.reports import (
     CellResult,
     Estimate,
     Evaluation,
+    GateDecision,
+    GuardedResult,
     IdentificationResult,
     IndexRecall,
+    LimitResult,
     ModeResult,
     PairsResult,
     Population,
@@ -77,7 +86,7 @@ def evaluation() -> Evaluation:
 
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    print_evaluation(evaluation(), as_json=False)
+    print_evaluation(evaluation(), as_json=False, details=True)
     return [re.sub(r" +", " ", line).strip() for line in capsys.readouterr().out.splitlines()]
 
 
@@ -87,7 +96,7 @@ def test_rates_belong_to_the_thresholds_printed_below_them(printed: list[str]) -
     assert "46.67 [40.00, 50.00]" in raw
     assert "71.79" not in "\n".join(printed)
     assert any(line.startswith("score >= raw, global FMR 1e-3: 0.4375") for line in printed)
-    assert any("one threshold per mode for all pose pairs" in line for line in printed)
+    assert any("at one threshold per mode; the FMR is over all impostor pairs" in line for line in printed)
 
 
 def test_harm_at_the_one_threshold_is_seen_beside_the_gain_in_eer(printed: list[str]) -> None:
@@ -118,3 +127,68 @@ def test_pairs_that_were_not_compared_are_explained(printed: list[str]) -> None:
         "held out, or was not sampled; 1 excluded: same id or identical embedding; 3 skipped: id not in this "
         "release; 2 repeated, each counted"
     ) in printed
+
+
+def on_terminal(width: int, **options: bool) -> list[str]:
+    file = io.StringIO()
+    show_evaluation(Console(file=file, width=width, force_terminal=True, no_color=True), evaluation(), **options)
+    return re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("width", "head", "row"),
+    [
+        (72, "pose pair mode EER % verdict FNMR@1e-3 % verdict", "per_sample 12.00 better 46.67 (few) worse"),
+        (100, "pose pair mode EER % − raw verdict FNMR@1e-3 % − raw verdict",
+         "per_sample 12.00 −2.00 better 46.67 (few) +5.00 worse"),
+    ],
+)  # fmt: skip
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_verdicts(width: int, head: str, row: str) -> None:
+    lines = on_terminal(width)
+    assert max(map(len, lines[1:])) <= width
+    assert "…" not in "".join(lines)
+    assert lines[1].split() == head.split()
+    assert any(line.split() == row.split() for line in lines)
+    assert not any(line.startswith(("1:N", "index", "score >=")) for line in lines), "these are for --details"
+    assert any(line.startswith("pairs") for line in lines), "a pairs file was asked for"
+
+
+def test_a_bar_shows_stages_and_lines_stay_above_it() -> None:
+    file = io.StringIO()
+    bar = ProgressBar(Console(file=file, width=80, force_terminal=True))
+    log = logging.Logger("frontalis.test")
+    log.addHandler(bar)
+    log.info("plan: 3 shards")
+    log.info("moved", extra={"stage": "reweight", "done": 500, "total": 1000})
+    log.warning("a shard is bad", extra={"stage": "reweight", "done": 500, "total": 1000})
+    bar._progress.refresh()
+    bar.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    assert shown.startswith("plan: 3 shards\n")
+    assert "reweight" in shown
+    assert "500 of 1,000" in shown
+    assert "a shard is bad" in shown
+    assert "moved" not in shown
+    log.info("after")
+    assert file.getvalue().endswith("after\x1b[0m\n")
+
+
+def test_reasons_in_a_few_words() -> None:
+    def decided(**values: object) -> str:
+        return short_reason(
+            GateDecision(**{"promoted": False, "reason": "why; and more", "compared_with": "r1", **values})
+        )
+
+    limit = LimitResult(setting="max_removed_rows", count=5, total=6, limit=0.2)
+    judged = GuardedResult(
+        mode="per_sample", cell="frontal-profile", metric="eer", tolerance=0, value=0.1, reference="r1",
+        difference=Estimate(value=0.1), outcome="worse",
+    )  # fmt: skip
+    assert decided(promoted=True) == "not worse than r1"
+    assert decided(limits=[limit]) == "83.3% of rows removed"
+    assert decided(missing_modes=["batch_stat"]) == "lacks batch_stat"
+    assert decided(judged=[judged]) == "per_sample frontal–profile EER: worse than served"
+    undecided = judged.replaced(outcome="undecided", against="anchor")
+    assert decided(judged=[undecided]) == "per_sample frontal–profile EER: too few subjects to compare with anchor"
+    assert decided(judged=[judged.replaced(outcome="not compared")]) == "cannot be compared with r1"
+    assert decided() == "why"

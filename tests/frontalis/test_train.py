@@ -42,6 +42,7 @@ def test_train_writes_a_checkpoint_and_prints_one_json_document(shards, tmp_path
     assert said["card"] == card.model_dump(mode="json", exclude={"seen_key"})
     assert (card.mode, card.metrics["seed"], card.split.test) == ("batch_stat", 7, 0.2)
     assert "step 3 of 3" in done.stderr
+    assert done.stderr.splitlines()[0].endswith(f"train: batch_stat of {shards} into {out}")
     assert (tmp_path / "model.safetensors.md").exists()
 
 
@@ -55,9 +56,9 @@ def test_train_prints_the_model_beside_raw(shards, tmp_path):
 
 
 def test_train_refuses_in_one_line(shards, tmp_path):
-    done = frontalis("train", shards, "--out", tmp_path / "m", "--validation", 0.7, "--test", 0.4)
+    done = frontalis("train", shards, "--out", tmp_path / "m.safetensors", "--validation", 0.7, "--test", 0.4)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert last.startswith("frontalis: ")
     assert "validation 0.7 + test 0.4 leave nobody to train on" in last
-    assert not (tmp_path / "m").exists()
+    assert not (tmp_path / "m.safetensors").exists()

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from frontalis.printing import print_releases
+from frontalis.history import print_releases
 from models.checkpoint import load, save
 from models.seen import Seen, name_hashes
 from schemas.errors import SettingsError
@@ -198,7 +198,7 @@ def test_releases_show_the_gated_metric_of_each(first, run_tiny, tmp_path) -> No
 def printed(store: Path) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        print_releases(history(store), as_json=False)
+        print_releases(history(store))
     return text.getvalue()
 
 

@@ -142,7 +142,6 @@ def test_the_flow_writes_what_the_command_writes(ask, measured_store, rows, tmp_
     [
         (("--id", ID, "--compare", "--mode", "raw"), "either --mode or --compare"),
         (("--id", ID, "--include-self", "--exclude-self"), "either --include-self or --exclude-self"),
-        (("--id", ID, "--by", "pose"), "--by pose: must be row or subject"),
         (("--id", ID, "--by", "subject", "--fmr", "1e-2"), "--fmr: FMR is measured on pairs of rows"),
         (("--id", ID, "--out", "x.pdf"), "--out x.pdf: must end in .csv, .parquet, .json"),
         (("--id", ID, "--fmr", "0"), "fmr: '0' is no rate"),
