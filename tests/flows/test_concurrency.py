@@ -28,33 +28,19 @@ from tasks.maintenance.rollback import roll_back
 from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
 from tasks.query import answer
+from tests.commands import frontalis, start
 
 
 def command(source: Path, store: Path, models: list[str], *more: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "frontalis",
-        "reprocess",
-        "--source",
-        str(source),
-        "--store",
-        str(store),
-        *models,
-        *more,
-    ]
+    return ["reprocess", "--source", str(source), "--store", str(store), *models, *more]
 
 
 @pytest.mark.e2e
 def test_the_second_run_is_refused_or_waits(plain_source, tiny_models, tmp_path) -> None:
     store = tmp_path / "store"
     started = [
-        subprocess.Popen(
-            command(plain_source, store, tiny_models.arguments, *more), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for more in ([], [], ["--wait", "100"])
-    ]  # fmt: skip
+        start(*command(plain_source, store, tiny_models.arguments, *more)) for more in ([], [], ["--wait", "100"])
+    ]
     ended = [(process.communicate(timeout=170), process.returncode) for process in started]
     codes = [code for _, code in ended]
     for (_, stderr), code in ended:
@@ -84,14 +70,11 @@ def test_readers_never_fail_or_see_a_half_while_runs_publish(plain_source, make_
                 assert len({tuple(row) for row in frame["id"].to_list()}) == 1
             except Exception as error:
                 failures.append(repr(error))
-            time.sleep(0.02)  # the runs need the processor, too
+            time.sleep(0.1)  # the runs need the processor, too
 
     def publish(number: int) -> None:
         model = make_checkpoint(tmp_path / f"{number}.safetensors", seed=number)
-        done = subprocess.run(
-            command(plain_source, store, ["--model", f"per_sample={model}"], "--json"), capture_output=True,
-            text=True, check=False, timeout=170,
-        )  # fmt: skip
+        done = frontalis(*command(plain_source, store, ["--model", f"per_sample={model}"], "--json"))
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["status"] == "promoted"
 
@@ -171,7 +154,7 @@ def test_a_rollback_during_a_run_stays_and_the_run_is_refused(
     first, second = Releases(Location(str(store))).all()
     before = set(store.glob("features/mode=per_sample/*/*.parquet"))
     third = command(plain_source, store, ["--model", f"per_sample={models[2]}"], "--json")
-    with subprocess.Popen(third, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    with start(*third) as run:
         while run.poll() is None and set(store.glob("features/mode=per_sample/*/*.parquet")) == before:
             time.sleep(0.001)
         run.send_signal(signal.SIGSTOP)

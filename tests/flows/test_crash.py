@@ -3,13 +3,10 @@
 FRONTALIS_KILLS says how many (7 by default, one a stage; `make torture` 60). FRONTALIS_SEED changes the moments.
 """
 
-import contextlib
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
 from tasks.query import answer
 from tasks.synthetic.shards import synthesize
+from tests.commands import start
 
 KILLS = int(os.environ.get("FRONTALIS_KILLS", "7"))
 SEED = int(os.environ.get("FRONTALIS_SEED", "1"))
@@ -68,7 +66,7 @@ def scenes(prefect_server, make_checkpoint, tmp_path_factory) -> list[Scene]:
     made = []
     before = folder / "nothing"
     for number, env in ((1, dict(os.environ)), (2, dict(prefect_server.env))):
-        command = [sys.executable, "-m", "frontalis", "reprocess", "--source", str(source)]
+        command = ["reprocess", "--source", str(source)]
         for mode in ("per_sample", "batch_stat"):
             file = make_checkpoint(folder / f"{mode}-{number}.safetensors", mode, seed=number)
             command += ["--model", f"{mode}={file}"]
@@ -83,7 +81,7 @@ def scenes(prefect_server, make_checkpoint, tmp_path_factory) -> list[Scene]:
             if now != stage:
                 seconds[stage] += time.monotonic() - since
                 since, stage = time.monotonic(), now
-            time.sleep(0.002)
+            time.sleep(0.005)
         seconds[stage] += time.monotonic() - since
         assert run.process.returncode == 0, run.stderr()
         made.append(Scene(before, command, env, feature_files(after), seconds))
@@ -96,12 +94,7 @@ class Run:
 
     def __init__(self, command: list[str], env: dict[str, str], store: Path) -> None:
         self.store, self.old = store, paths(store)
-        self.log = store.with_suffix(".log")
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, "--store", str(store)], env=env, stdout=subprocess.DEVNULL, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
+        self.process = start(*command, "--store", store, env=env)
 
     def new(self) -> set[str]:
         return paths(self.store) - self.old
@@ -129,16 +122,15 @@ class Run:
             if STAGES.index(self.stage()) >= reached and moment():
                 break
             assert time.monotonic() < deadline, self.stderr()
-            time.sleep(0.001)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            time.sleep(0.005)
+        self.process.kill_group()
         return self.process.wait() == -signal.SIGKILL
 
     def finish(self) -> None:
         assert self.process.wait(LONGEST) == 0, self.stderr()
 
     def stderr(self) -> str:
-        return self.log.read_text()
+        return self.process.stderr.read_text()
 
 
 BETWEEN = {
@@ -153,7 +145,7 @@ BETWEEN = {
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_killed_run_is_carried_on(scenes, tmp_path, number) -> None:
     chance = random.Random(f"{SEED}-{number}")
-    scene = scenes[chance.randrange(2)]
+    scene = scenes[chance.random() < 0.25]  # the flow takes longer, and the stages are the same
     stage = STAGES[number % len(STAGES)]
     store = tmp_path / "store"
     if scene.before.exists():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.runner import check_runner
 from schemas.errors import SettingsError
 from schemas.settings import RunnerSettings
 from tasks.synthetic.shards import synthesize
+from tests.commands import frontalis
 
 pytestmark = pytest.mark.timeout(600)  # seven runs of the whole job in processes of their own
 
@@ -58,11 +61,10 @@ def cluster(prefect_server, tmp_path_factory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def by_threads(prefect_server, tmp_path_factory, tiny_source, tiny_models) -> dict[str, str]:
-    """The feature files that threads of one process make, by name."""
+def by_threads(run_pipeline, tmp_path_factory, tiny_source) -> dict[str, str]:
+    """The feature files that this process makes, by name."""
     folder = tmp_path_factory.mktemp("threads")
-    done = reprocess(prefect_server.env, folder, tiny_source, tiny_models, {"kind": "threads", "workers": 1})
-    assert done.returncode == 0, done.stderr
+    run_pipeline(tiny_source, folder / "store", reweight={"group_rows": 1})
     files = feature_files(folder)
     assert len(files) == 9, "three shards in three modes"
     return files
@@ -100,12 +102,8 @@ def test_a_bad_row_that_shall_fail_the_run_is_named_by_the_run_too(
     assert not (tmp_path / "store" / "releases").exists()
 
 
-def test_without_a_prefect_server_for_all_workers_it_is_refused(
-    prefect_server, tmp_path, tiny_source, tiny_models
-) -> None:
-    without = {key: value for key, value in prefect_server.env.items() if key != "PREFECT_API_URL"}
-    without["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"  # a temporary server would serve this process alone
-    done = reprocess(without, tmp_path, tiny_source, tiny_models, {"kind": "dask", "workers": 2})
+def test_without_a_prefect_server_for_all_workers_it_is_refused(tmp_path, tiny_source, tiny_models) -> None:
+    done = reprocess(os.environ, tmp_path, tiny_source, tiny_models, {"kind": "dask", "workers": 2})
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("frontalis: runner dask: PREFECT_API_URL is not set")
     assert not (tmp_path / "store").exists()
@@ -118,13 +116,13 @@ def test_without_the_extra_it_is_refused(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://x"])
-def test_a_scheduler_that_does_not_answer_is_refused(
-    prefect_server, tmp_path, tiny_source, tiny_models, address
-) -> None:
-    done = reprocess(prefect_server.env, tmp_path, tiny_source, tiny_models, {"kind": "dask", "address": address})
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"frontalis: runner.address {address}: no Dask scheduler answers")
-    assert not (tmp_path / "store").exists()
+def test_a_scheduler_that_does_not_answer_is_refused(monkeypatch, address) -> None:
+    monkeypatch.setattr("flows.runner.CONNECT_SECONDS", 2)
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}),
+        pytest.raises(SettingsError, match=f"^runner.address {address}: no Dask scheduler answers"),
+    ):
+        check_runner(RunnerSettings(kind="dask", address=address))
 
 
 def reprocess(
@@ -137,9 +135,9 @@ def reprocess(
     config.write_text(
         f'source = {json.dumps(str(source))}\nstore = "store"\n[models]\n{named}\n[runner]\n{written}\n'
         f'[reweight]\ngroup_rows = 1\non_bad_rows = "{on_bad_rows}"\n[evaluation]\nresamples = 0\n'
+        '[gate]\ntolerance = 1.0\nundecided = "promote"\n'  # on seven subjects it would judge by chance
     )
-    command = [sys.executable, "-m", "frontalis", "reprocess", "--config", str(config), "--json"]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    return frontalis("reprocess", "--config", config, "--json", env=env, timeout=500)
 
 
 def feature_files(folder: Path) -> dict[str, str]:

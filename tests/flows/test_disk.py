@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,6 +28,7 @@ from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
 from tasks.outcome import CompletedWithBadShardsError
 from tasks.query import answer
+from tests.commands import frontalis
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +112,7 @@ def test_a_full_disk_on_the_command_line(one_run, plain_source, new_models, tmp_
         used = (status.f_blocks - status.f_bfree) * status.f_frsize
         subprocess.run(["mount", "-o", f"remount,size={used // 1024 + 60}k", str(disk)], check=True)
         models = [f"--model={mode}={file}" for mode, file in new_models.items()]
-        words = ["reprocess", "--source", str(plain_source), "--store", str(disk / "store"), *models]
-        command = [sys.executable, "-m", "frontalis", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = frontalis("reprocess", "--source", plain_source, "--store", disk / "store", *models)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert "No space left" in done.stderr.splitlines()[-1]

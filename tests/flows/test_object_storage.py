@@ -34,6 +34,7 @@ from tasks.maintenance.rollback import roll_back
 from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
 from tasks.query import answer
+from tests.commands import Forked, start
 
 KILLS = int(os.environ.get("FRONTALIS_KILLS", "2"))
 LONGEST = 120
@@ -186,9 +187,8 @@ def test_a_killed_run_is_carried_on(store, shards, prefect_server, make_checkpoi
     deadline = time.monotonic() + LONGEST
     while run.poll() is None and len(names(store) - before) < wanted:
         assert time.monotonic() < deadline
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
+        time.sleep(0.05)  # each look costs the S3 server some time
+    run.kill_group()
 
     appeared = names(store) - before
     for name in appeared:
@@ -327,11 +327,8 @@ def full_disk():
     return limit
 
 
-def _start(source: str, store: str, models: list[str], env, s3) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "frontalis", "reprocess", "--source", source, "--store", store, *models]
-    return subprocess.Popen(
-        command, env={**env, **s3}, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
+def _start(source: str, store: str, models: list[str], env, s3) -> Forked:
+    return start("reprocess", "--source", source, "--store", store, *models, env={**env, **s3})
 
 
 def _change(store: str, name: str) -> int:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from storage.location import Location
 from storage.releases import Releases
+from tests.commands import frontalis
 
 Shell = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -26,10 +26,7 @@ def reprocess(tiny_models) -> Shell:
 
     def run(source: Path, store: Path, *more: object, models: list[str] | None = None, code: int):
         words = ["reprocess", "--source", source, "--store", store, *(models or tiny_models.arguments), *more]
-        done = subprocess.run(
-            [sys.executable, "-m", "frontalis", *map(str, words)],
-            capture_output=True, text=True, timeout=170, check=False,
-        )  # fmt: skip
+        done = frontalis(*words)
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done

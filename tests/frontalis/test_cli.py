@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import frontalis
 from frontalis.cli import app
 from frontalis.process import Command
 from schemas.errors import FrontalisError
+from tests.commands import frontalis
 
 NAMED_PIPE = "is a named pipe, not a regular file"
 pytestmark = pytest.mark.timeout(600)  # the whole job takes minutes on a busy machine
@@ -52,8 +51,7 @@ def shell() -> Shell:
 def in_a_process(*words: object) -> Done:
     """Run `frontalis …` as a process of its own that finds no Prefect server."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    command = [sys.executable, "-m", "frontalis", *map(str, words)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=170, check=False)
+    done = frontalis(*words, env=env)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return Done(done.stdout, done.stderr)

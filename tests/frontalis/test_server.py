@@ -16,6 +16,7 @@ from frontalis import cli, process
 from storage.location import Location
 from storage.releases import Releases
 from tests import server_fixtures
+from tests.commands import frontalis, start
 
 pytestmark = pytest.mark.e2e
 
@@ -46,11 +47,9 @@ def nobody() -> Iterator[str]:
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
-def frontalis(url: str, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run a command with that PREFECT_API_URL."""
-    command = [sys.executable, "-m", "frontalis", *map(str, words)]
-    env = {**os.environ, "PREFECT_API_URL": url}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=150, check=False)
+def at(url: str) -> dict[str, str]:
+    """Return the environment with that PREFECT_API_URL."""
+    return {**os.environ, "PREFECT_API_URL": url}
 
 
 def commands(tiny_source, tiny_models, tmp_path) -> dict[str, list[object]]:
@@ -64,7 +63,7 @@ def commands(tiny_source, tiny_models, tmp_path) -> dict[str, list[object]]:
 
 @pytest.mark.parametrize("command", ["train", "reprocess", "evaluate"])
 def test_nobody_listens(nobody, tiny_source, tiny_models, tmp_path, command: str) -> None:
-    done = frontalis(f"{nobody}/api", *commands(tiny_source, tiny_models, tmp_path)[command])
+    done = frontalis(*commands(tiny_source, tiny_models, tmp_path)[command], env=at(f"{nobody}/api"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"frontalis: PREFECT_API_URL = {nobody}/api: no Prefect server answers there ([Errno 111] Connection refused); "
@@ -86,7 +85,7 @@ def test_nobody_listens(nobody, tiny_source, tiny_models, tmp_path, command: str
 def test_no_such_host_or_a_server_in_trouble(broken, tmp_path, url: str, shown: str, why: str) -> None:
     url = url.format(broken=broken)
     started = time.monotonic()
-    done = frontalis(url, "evaluate", "--store", tmp_path)
+    done = frontalis("evaluate", "--store", tmp_path, env=at(url))
     assert time.monotonic() - started < 60
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
@@ -99,7 +98,7 @@ def test_no_such_host_or_a_server_in_trouble(broken, tmp_path, url: str, shown: 
     "words", [["query", "--id", "x"], ["verify"], ["vacuum"], ["forget", "--id", "x"], ["rollback", "r1"], ["releases"]]
 )
 def test_commands_without_a_flow_need_no_server(nobody, tmp_path, words) -> None:
-    done = frontalis(f"{nobody}/api", words[0], "--store", tmp_path / "none", *words[1:])
+    done = frontalis(words[0], "--store", tmp_path / "none", *words[1:], env=at(f"{nobody}/api"))
     assert done.returncode == 2, done.stderr
     assert "does not exist" in done.stderr
     assert "Prefect" not in done.stderr
@@ -111,28 +110,24 @@ def test_a_server_that_dies_during_a_run_is_named_and_the_next_run_finishes(
 ) -> None:
     store = tmp_path / "store"
     words = ["reprocess", "--source", tiny_source, "--store", store, *tiny_models.arguments]
-    command = [sys.executable, "-m", "frontalis", *map(str, words)]
     (tmp_path / "own").mkdir()
     own = server_fixtures._start(tmp_path / "own")
     env = {**prefect_server.env, "PREFECT_API_URL": own["url"], "PREFECT_CLIENT_MAX_RETRIES": "1"}
-    with (tmp_path / "stderr").open("wb") as errors:
-        run = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors)
     try:
-        while run.poll() is None and not list(store.glob("features/mode=*")):
-            time.sleep(0.01)
-        os.killpg(own["process"], signal.SIGKILL)
-        printed, _ = run.communicate(timeout=300)
+        with start(*words, env=env) as run:
+            while run.poll() is None and not list(store.glob("features/mode=*")):
+                time.sleep(0.01)
+            os.killpg(own["process"], signal.SIGKILL)
+            printed, said = run.communicate(timeout=300)
     finally:
-        run.kill()
         server_fixtures._end_group(own["process"])
-    said = (tmp_path / "stderr").read_text()
-    assert (run.returncode, printed) == (1, b""), said
+    assert (run.returncode, printed) == (1, ""), said
     *progress, last = said.splitlines()
     assert last.startswith(f"frontalis: the Prefect server at {own['url']} stopped answering (")
     assert last.endswith("What is complete is kept: run the same command again once a server is there.")
     assert all(line[2] == ":" and line[9] in "IW" for line in progress), said
 
-    again = subprocess.run(command, env=prefect_server.env, capture_output=True, text=True, timeout=300, check=False)
+    again = frontalis(*words, env=prefect_server.env)
     assert again.returncode == 0, again.stderr
     (release,) = Releases(Location(str(store))).all()
     assert release.serving

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from storage.lock import store_lock
 from storage.releases import Releases
 from tasks.synthetic.shards import synthesize
 from tasks.training.stop import StopSignals
+from tests.commands import frontalis, start
 
 pytestmark = pytest.mark.e2e
 WITHOUT_PREFECT = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
@@ -81,7 +82,7 @@ def work(tmp_path_factory, make_checkpoint) -> Path:
 def test_a_run_that_computes_stops_and_the_next_one_finishes(prefect_server, work, tmp_path) -> None:
     store = work / "store"
     for number in (signal.SIGINT, signal.SIGTERM):
-        said = interrupted_while_computing(prefect_server, work, number, tmp_path / "stderr")
+        said = interrupted_while_computing(prefect_server, work, number)
         assert said.splitlines()[-1] == (
             "frontalis: interrupted; complete files are kept; run the same command again to continue"
         )
@@ -91,29 +92,22 @@ def test_a_run_that_computes_stops_and_the_next_one_finishes(prefect_server, wor
         assert Releases(Location(str(store))).all() == []
         shutil.rmtree(store / "features")  # or the second would find the work done
 
-    command = [sys.executable, "-m", "frontalis", "reprocess", "--config", work / "pipeline.toml"]
-    again = subprocess.run(command, env=prefect_server.env, capture_output=True, text=True, timeout=170, check=False)
+    again = frontalis("reprocess", "--config", work / "pipeline.toml", env=prefect_server.env)
     assert again.returncode == 0, again.stderr
     (release,) = Releases(Location(str(store))).all()
     assert release.serving
     assert release.data.rows_features == 600 * 40
 
 
-def interrupted_while_computing(prefect_server, work: Path, number: int, errors: Path) -> str:
+def interrupted_while_computing(prefect_server, work: Path, number: int) -> str:
     """Start a run, send the signal once it writes features, and return what it said on stderr."""
-    command = [sys.executable, "-m", "frontalis", "reprocess", "--config", work / "pipeline.toml"]
-    with errors.open("wb") as file:
-        run = subprocess.Popen(command, env=prefect_server.env, stdout=subprocess.PIPE, stderr=file)
-    try:
+    with start("reprocess", "--config", work / "pipeline.toml", env=prefect_server.env) as run:
         wait_for(lambda: list(work.glob("store/features/**/.tmp-*")) or run.poll() is not None)
         assert run.poll() is None, "the run was over before it could be interrupted"
         run.send_signal(number)
-        printed, _ = run.communicate(timeout=60)
-    finally:
-        run.kill()
-    assert run.returncode == 128 + number, errors.read_text()
-    assert printed == b""
-    return errors.read_text()
+        printed, said = run.communicate(timeout=60)
+    assert (run.returncode, printed) == (128 + number, ""), said
+    return said
 
 
 @pytest.mark.parametrize(("number", "as_flow"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
@@ -121,12 +115,12 @@ def test_training_keeps_the_best_so_far(prefect_server, work, tmp_path, number, 
     model = tmp_path / "model.safetensors"
     words = ("train", work / "shards", "--out", model, "--steps", 100_000)
     env = prefect_server.env if as_flow else WITHOUT_PREFECT
-    with started(*words, errors=tmp_path / "stderr", env=env) as run:
-        wait_for(lambda: "step 40" in run.errors.read_text() or run.poll() is not None)
-        assert run.poll() is None, run.errors.read_text()
+    with start(*words, env=env) as run:
+        wait_for(lambda: "step 40" in run.stderr.read_text() or run.poll() is not None)
+        assert run.poll() is None, run.stderr.read_text()
         os.killpg(run.pid, number)
-        assert run.wait(90) == 128 + number, run.errors.read_text()
-        said = run.errors.read_text()
+        _, said = run.communicate(90)
+        assert run.returncode == 128 + number, said
         assert said.splitlines()[-1] == f"frontalis: interrupted; {model} is the best model so far"
         assert "Traceback" not in said
         assert load(model.read_bytes()).card.embedding_dim == 256
@@ -135,23 +129,27 @@ def test_training_keeps_the_best_so_far(prefect_server, work, tmp_path, number, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_training_that_has_not_begun_writes_nothing(work, tmp_path, number) -> None:
     model = tmp_path / "model.safetensors"
-    with started("train", work / "shards", "--out", model, errors=tmp_path / "stderr") as run:
-        wait_for(lambda: "libtorch" in Path(f"/proc/{run.pid}/maps").read_text())  # libraries are being loaded
-        run.send_signal(number)
-        assert run.wait(60) == 128 + number, run.errors.read_text()
-        assert run.errors.read_text().splitlines() == ["frontalis: interrupted; no checkpoint was written"]
-        assert not model.exists()
+    command = [sys.executable, "-m", "frontalis", "train", str(work / "shards"), "--out", str(model)]
+    with subprocess.Popen(command, env=WITHOUT_PREFECT, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            wait_for(lambda: "libtorch" in Path(f"/proc/{run.pid}/maps").read_text())  # libraries are being loaded
+            run.send_signal(number)
+            _, said = run.communicate(timeout=60)
+        finally:
+            run.kill()
+    assert (run.returncode, said) == (128 + number, "frontalis: interrupted; no checkpoint was written\n")
+    assert not model.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("words", [["forget", "--subject", "ada"], ["vacuum"]])
 def test_commands_without_a_flow_say_what_is_left(tmp_path, words, number) -> None:
     store = Location(str(tmp_path / "store"))
-    with store_lock(store, "test"), started(*words, "--store", store.uri, "--wait", 600, errors=tmp_path / "e") as run:
-        wait_for(lambda: "\n" in run.errors.read_text() or run.poll() is not None)
+    with store_lock(store, "test"), start(*words, "--store", store.uri, "--wait", 600, env=WITHOUT_PREFECT) as run:
+        wait_for(lambda: "\n" in run.stderr.read_text() or run.poll() is not None)
         run.send_signal(number)
-        assert run.wait(60) == 128 + number, run.errors.read_text()
-    waits, said = run.errors.read_text().splitlines()
+        assert run.wait(60) == 128 + number, run.stderr.read_text()
+    waits, said = run.stderr.read_text().splitlines()
     assert f" I {store.uri}: waiting up to 600 s for test, process {os.getpid()} on " in waits
     assert said == f"frontalis: interrupted; {kept_by[words[0]]}"
 
@@ -168,31 +166,6 @@ def test_a_command_that_waits_for_its_disk_is_ended(tmp_path) -> None:
 
 def test_every_command_says_what_an_interrupt_leaves() -> None:
     assert set(kept_by) == {command.callback.__name__ for command in app.registered_commands if command.callback}
-
-
-class Run(subprocess.Popen[bytes]):
-    """A command of the command line in a session of its own; `errors` is its stderr."""
-
-    errors: Path
-
-
-@contextlib.contextmanager
-def started(*words: object, errors: Path, env: Mapping[str, str] = WITHOUT_PREFECT) -> Iterator[Run]:
-    with errors.open("wb") as file:
-        run = Run(
-            [sys.executable, "-m", "frontalis", *map(str, words)],
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-            start_new_session=True,
-        )
-    run.errors = errors
-    try:
-        yield run
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
 
 
 def test_a_signal_in_a_long_compiled_call_is_noticed_when_the_call_returns() -> None:

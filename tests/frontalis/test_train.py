@@ -1,25 +1,13 @@
 """The training flow from a shell: a checkpoint, its card, one table or one JSON document."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from models.checkpoint import load
+from tests.commands import frontalis
 
 pytestmark = pytest.mark.e2e
-
-
-def frontalis(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "frontalis", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
 
 
 @pytest.fixture(scope="module")

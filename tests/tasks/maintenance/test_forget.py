@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
 from tasks.query import answer
 from tasks.synthetic.shards import synthesize
+from tests.commands import frontalis
 
 KEEP = {"keep": ["note"]}
 MODES = ("raw", "per_sample", "batch_stat")
@@ -323,8 +322,7 @@ def test_on_the_command_line(published, person) -> None:
     first = Releases(Location(str(store))).serving().release
 
     def shell(*words: str, code: int = 0) -> str:
-        command = [sys.executable, "-m", "frontalis", *words, "--store", str(store)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = frontalis(*words, "--store", store)
         assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
         return done.stdout if code in (0, 1) else done.stderr
 

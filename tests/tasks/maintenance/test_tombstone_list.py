@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from tasks.maintenance.vacuum import clean
 from tasks.maintenance.verify import check
 from tasks.query import answer
 from tasks.reprocess import reprocess
+from tests.commands import frontalis
 
 ZOE = "Zo\u00eb Quist"
 ROWS, DIM = 8, 32
@@ -277,8 +277,7 @@ def test_hashes_of_a_training_subject_go_with_the_last_release_that_needs_the_mo
 @pytest.mark.e2e
 def test_refusals_on_the_command_line(store: str) -> None:
     def refused(*words: str) -> str:
-        command = [sys.executable, "-m", "frontalis", *words, "--store", store]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = frontalis(*words, "--store", store)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
         return done.stderr
 
