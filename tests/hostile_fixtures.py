@@ -1,6 +1,8 @@
 """Small files that unpack to gigabytes, and how much memory a process takes to read them."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
 DIM = 32
 
@@ -49,9 +52,24 @@ def _hostile(path: Path, kind: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def hostile() -> Callable[[Path, str], None]:
-    """`hostile(path, kind)` writes a small file that unpacks to gigabytes; `test_blocks.py` lists the kinds."""
-    return _hostile
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], None]:
+    """`hostile(path, kind)` writes a small file that unpacks to gigabytes; `test_blocks.py` lists the kinds.
+
+    To encode gigabytes takes seconds, so each kind is made once for all workers and copied.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "hostile"
+
+    def copy(path: Path, kind: str) -> None:
+        original = folder / kind.replace(" ", "-") / "odd.parquet"
+        folder.mkdir(exist_ok=True)
+        with FileLock(folder / f"{original.parent.name}.lock"):
+            if not original.exists():
+                _hostile(original, kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(original, path)
+
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -232,12 +232,19 @@ class Person:
     quarantined: int = 3
 
 
+@pytest.fixture(autouse=True)
+def _without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports that tests of `tasks` and `flows` make in this process have no plots: half of the time of a small job.
+
+    `tests/reports` checks the plots, and the command line's tests make them.
+    """
+    if {"tasks", "flows"} & set(request.path.relative_to(Path(__file__).parent).parts[:1]):
+        monkeypatch.setattr("reports.html.draw", lambda *_: [])
+
+
 @pytest.fixture(scope="session")
 def run_pipeline(pipeline_of) -> Callable[..., Outcome]:
-    """`run_pipeline(source, store, **settings)` runs the whole job in this process; its reports have no plots.
-
-    Plots are two thirds of the time of such a run. The command line's tests make and check them.
-    """
+    """`run_pipeline(source, store, **settings)` runs the whole job in this process; its reports have no plots."""
 
     def run(source: str | Path, store: str | Path, *, allow_removal: bool = False, **settings: object) -> Outcome:
         with mock.patch("reports.html.draw", return_value=[]):
