@@ -59,7 +59,9 @@ def write_json(content: BaseModel | Mapping[str, Any]) -> None:
 
 def documents() -> dict[str, Any]:
     """Return the type of the document of each command."""
+    from tasks.evaluation.compared import Comparison
     from tasks.maintenance.forget import Forgotten
+    from tasks.maintenance.status import StoreStatus
     from tasks.maintenance.vacuum import Vacuumed
     from tasks.maintenance.verify import Checked
     from tasks.outcome import Outcome
@@ -80,6 +82,8 @@ def documents() -> dict[str, Any]:
         "forget --undo": Tombstone,
         "vacuum": Vacuumed,
         "verify": Checked,
+        "status": StoreStatus,
+        "compare": Comparison,
     }
 
 

@@ -104,7 +104,7 @@ def _next_step(outcome: "Outcome") -> str:
     if outcome.data.bad_shards:
         return "fix or remove the bad shards, then run again"
     if outcome.status == "rejected":
-        return f"what is served stays; frontalis compare --store {outcome.store} shows what got worse"
+        return f"what is served stays; frontalis compare --store {outcome.store} SERVED {outcome.release}"
     return f"frontalis query --store {outcome.store} --id ID -k 10"
 
 

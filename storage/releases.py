@@ -73,6 +73,10 @@ class Releases:
                 return release
         raise StoreError(f"{self.store.uri}: no release is served yet; run `frontalis reprocess` first.")
 
+    def named(self, name: str) -> Release:
+        """Return a release by name, served or not. Raises SettingsError where there is none."""
+        return self._named(name, self.all())
+
     def _named(self, name: str, releases: list[Release]) -> Release:
         for release in releases:
             if release.release == name:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
-import frontalis
+import frontalis as package
 from frontalis.cli import app
 from frontalis.process import Command
 from schemas.errors import FrontalisError
+from schemas.settings import load_pipeline
+from storage.location import Location
+from storage.releases import Releases
 from tests.commands import frontalis
 
 NAMED_PIPE = "is a named pipe, not a regular file"
@@ -234,7 +239,7 @@ def test_unknown_options_and_choices_are_refused(shell) -> None:
 
 
 def test_version_help_and_completion(shell) -> None:
-    assert shell("--version").stdout == f"frontalis {frontalis.__version__}\n"
+    assert shell("--version").stdout == f"frontalis {package.__version__}\n"
     assert shell("query", "-h").stdout == shell("query", "--help").stdout
     assert "--install-completion" in shell("-h").stdout
 
@@ -242,6 +247,7 @@ def test_version_help_and_completion(shell) -> None:
 def test_documents_are_as_their_schemas_say(shell, job) -> None:
     store = ("--store", job / "store")
     schemas = json.loads(shell("schema").stdout)
+    release = json.loads((job / "outcome.json").read_text())["release"]
     typed = {
         "releases": ["releases", *store],
         "evaluate": ["evaluate", *store, "--resamples", 5],
@@ -251,6 +257,8 @@ def test_documents_are_as_their_schemas_say(shell, job) -> None:
         "forget --list": ["forget", *store, "--list"],
         "vacuum": ["vacuum", *store, "--dry-run"],
         "verify": ["verify", *store],
+        "status": ["status", *store],
+        "compare": ["compare", *store, release, release],
         "explain": ["explain", "--model", job / "batch_stat.safetensors", "--out", job / "explained"],
     }
     for name, words in typed.items():
@@ -264,6 +272,54 @@ def test_documents_are_as_their_schemas_say(shell, job) -> None:
     assert "prints no JSON; use one of train, reprocess" in shell("schema", "synth", code=2).stderr
 
 
+def test_status_says_what_to_do(shell, job, tmp_path) -> None:
+    done = shell("status", "--store", job / "store")
+    assert "to do      nothing" in done.stdout
+    late = json.loads(shell("status", "--store", job / "store", "--max-age", 0, "--json", code=1).stdout)
+    assert "h old, more than 0: look at the last runs" in late["to_do"][0]
+    assert late["rows"] == json.loads((job / "outcome.json").read_text())["data"]["rows_features"]
+    files = sum(file.stat().st_size for file in (job / "store").rglob("*") if file.is_file())
+    assert sum(late["bytes"].values()) == files
+    copy = tmp_path / "store"
+    shutil.copytree(job / "store", copy)
+    history = Releases(Location(str(copy)))
+    (release,) = history.all()
+    history.rewrite([release.as_erased()], [release])
+    told = json.loads(shell("status", "--store", copy, "--json", code=1).stdout)["to_do"]
+    assert any(line.startswith("nothing is served") for line in told)
+    assert any("still hold somebody who was forgotten" in line for line in told)
+
+
+def test_releases_are_compared(shell, job) -> None:
+    outcome = json.loads((job / "outcome.json").read_text())
+    words = ("compare", "--store", job / "store", outcome["release"], outcome["release"])
+    found = json.loads(shell(*words, "--json").stdout)
+    (eer,) = (
+        one
+        for one in found["rates"]
+        if (one["cell"], one["mode"], one["metric"]) == ("frontal-profile", "per_sample", "eer")
+    )
+    assert eer["first"] == eer["second"] == outcome["gated"]["per_sample"]["value"]
+    assert eer["difference"]["value"] == 0
+    assert (found["models_changed"], found["paired"]) == ([], False)
+    assert "differences have no interval" in shell(*words).stdout
+    assert "is not in" in shell(*words[:-1], "r00009-none", code=2).stderr
+
+
+def test_init_writes_what_a_schedule_needs(shell, tmp_path) -> None:
+    printed = shell("init", tmp_path / "new", "--source", tmp_path / "shards", "--store", "s3://bucket/store").stdout
+    assert f"wrote      {tmp_path}/new/prefect.yaml" in printed
+    settings = load_pipeline(str(tmp_path / "new" / "pipeline.toml"))
+    assert (settings.source, settings.store) == (str(tmp_path / "shards"), "s3://bucket/store")
+    (nightly,) = (
+        one
+        for one in yaml.safe_load((tmp_path / "new" / "prefect.yaml").read_text())["deployments"]
+        if one["name"] == "nightly"
+    )
+    assert nightly["parameters"]["config"] == str(tmp_path / "new" / "pipeline.toml")
+    assert "exists already" in shell("init", tmp_path / "new", code=2).stderr
+
+
 def test_a_refused_first_run_leaves_no_store(shell, tmp_path) -> None:
     source, store = tmp_path / "shards", tmp_path / "new" / "store"
     source.mkdir()
@@ -275,5 +331,5 @@ def test_a_refused_first_run_leaves_no_store(shell, tmp_path) -> None:
 
 
 def test_public_names() -> None:
-    assert sorted(frontalis.__all__) == ["DualBranchSENet", "SEBlock", "Store", "open_store"]
-    assert all(hasattr(frontalis, name) for name in frontalis.__all__)
+    assert sorted(package.__all__) == ["DualBranchSENet", "SEBlock", "Store", "open_store"]
+    assert all(hasattr(package, name) for name in package.__all__)
