@@ -33,11 +33,23 @@ def print_trained(trained: "Trained", as_json: bool, *, wide: bool = False) -> N
         write_json({"out": trained.out, "improved": trained.improved, "card": card})
         return
     console = open_console(wide=wide)
-    subjects = counted(trained.parts[trained.measured_on], f"{trained.measured_on} subject")
+    from tasks.training.model_card import change_percent
+
+    part = trained.measured_on or "test"
+    subjects = counted(trained.parts[part], f"{part} subject")
     mode = trained.card.mode
-    if not trained.improved:
-        worse = "is WORSE than raw; do not serve it" if trained.best.score > 0 else "returns raw embeddings"
-        fact(console, "rejected", f"no step was better than raw on validation: this model {worse}", "bold red")
+    share = trained.choice.best.share
+    claim = (
+        f"{cell_name(trained.choice.cell)} EER {change_percent(trained.choice.best.eer)} of raw, by "
+        f"{trained.chosen_on} on {counted(trained.choice.subjects, 'subject')}"
+    )
+    if share is None:
+        nothing = "no length of the change was better than raw: this model returns raw embeddings"
+        fact(console, "rejected", nothing, "bold red")
+    elif not trained.improved:
+        fact(console, "inconclusive", f"not shown to be better than raw: {claim}", "bold yellow")
+    else:
+        fact(console, "improved", claim)
     difference = trained.difference.get(FRONTAL_PROFILE) or trained.difference.get(ALL, {})
     cell = cell_name(FRONTAL_PROFILE if FRONTAL_PROFILE in trained.difference else ALL)
     change = difference.get(EER)
@@ -62,7 +74,7 @@ def print_trained(trained: "Trained", as_json: bool, *, wide: bool = False) -> N
             full.add_row(label, name, *shown.values(), moved, said)
             small.add_row(label, name, *(shown[metric] for metric in few), said)
     show_table(console, f"{mode} on {subjects}; FNMR at one global threshold per mode", full, small)
-    chosen = f"step {trained.best.step}, change scaled by {trained.best.share:g}"
+    chosen = f"step {trained.steps}, change scaled by {0 if share is None else share:g}"
     fact(console, "model", f"{trained.out}, {chosen}, card {trained.out}.md")
     way = f"frontalis reprocess --source SOURCE --store STORE --model {mode}={trained.out}"
     fact(console, "next:", way if trained.improved else "train on more subjects or views, or with more --steps")

@@ -5,7 +5,6 @@ year has its part already.
 """
 
 import hashlib
-from collections.abc import Iterable
 
 from schemas.split import Part, SplitRule, valid_salt
 
@@ -40,22 +39,6 @@ def split_of(subject: str, rule: SplitRule) -> Part:
         if position < edge:
             return part
     return taken[-1]  # the fractions may sum to slightly less than 1: the rest belongs to the last part in use
-
-
-def with_enough_validation(rule: SplitRule, subjects: Iterable[str], least: int) -> SplitRule:
-    """Return the rule with subjects moved from train to validation until validation has `least` of those given.
-
-    The rule is returned unchanged where it has as many, and where train would be left with fewer than that. Test never
-    changes.
-    """
-    parts: dict[Part, list[float]] = {"train": [], "validation": [], "test": []}
-    for subject in subjects:
-        parts[split_of(subject, rule)].append(_position(subject, rule.salt))
-    missing = least - len(parts["validation"])
-    if missing <= 0 or len(parts["train"]) < missing + least:
-        return rule
-    train = sorted(parts["train"])[-missing]
-    return rule.model_copy(update={"train": train, "validation": rule.train + rule.validation - train})
 
 
 def _position(subject: str, salt: str) -> float:

@@ -232,13 +232,18 @@ class TrainingSettings(Settings):
     columns: ColumnNames = ColumnNames()
     seed: int = Field(default=0, ge=0, lt=2**31)
     salt: str = Field(default="frontalis", min_length=1, max_length=64, description="of the subject split")
-    validation: float = Field(default=0.1, gt=0, lt=1, description="share of subjects that choose the model")
+    validation: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="share of subjects that choose the length of the change, where they are enough",
+    )
     test: float = Field(default=0.1, ge=0, lt=1, description="share of subjects that only measure it")
     steps: int = Field(
         default=360,
         ge=1,
         le=1_000_000,
-        description="the network of the last step is kept, or raw where that is better on validation",
+        description="the network of the last step is kept",
     )
     device: Device = "auto"
     max_rows: int = Field(default=500_000, ge=100, lt=2**31, description="more labelled rows are sampled by subject")

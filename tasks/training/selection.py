@@ -22,6 +22,7 @@ SCORED_ROWS = 20_000  # all pairs of these take a second; more would not choose 
 # Frontal-frontal errors are rare, so on some fifty validation subjects the harm is five times as uncertain as the gain
 # (standard errors of about 12% and 2.5%); with more weight its noise decides (docs/training.md).
 HARM_WEIGHT = 0.25
+HARM_RATES = (EER, MetricId("fnmr_global@1e-3"))  # of frontal-frontal pairs
 HANDFUL = 5  # pairs added to both error counts, so that a handful of pairs decides nothing
 
 Rates = dict[MetricId, float | None]
@@ -70,7 +71,7 @@ def validation_score(pairs: AllPairs, raw: AllPairs) -> float:
     harms = []
     if FRONTAL_FRONTAL in raw.cells:
         frontal, raw_frontal = pairs.cells[FRONTAL_FRONTAL], raw.cells[FRONTAL_FRONTAL]
-        harms = _log_ratios(frontal, raw_frontal, (EER, MetricId("fnmr_global@1e-3")))
+        harms = _log_ratios(frontal, raw_frontal, HARM_RATES)
     return sum(gains) / max(len(gains), 1) + HARM_WEIGHT * sum(max(0.0, harm) for harm in harms)
 
 

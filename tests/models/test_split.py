@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from models.split import split_of, subject_key, with_enough_validation
+from models.split import split_of, subject_key
 from schemas.split import SplitRule
 
 RULE = SplitRule(salt="pepper", train=0.7, validation=0.1, test=0.2)
@@ -49,31 +49,6 @@ def test_hair_left_by_rounding_goes_to_the_last_part_that_has_anybody(monkeypatc
     rule = SplitRule(salt="x", train=0.6, validation=0.4 - 1e-10, test=0)
     monkeypatch.setattr("models.split.subject_key", lambda subject, salt: -1)  # the highest position there is
     assert split_of("anybody", rule) == "validation"
-
-
-@pytest.mark.parametrize("count", [10, 12, 20, 40])
-def test_few_subjects_leave_enough_to_validation_and_nobody_enters_or_leaves_test(count):
-    widened = 0
-    for start in range(0, 10_000, 50):
-        names = NAMES[start : start + count]
-        rule = with_enough_validation(RULE, names, 2)
-        before, after = ([split_of(name, one) for name in names] for one in (RULE, rule))
-        assert [part == "test" for part in after] == [part == "test" for part in before]
-        if before.count("validation") >= 2:
-            assert rule is RULE
-            continue
-        widened += 1
-        assert after.count("validation") == 2
-        assert after.count("train") == before.count("train") - 2 + before.count("validation")
-        assert SplitRule(**rule.model_dump()) == rule
-    assert widened
-
-
-def test_train_is_not_emptied_for_validation():
-    names = [name for name in NAMES if split_of(name, RULE) == "train"]
-    assert with_enough_validation(RULE, names[:3], 2) is RULE
-    assert with_enough_validation(RULE, [], 2) is RULE
-    assert [split_of(name, with_enough_validation(RULE, names[:4], 2)) for name in names[:4]].count("train") == 2
 
 
 def test_larger_train_share_only_adds_subjects():

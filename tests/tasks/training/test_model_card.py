@@ -17,7 +17,8 @@ def test_card_shows_rates_beside_raw_and_their_difference():
         versions={"torch": "2.13"},
         metrics={
             "alpha": [0.7, 0.65],
-            "best_step": 240,
+            "steps": 240,
+            "chosen_on": "validation",
             "change_scaled_by": 0.8,
             "measured_on": "test",
             "rates": {
@@ -32,8 +33,8 @@ def test_card_shows_rates_beside_raw_and_their_difference():
     assert "| all | per_sample | 8.00 | 20.00 | n/e | n/e |" in text
     assert "| all | -2.00 [-3.00, -1.00] |" in text
     for piece in (
-        "step 240",
-        "scaled by 0.8",
+        "steps: 240",
+        "scaled by 0.8, chosen by validation",
         "0.700, 0.650",
         "mean_norm 3.5",
         "abc123",
