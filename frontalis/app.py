@@ -44,12 +44,12 @@ kept_by: dict[str, str] = {}
 """What an interrupt leaves of the work of each command."""
 
 
-def command(kept: str) -> Callable[[Function], Function]:
+def command(kept: str, name: str | None = None) -> Callable[[Function], Function]:
     """Register a command, and say what an interrupt leaves of its work."""
 
     def register(function: Function) -> Function:
-        kept_by[function.__name__] = kept
-        return app.command()(function)
+        kept_by[name or function.__name__] = kept
+        return app.command(name)(function)
 
     return register
 

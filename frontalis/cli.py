@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from frontalis.app import WAIT, AsJson, Details, Store, Wide, a_number, app, command
-from frontalis.commands import compare, init, query, schema, serve, status  # noqa: F401 - register themselves
+from frontalis.commands import compare, exchange, init, query, schema, serve, status  # noqa: F401 - register themselves
 from frontalis.process import run
 from frontalis.server import run_flow, uses_prefect
 from schemas.choices import Architecture, Loss, Mode

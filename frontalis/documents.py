@@ -60,6 +60,8 @@ def write_json(content: BaseModel | Mapping[str, Any]) -> None:
 def documents() -> dict[str, Any]:
     """Return the type of the document of each command."""
     from tasks.evaluation.compared import Comparison
+    from tasks.exchange.exported import Exported
+    from tasks.exchange.imported import Imported
     from tasks.maintenance.forget import Forgotten
     from tasks.maintenance.status import StoreStatus
     from tasks.maintenance.vacuum import Vacuumed
@@ -83,6 +85,8 @@ def documents() -> dict[str, Any]:
         "vacuum": Vacuumed,
         "verify": Checked,
         "status": StoreStatus,
+        "export": Exported,
+        "import": Imported,
         "compare": Comparison,
     }
 
