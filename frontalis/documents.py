@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 
 
 class TrainedDocument(TypedDict):
-    """`train`: the checkpoint, whether it is better than raw on validation, and its card without the key."""
+    """`train`: the checkpoint, whether it is shown to be better than raw, and its card without the key."""
 
     out: str
     improved: bool
@@ -35,6 +35,7 @@ class ExplainedDocument(TypedDict):
     identity_related: list[tuple[int, float]]
     view_related: list[tuple[int, float]]
     rank_correlation: dict[str, float | None]
+    ablation: dict[str, Any] | None
     files: list[str]
 
 

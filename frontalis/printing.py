@@ -18,7 +18,7 @@ from schemas.reports import Evaluation
 from schemas.tombstones import Tombstone
 
 if TYPE_CHECKING:
-    from tasks.explain import Explanation
+    from tasks.explain import Ablation, Explanation
     from tasks.maintenance.forget import Forgotten
     from tasks.maintenance.vacuum import Vacuumed
     from tasks.maintenance.verify import Checked
@@ -141,11 +141,15 @@ def print_evaluation(evaluation: Evaluation, as_json: bool, *, wide: bool = Fals
 
 
 def print_explanation(explanation: "Explanation", as_json: bool) -> None:
-    """Print the top channels of every branch."""
+    """Print the top channels of every branch, and what the weights are worth."""
+    from tasks.explain import ablation_document
+
     if as_json:
         weights = [one.model_dump(mode="json") for one in explanation.weights]
         document = {"weights": weights, "identity_related": explanation.related, "files": explanation.files}
-        write_json({**document, "view_related": explanation.changing, "rank_correlation": explanation.correlation})
+        document |= {"view_related": explanation.changing, "rank_correlation": explanation.correlation}
+        ablation = explanation.ablation
+        write_json({**document, "ablation": None if ablation is None else ablation_document(ablation)})
         return
     console = open_console()
     for one in explanation.weights:
@@ -164,8 +168,22 @@ def print_explanation(explanation: "Explanation", as_json: bool) -> None:
         if ranked:
             channels = ", ".join(f"{channel} ({ratio:.2f})" for channel, ratio in ranked)
             say(console, f"channels most {what} (variance between / within subjects): {channels}")
+    if explanation.ablation is not None:
+        _show_ablation(console, explanation.ablation)
     for file in explanation.files:
         say(console, f"wrote      {file}")
+
+
+def _show_ablation(console: Console, ablation: "Ablation") -> None:
+    from tasks.explain import ABLATION_RATES
+    from tasks.training.model_card import change_percent
+
+    table = new_table("SE weights", "EER", "FNMR@1e-2", "FNMR@1e-3", right=("EER", "FNMR@1e-2", "FNMR@1e-3"))
+    for name, found in ablation.changes.items():
+        table.add_row(name, *(change_percent(found[metric]) for metric in ABLATION_RATES))
+    title = f"{cell_name(ablation.cell)}, change of raw, {counted(ablation.subjects, 'held-out subject')}"
+    show_table(console, title, table)
+    say(console, ablation.text)
 
 
 def print_forgotten(forgotten: "Forgotten", store: str, as_json: bool) -> None:

@@ -3,8 +3,9 @@
 Numbers only: plots and reading data are left to `tasks.explain`.
 """
 
+import copy
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,50 @@ def member_weights(model: nn.Module, x: Tensor) -> dict[str, NDArray[np.float32]
             }
     finally:
         model.train(was_training)
+
+
+def with_one_weight(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a copy of the model in which each SE block weights all channels alike: by its mean weight over rows x."""
+
+    def alike(block: SEBlock) -> Callable[[Tensor], Tensor]:
+        mean = block.weights(x).mean()
+        return lambda rows: rows * mean
+
+    return _with_weights(model, alike)
+
+
+def with_shuffled_weights(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Return a copy of the model in which each SE block gives its weights to other channels, by a fixed permutation."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def shuffled(block: SEBlock) -> Callable[[Tensor], Tensor]:
+        order = torch.randperm(block.channels, generator=draw)
+        return lambda rows: rows * block.weights(rows)[:, order]
+
+    return _with_weights(model, shuffled)
+
+
+class _Weighting(nn.Module):
+    """Stands in for an SE block."""
+
+    def __init__(self, weigh: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weigh = weigh
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weigh(x)
+
+
+def _with_weights(model: nn.Module, weighing: Callable[[SEBlock], Callable[[Tensor], Tensor]]) -> nn.Module:
+    changed = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        if isinstance(changed, SEBlock):
+            return _Weighting(weighing(changed))
+        for module in list(changed.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, SEBlock):
+                    setattr(module, name, _Weighting(weighing(child)))
+    return changed
 
 
 def agreement(members: Floats) -> float | None:

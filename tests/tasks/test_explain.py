@@ -8,13 +8,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from scipy.stats import spearmanr
 
 from models.checkpoint import load, save
+from models.se import SEBlock
 from models.seen import Seen
 from schemas.errors import BadModelError, SettingsError, TrainingError
+from schemas.models import ModelCard
 from schemas.settings import ColumnNames
-from tasks.explain import explain_model
+from schemas.split import SplitRule
+from tasks.explain import AS_TRAINED, ONE_WEIGHT, SHUFFLED, explain_model
+from tasks.training.length import FEWEST
 
 DIM = 32
 
@@ -212,3 +217,37 @@ def test_a_batch_statistic_that_was_never_gathered_needs_rows(tiny_models, peopl
     save(checkpoint.card, checkpoint.model, bare, Seen(np.zeros(0, np.int64)))
     with pytest.raises(SettingsError, match="pass --source"):
         explain_model(str(bare), None, str(tmp_path / "out"))
+
+
+def test_ablation_says_whether_the_weights_matter(tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    centre = np.repeat(random.standard_normal((FEWEST, DIM)), 6, axis=0)
+    noise = random.standard_normal(centre.shape)
+    noise[:, : DIM // 2] *= 3  # half of the channels say little of who it is
+    x, subjects = centre + noise, [f"person-{row // 6}" for row in range(len(centre))]
+    source = shard(tmp_path / "source", x, subject=subjects, pose=["frontal", "profile"] * (len(x) // 2))
+    useful = SEBlock(DIM, 1, use_batch_stat=True)
+    useful.frozen_rows += 1
+    with torch.no_grad():
+        useful.frozen_mean += 1.0
+        useful.fc[0].weight.fill_(1 / DIM)
+        useful.fc[2].weight.copy_(torch.where(torch.arange(DIM) < DIM // 2, -0.3, 0.3)[:, None].expand(DIM, DIM))
+    card = ModelCard(
+        architecture="se", arguments={"channels": DIM, "reduction": 1, "use_batch_stat": True}, mode="batch_stat",
+        embedding_dim=DIM, split=SplitRule(salt="s"), seen_key="0" * 32,
+    )  # fmt: skip
+    save(card, useful, tmp_path / "m.safetensors", Seen.of(["somebody else"], [x[:1] * 0 + 1], card.seen_key))
+    found = explain_model(str(tmp_path / "m.safetensors"), source, str(tmp_path / "out")).ablation
+    assert (found.cell, found.subjects) == ("frontal-profile", FEWEST)
+    assert found.changes[AS_TRAINED]["eer"].high < 0
+    assert found.changes[ONE_WEIGHT]["eer"].value == pytest.approx(0, abs=0.01), "one number leaves directions alone"
+    assert found.against[SHUFFLED]["eer"].low > 0
+    assert "The SE weights help" in found.text
+    assert json.loads((tmp_path / "out/explanation.json").read_text())["ablation of the weights"]["text"] == found.text
+    with torch.no_grad():
+        useful.fc[2].weight.fill_(0.1)
+    save(card, useful, tmp_path / "m.safetensors", Seen.of(["somebody else"], [x[:1] * 0 + 1], card.seen_key))
+    found = explain_model(str(tmp_path / "m.safetensors"), source, str(tmp_path / "out")).ablation
+    assert "not shown to help" in found.text
+    save(card, useful, tmp_path / "m.safetensors", Seen.of(subjects, [x], card.seen_key))
+    assert explain_model(str(tmp_path / "m.safetensors"), source, str(tmp_path / "out")).ablation is None
