@@ -71,8 +71,8 @@ def _second_source(metrics: Mapping[str, object]) -> list[str]:
     if metrics.get("frontal_only_subjects") != 0 or metrics.get("chosen_by_cell") != FRONTAL_PROFILE:
         return []
     return [
-        "- no training subject has frontal pictures only: a second source of such subjects (LFW was measured) lessens "
-        "harm to frontal pairs (docs/training.md)"
+        "- no training subject has frontal pictures only: a second source of such subjects may lessen harm to frontal "
+        "pairs"
     ]
 
 

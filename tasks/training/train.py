@@ -56,7 +56,7 @@ from tasks.training.selection import (
 log = logging.getLogger("frontalis.train")
 
 FEWEST_SUBJECTS = 10
-FEWEST_TO_CHOOSE = 100  # validation subjects; on 35 the noise of the score chooses (docs/training.md)
+FEWEST_TO_CHOOSE = 100  # validation subjects; on fewer the noise of the score chooses
 FOLDS = 3
 WHITENING = 0.5  # chosen on validation folds of either network, with Recipe.lengthening (docs/training.md)
 
