@@ -1,11 +1,10 @@
 """Query: many queries at once, as a Prefect flow; one from a shell needs no Prefect (`tasks.query`)."""
 
-from typing import Literal
-
 from prefect import flow
 from pydantic import BaseModel
 
-from flows.begin import begin_flow
+from flows.begin import begin_flow, named, store_of
+from schemas.choices import By, SearchedMode
 from tasks.query.answers import Question, all_modes, ask
 from tasks.query.files import check_suffix, write_answers
 from tasks.query.opened import open_release
@@ -21,18 +20,18 @@ class Written(BaseModel):
     neighbours: int
 
 
-@flow(name="query")
+@flow(name="query", flow_run_name=named("query", "mode"))
 def query(
     store: str,
     out: str,
-    mode: str = "per_sample",
+    mode: SearchedMode = "per_sample",
     ids: list[str] | None = None,
     vectors: str | None = None,
     k: int = 10,
     release: str | None = None,
     exclude_self: bool = False,
     unique_subject: bool = False,
-    by: Literal["row", "subject"] = "row",
+    by: By = "row",
     where: str | None = None,
     columns: list[str] | None = None,
     fmr: str | float | None = None,
@@ -45,7 +44,7 @@ def query(
     The people that a query found are biometric data: they go to that file and not into Prefect's database.
 
     Args:
-        store: local path or s3://…
+        store: local path, s3://…, or a pipeline.toml that names it.
         out: the file to write.
         mode: `per_sample`, `batch_stat` or `raw`; without effect with `compare`.
         ids: stored ids. Prefect's database keeps them; `vectors` are in a file.
@@ -73,7 +72,7 @@ def query(
         by=by,
     )
     question = Question(ids or [], vectors, k, exclude_self=exclude_self, fmr=fmr, options=options)
-    opened = open_release(store, release)
+    opened = open_release(store_of(store), release)
     answers = ask(opened, all_modes(opened) if compare else [mode], question)
     rows = write_answers(out, answers)
     return Written(out=out, release=opened.record.release, queries=len(answers[0].names), neighbours=rows)

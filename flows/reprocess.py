@@ -1,13 +1,11 @@
 """Reprocess as a Prefect flow: the job of `tasks.reprocess`, its stages as Prefect tasks and its outcome as a state."""
 
-from pathlib import Path
-
 from prefect import flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.begin import begin_flow
+from flows.begin import begin_flow, named
 from flows.runner import PrefectStages
 from reports.html import markdown_stages, markdown_table
 from schemas.errors import SettingsError
@@ -16,34 +14,39 @@ from tasks import reprocess as job
 from tasks.outcome import CompletedWithBadShardsError, Outcome
 
 
-@flow(name="reprocess", validate_parameters=True)
+@flow(name="reprocess", flow_run_name=named("reprocess"))
 def reprocess(
     config: str | None = None, settings: PipelineSettings | None = None, allow_removal: bool = False
 ) -> State[Outcome] | Outcome:
-    """Run the whole job as `pipeline.toml` (`config`) or `settings` say; the state of the run shows the outcome.
+    """Bring the store up to date, measure, and serve the result if the gate promotes it.
 
-    With `allow_removal` this one run may remove or quarantine more than `[gate]` allows.
+    The state of the run shows the decision.
+
+    Args:
+        config: a pipeline.toml on the worker's machine.
+        settings: its content, in place of `config`.
+        allow_removal: let this one run remove or quarantine more than [gate] allows.
 
     Raises:
-        SettingsError: neither or both are given, or something in them cannot be used.
+        SettingsError: neither is given, or something in them cannot be used.
         CompletedWithBadShardsError: some shards cannot be used; the work on the others is done.
     """
     begin_flow()
-    if config is not None and settings is None:
+    if settings is None:
+        if config is None:
+            raise SettingsError("reprocess: pass config (a pipeline.toml) or settings.")
         settings = load_pipeline(config)
-    elif config is not None or settings is None:
-        raise SettingsError("reprocess: pass either config (a pipeline.toml) or settings.")
     outcome = job.reprocess(settings, allow_removal=allow_removal, stages=PrefectStages())
-    _show(outcome)
+    _show(outcome, settings.report.base_url)
     if outcome.data.bad_shards:
         error = CompletedWithBadShardsError(outcome)
         return Failed(message=str(error), data=error, name="CompletedWithBadShards")
     if outcome.status == "rejected":
         return Completed(message=f"rejected: {outcome.reason}", data=outcome, name="Rejected")
-    return outcome
+    return Completed(message=f"{outcome.status}: {outcome.reason}", data=outcome)
 
 
-def _show(outcome: Outcome) -> None:
+def _show(outcome: Outcome, base_url: str | None) -> None:
     """Show a new release in Prefect: its decision, its table, a link to its report."""
     if outcome.evaluation is None or outcome.report is None:
         return
@@ -57,8 +60,9 @@ def _show(outcome: Outcome) -> None:
         key="frontalis-stages",
         description=f"time and memory of each stage that made {outcome.release}",
     )
-    create_link_artifact(
-        link=outcome.report if "://" in outcome.report else Path(outcome.report).as_uri(),
-        link_text=f"report of {outcome.release}",
-        key="frontalis-report",
-    )
+    key, name = "frontalis-report", f"report of {outcome.release}"
+    if base_url is None:  # a browser refuses links from Prefect's page to files
+        create_markdown_artifact(markdown=f"{name}: `{outcome.report}`", key=key, description=name)
+    else:
+        link = f"{base_url.rstrip('/')}/reports/{outcome.release}/index.html"
+        create_link_artifact(link=link, link_text=name, key=key, description=name)

@@ -7,7 +7,8 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.begin import begin_flow
+from flows.begin import begin_flow, named
+from schemas.choices import Architecture, Loss, Mode
 from schemas.settings import training
 from tasks.training.model_card import card_markdown
 from tasks.training.stop import stop_signals
@@ -16,14 +17,14 @@ from tasks.training.train import Trained, train_model
 train_task = task(name="train", tags=["frontalis"], cache_policy=NO_CACHE, persist_result=False)(train_model)
 
 
-@flow(name="train")
+@flow(name="train", flow_run_name=named("train", "mode"))
 def train(
     sources: list[str],
     out: str,
-    mode: str = "per_sample",
+    mode: Mode = "per_sample",
     augment: list[str] | None = None,
-    architecture: str | None = None,
-    loss: str | None = None,
+    architecture: Architecture | None = None,
+    loss: Loss | None = None,
     seed: int = 0,
     steps: int | None = None,
     validation: float | None = None,
@@ -31,9 +32,21 @@ def train(
     columns: dict[str, str] | None = None,
     skip_bad_rows: bool = False,
 ) -> Trained:
-    """Train a model on labelled shards and write its checkpoint; see `tasks.training.train`. None means the default.
+    """Train a model on labelled shards, measure it on held-out subjects, and write its checkpoint.
 
-    `columns` maps a role of `schemas.settings.ColumnNames` to the column's name in the sources.
+    Args:
+        sources: folders of labelled shards.
+        out: the checkpoint to write, .safetensors; its card goes beside it.
+        mode: how the squeeze statistic is formed.
+        augment: further views of the same subjects, for training only.
+        architecture: of the network; by default dual_branch_ensemble.
+        loss: by default global_threshold.
+        seed: of all random choices.
+        steps: training steps; 360 by default.
+        validation: share of subjects that choose the model; 0.1 by default.
+        test: share of subjects that only measure it; 0.1 by default.
+        columns: role (id, embedding, subject, pose, yaw, pitch, roll) → name of the column in the sources.
+        skip_bad_rows: leave out rows that cannot be used, where the run would fail.
 
     Raises:
         SettingsError: an option cannot be used.

@@ -183,6 +183,16 @@ class QuerySettings(Settings):
     expand: int = Field(default=0, ge=0, le=MAX_EXPAND, description="rows of α-query expansion; 0 for none")
 
 
+class ReportSettings(Settings):
+    """Where people open reports."""
+
+    base_url: str | None = Field(
+        default=None,
+        pattern="^https?://",
+        description="of `frontalis serve`; runs in Prefect then link to base_url/reports/<release>/index.html",
+    )
+
+
 class PipelineSettings(Settings):
     """All that `reprocess` needs; the content of `pipeline.toml`."""
 
@@ -197,6 +207,7 @@ class PipelineSettings(Settings):
     query: QuerySettings = QuerySettings()
     runner: RunnerSettings = RunnerSettings()
     retention: RetentionSettings = RetentionSettings()
+    report: ReportSettings = ReportSettings()
     wait: float = Field(
         default=0.0, ge=0, le=MAX_WAIT_SECONDS, description="seconds to wait for another run that holds the store"
     )

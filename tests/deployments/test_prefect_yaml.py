@@ -28,7 +28,10 @@ ROOT = Path(__file__).parents[2]
 PREFECT_FILE = ROOT / "deployments" / "prefect.yaml"
 EXAMPLE = ROOT / "deployments" / "pipeline.example.toml"
 DEPLOYMENTS = yaml.safe_load(PREFECT_FILE.read_text())["deployments"]
-NAMES = {"reprocess/nightly", "train/per-sample", "train/batch-stat", "evaluate/on-demand", "query/batch"}
+NAMES = {
+    "reprocess/nightly", "train/per-sample", "train/batch-stat", "evaluate/on-demand", "query/batch",
+    "vacuum/weekly", "verify/weekly", "forget/from-file", "rollback/on-demand",
+}  # fmt: skip
 PREFECT = [sys.executable, "-m", "prefect"]
 COMMAND_SECONDS = 170
 
@@ -50,13 +53,15 @@ def test_each_deployment_names_a_flow_and_parameters_that_it_has(deployment) -> 
     assert named_in_description <= schema.properties.keys()
     missing = set(schema.required or []) - deployment.get("parameters", {}).keys()
     assert missing <= named_in_description, "what must be passed by hand is named in the description"
+    unexplained = [name for name, one in schema.properties.items() if not one.get("description")]
+    assert not unexplained, "the form of a custom run says what each parameter is"
 
 
-def test_only_the_nightly_run_is_scheduled_and_never_beside_itself() -> None:
-    scheduled = {one["name"]: one for one in DEPLOYMENTS if one.get("schedules")}
-    assert scheduled.keys() == {"nightly"}
-    assert scheduled["nightly"]["schedules"] == [{"cron": "0 2 * * *", "timezone": "UTC"}]
-    assert scheduled["nightly"]["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+def test_what_is_scheduled_and_that_the_nightly_run_is_never_beside_itself() -> None:
+    flow_of = {one["entrypoint"].split(":")[1]: one for one in DEPLOYMENTS if one.get("schedules")}
+    crons = {flow: [schedule["cron"] for schedule in one["schedules"]] for flow, one in flow_of.items()}
+    assert crons == {"reprocess": ["0 2 * * *"], "vacuum": ["0 6 * * 0"], "verify": ["0 12 * * 0"]}
+    assert flow_of["reprocess"]["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
 
 
 def test_example_settings_load_as_they_are() -> None:
@@ -73,6 +78,7 @@ def test_example_settings_show_every_setting_with_its_default(tmp_path) -> None:
     }
     without_default = {"evaluation.pairs", "runner.workers", "runner.address", "index.nprobe", "index.ef_search"}
     without_default |= {"retention.min_age_hours"}  # None there: it follows the kind of storage
+    without_default |= {"report.base_url"}
     without_default |= {"gate.guards"}  # None there: its tolerance follows that of the gate
     file = tmp_path / "pipeline.toml"
     file.write_text(shown)

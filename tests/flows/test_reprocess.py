@@ -1,5 +1,6 @@
 """The whole job as a Prefect flow: its state says what came out, its artifacts show it."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,7 @@ def test_prefect_shows_the_outcome_the_table_of_modes_and_the_report(
     done = flow_run()
     assert done.name == "Completed"
     outcome = done.result()
+    assert done.message == f"promoted: {outcome.reason}"
     with get_client(sync_client=True) as client:
         found = client.request("POST", "/artifacts/latest/filter", json={}).json()
         stages = client.request("POST", "/task_runs/filter", json={}).json()
@@ -53,6 +55,11 @@ def test_prefect_shows_the_outcome_the_table_of_modes_and_the_report(
     ]
     assert [one.rows for one in costs[:2]] == [280, 280]
     assert all(f"| {one.stage.replace('_', chr(92) + '_')} |" in by_key["frontalis-stages"]["data"] for one in costs)
+    with get_client(sync_client=True) as client:
+        (run,) = client.request(
+            "POST", "/flow_runs/filter", json={"flow_runs": {"name": {"like_": "reprocess 20"}}}
+        ).json()
+    assert re.fullmatch(r"reprocess \d{4}-\d\d-\d\d \d\d:\d\d", run["name"])
     names = {stage["name"] for stage in stages}
     assert names >= {"models", "plan", "reweight-0001-of-0003", "publish", "index-raw", "index-per_sample", "evaluate"}
 
@@ -76,9 +83,10 @@ def test_bad_shards_fail_the_flow_run_after_the_work_is_done(flow_run, tmp_path)
     assert failed.message == str(error)
 
 
-def test_neither_and_both_ways_to_give_settings_are_refused(pipeline_of, tmp_path) -> None:
+def test_settings_come_from_a_file_unless_they_are_given(pipeline_of, tmp_path) -> None:
     settings = pipeline_of(tmp_path, tmp_path)
-    with pytest.raises(SettingsError, match="either config"):
+    with pytest.raises(SettingsError, match="pass config"):
         reprocess()
-    with pytest.raises(SettingsError, match="either config"):
+    with pytest.raises(SettingsError) as refused:  # that the store is inside the source
         reprocess(config="x.toml", settings=settings)
+    assert "x.toml" not in str(refused.value)
