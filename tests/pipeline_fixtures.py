@@ -238,8 +238,14 @@ def _without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
     `tests/reports` checks the plots, and the command line's tests make them.
     """
-    if {"tasks", "flows"} & set(request.path.relative_to(Path(__file__).parent).parts[:1]):
+    here = Path(__file__).parent
+    if {here / "tasks", here / "flows"} & set(request.path.parents) and "with_plots" not in request.fixturenames:
         monkeypatch.setattr("reports.html.draw", lambda *_: [])
+
+
+@pytest.fixture
+def with_plots() -> None:
+    """A test that names this has its plots drawn."""
 
 
 @pytest.fixture(scope="session")

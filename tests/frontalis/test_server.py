@@ -65,9 +65,11 @@ def commands(tiny_source, tiny_models, tmp_path) -> dict[str, list[object]]:
 def test_nobody_listens(nobody, tiny_source, tiny_models, tmp_path, command: str) -> None:
     done = frontalis(*commands(tiny_source, tiny_models, tmp_path)[command], env=at(f"{nobody}/api"))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
+    began, refused = done.stderr.splitlines()
+    assert f" I {command}: " in began
+    assert refused == (
         f"frontalis: PREFECT_API_URL = {nobody}/api: no Prefect server answers there ([Errno 111] Connection refused); "
-        "start one with `prefect server start`, or unset PREFECT_API_URL to run without Prefect.\n"
+        "start one with `prefect server start`, or unset PREFECT_API_URL to run without Prefect."
     )
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
@@ -88,7 +90,8 @@ def test_no_such_host_or_a_server_in_trouble(broken, tmp_path, url: str, shown: 
     done = frontalis("evaluate", "--store", tmp_path, env=at(url))
     assert time.monotonic() - started < 60
     assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    began, line = done.stderr.splitlines()
+    assert " I evaluate: the served release of " in began
     assert line.startswith(f"frontalis: PREFECT_API_URL = {shown or url}: no Prefect server answers there (")
     assert line.endswith("start one with `prefect server start`, or unset PREFECT_API_URL to run without Prefect.")
     assert any(part in line for part in why.split("|"))

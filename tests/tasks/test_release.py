@@ -132,6 +132,7 @@ def reported(settings, release, report_input: ReportInput, monkeypatch: pytest.M
     return write
 
 
+@pytest.mark.usefixtures("with_plots")
 def test_page_metrics_and_plots_are_written_below_the_release(
     settings, release: Release, report_input: ReportInput
 ) -> None:
