@@ -5,7 +5,7 @@
 One store of synthetic rows with two releases, made here. Every client sends one query, a vector, and waits for the
 answer before it sends the next. The naive service calls `open_store(…).index("raw").search` in a FastAPI handler, one
 query a call. Last come batches of 256 in a `.npy` file, and requests during which releases are rolled back and served
-again; any error or answer of two releases ends the benchmark.
+again, and the store is vacuumed; any error or answer of two releases ends the benchmark.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,6 +32,8 @@ from benchmarks.incremental import model
 from schemas.settings import pipeline
 from storage.location import Location
 from storage.releases import Releases
+from tasks.maintenance.rollback import roll_back
+from tasks.maintenance.vacuum import clean
 from tasks.query.opened import open_release
 from tasks.reprocess import reprocess
 from tasks.synthetic.shards import synthesize
@@ -70,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Line]:
         queries = np.random.default_rng(0).standard_normal((1024, options.dim), np.float32)
         lines += [
             bare(store, queries[:, None], options.seconds),
+            bare(store, queries.reshape(-1, CLIENTS[-1], options.dim), options.seconds),
             bare(store, queries.reshape(-1, BATCH, options.dim), options.seconds),
         ]
         bodies = [json.dumps({"vectors": [one.tolist()], "k": K, "mode": "raw"}).encode() for one in queries]
@@ -181,14 +185,14 @@ async def load(
             releases.update(one.decode() for one in named)
         writer.close()
 
-    async def changing() -> None:
+    async def changing(work_beside: Callable[[], None]) -> None:
         while loop.time() < began + seconds:
-            await loop.run_in_executor(None, change)
+            await loop.run_in_executor(None, work_beside)
             await asyncio.sleep(0.5)
 
     work: list[Awaitable[None]] = [client(number) for number in range(clients)]
     if change is not None:
-        work.append(changing())
+        work.append(changing(change))
     await asyncio.gather(*work)
     if change is not None:
         what = f"{what} ({len(releases)} seen)"
@@ -196,9 +200,10 @@ async def load(
 
 
 def change(store: str) -> None:
-    """Serve the other one of the two releases."""
+    """Serve the other one of the two releases, back and forth, and vacuum the store."""
     history = Releases(Location(store))
-    history.serve(next(one.release for one in history.all() if not one.serving))
+    roll_back(store, next(one.release for one in history.all() if not one.serving))
+    clean(store, grace_hours=0)
 
 
 def line_of(what: str, clients: int, times: Sequence[float], seconds: float, size: int) -> Line:
@@ -210,6 +215,7 @@ def line_of(what: str, clients: int, times: Sequence[float], seconds: float, siz
 def running(command: list[str]) -> Iterator[int]:
     """Run a service, and give its port."""
     process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
     try:
         for line in process.stderr:
             if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
@@ -230,7 +236,7 @@ def serve_naively(store: str) -> None:
     app, opened = FastAPI(), frontalis.open_store(store)
 
     @app.post("/search")
-    def search(asked: dict) -> dict:
+    def search(asked: dict[str, Any]) -> dict[str, Any]:
         found = opened.index(asked["mode"]).search(np.array(asked["vectors"], np.float32), asked["k"])
         fmr = opened.fmr(asked["mode"], found.scores)
         return {

@@ -6,6 +6,7 @@ left to the caller.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,16 +161,27 @@ def exact_search(
     if k < 1 or gallery.shape[1:] != probes.shape[1:]:
         raise ValueError(f"k = {k}, gallery {tuple(gallery.shape)}, probes {tuple(probes.shape)}; k must be positive")
     enrolled, asked = unit_rows(gallery, device), unit_rows(probes, device)
-    keys = torch.full((len(asked), k), -1, dtype=torch.int64, device=device)
-    for start in range(0, len(asked), _BLOCK[0]):
-        these = slice(start, start + _BLOCK[0])
-        first = 0
+
+    def search(start: int) -> torch.Tensor:
+        these = asked[start : start + _BLOCK[0]]
+        first = min(len(enrolled), max(k, _FIRST_ROWS))
+        best = _best_of_all(these, enrolled[:first], k)
         while first < len(enrolled):
             # As many rows as were seen: then few of them, about k of each block, are among the best so far.
-            last = first + min(_BLOCK[1], max(first, k, _FIRST_ROWS))
-            keys[these] = _merged(keys[these], asked[these], enrolled[first:last], first)
+            last = first + min(_BLOCK[1], first)
+            best = _merged(best, these, enrolled[first:last], first)
             first = last
-    keys_found = keys.cpu().numpy()
+        return best
+
+    # Threads with one torch thread each, which a busy machine slows down far less than torch's own (see `pair_counts`).
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(1 if enrolled.is_cuda else torch_threads) as pool:
+            parts = list(pool.map(search, range(0, len(asked), _BLOCK[0])))
+    finally:
+        torch.set_num_threads(torch_threads)
+    keys_found = torch.cat(parts).cpu().numpy() if parts else np.empty((0, k), np.int64)
     rows = (1 << _ROW_BITS) - 1 - (keys_found & ((1 << _ROW_BITS) - 1))
     scores = ((keys_found >> _ROW_BITS) / SCORES_PER_UNIT - 1).astype(np.float32)
     nothing = keys_found < 0
@@ -310,11 +322,23 @@ def _fnir(scores: ScoreCounts, target: float) -> Estimate:
     return Estimate(value=None, reason=reason)
 
 
-def _merged(best: torch.Tensor, asked: torch.Tensor, enrolled: torch.Tensor, first_row: int) -> torch.Tensor:
-    """Return the best keys of each probe, `[probes, k]`, falling, after further gallery rows.
+def _best_of_all(asked: torch.Tensor, enrolled: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the best keys of each probe among the first gallery rows, `[probes, k]`, falling; -1 where there is none.
 
     A key is one integer for score and row: the larger one is the better score or, on a tie, the lower row.
     """
+    scores = shift_to_grid(asked @ enrolled.T).view(torch.int32)
+    scores -= _BITS_OF_TWO
+    numbers = torch.arange(len(enrolled), device=scores.device)
+    keys = (scores.to(torch.int64) << _ROW_BITS) + ((1 << _ROW_BITS) - 1 - numbers)
+    best = keys.new_full((len(asked), k), -1)
+    found = min(k, len(enrolled))
+    best[:, :found] = keys.topk(found, dim=1).values
+    return best
+
+
+def _merged(best: torch.Tensor, asked: torch.Tensor, enrolled: torch.Tensor, first_row: int) -> torch.Tensor:
+    """Return the best keys of each probe, `[probes, k]`, falling, after further gallery rows; see `_best_of_all`."""
     scores = shift_to_grid(asked @ enrolled.T).view(torch.int32)
     scores -= _BITS_OF_TWO
     lowest = (best[:, -1:] >> _ROW_BITS).to(torch.int32)

@@ -53,9 +53,12 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listening = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise SettingsError(f"--host {host} --port {port}: cannot be listened on ({error.strerror}).") from error
+    # asyncio does so for its own sockets only; without it the body of an answer waits for the receipt of its head
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def serve(settings: ServiceSettings, host: str, port: int, at_once: Callable[[int], None]) -> None:
