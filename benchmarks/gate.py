@@ -23,6 +23,7 @@ import numpy as np
 
 from metrics.allpairs import all_pairs
 from metrics.bootstrap import bootstrap, paired_bootstrap
+from metrics.variance import Influence
 from models.checkpoint import load
 from models.inference import Reweighter
 from schemas.metrics import EER, FRONTAL_FRONTAL, FRONTAL_PROFILE, HELD_OUT, POSE_CLASSES, RAW, MetricId
@@ -95,17 +96,24 @@ class World:
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """Return the mean over subjects with its 95% interval."""
-    error = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
-    mean = float(values.mean())
-    return Estimate(value=mean, low=mean - error, high=mean + error)
+    """Return the mean over subjects with its 95% interval, as `metrics.variance` has it."""
+    return _influence(values).interval(float(values.mean()), 0.95)
 
 
 def relative(values: np.ndarray, base: np.ndarray) -> Estimate:
-    """Return the relative difference of two means over subjects with its 95% interval, by the delta method."""
-    ratio = float(values.mean() / base.mean())
-    error = 1.96 * float((values - ratio * base).std(ddof=1) / base.mean() / np.sqrt(len(base)))
-    return Estimate(value=ratio - 1, low=ratio - 1 - error, high=ratio - 1 + error)
+    """Return the relative difference of two means over subjects with its 95% interval, that of the log of the ratio."""
+    mean, base_mean = float(values.mean()), float(base.mean())
+    on_log = _influence(values).divided_by(mean).minus(_influence(base).divided_by(base_mean))
+    return on_log.interval_of_ratio(mean / base_mean - 1, 0.95)
+
+
+def _influence(values: np.ndarray) -> Influence:
+    return Influence((values - values.mean()) / (len(values) - 1), (), 1.0)
+
+
+def percentile_low(values: np.ndarray) -> float:
+    """Return the lower end of the interval that the former rule had."""
+    return float(values.mean() - 1.96 * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def evaluation(world: World, candidate: list[np.ndarray], **references: list[np.ndarray]) -> Evaluation:
@@ -163,8 +171,8 @@ def before(
     raw: list[np.ndarray],
 ) -> str:
     """The former rule."""
-    lows = [estimate(new - old).low for new, old in zip(candidate, served, strict=True)]
-    worse = any(low is not None and low > tolerance for low, tolerance in zip(lows, (0.0, 0.002), strict=True))
+    lows = [percentile_low(new - old) for new, old in zip(candidate, served, strict=True)]
+    worse = any(low > tolerance for low, tolerance in zip(lows, (0.0, 0.002), strict=True))
     return "rejected" if worse else "promoted"
 
 

@@ -5,8 +5,8 @@ metrics at each cell's own thresholds, the rates in each cell at the thresholds 
 and the counts by subject that `bootstrap` resamples. Which class a row belongs to is left to the caller (`poses`).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from metrics.cosine import SCORES_PER_UNIT, Features, unit_rows
+from metrics.dyads import Classes, Dyads, add, count_dyads
 from metrics.pair_counts import COARSE_BINS, GRID_POINTS, CellCounts, Rows, count_pairs, used_counters
 from metrics.score_counts import ScoreCounts
+from metrics.variance import Curves, Influence, influence
 from metrics.verification import (
     FMR_POINTS,
     DetCurve,
@@ -52,7 +54,7 @@ class Cell:
     """Results of one cell: metrics at its own thresholds, curves, counts by cluster.
 
     `at_global` has FMR and FNMR inside the cell at the thresholds where *all pairs together* have an FMR of at most the
-    target. A rate is None when the cell has no such pairs.
+    target. A rate is None when the cell has no such pairs. `influences` has those of metrics on enough false matches.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Cell:
     det: DetCurve
     histogram: ScoreHistogram
     counts: ClusterCounts
+    influences: Mapping[MetricId, Influence] = field(default_factory=dict, repr=False)
 
     def estimates(self) -> dict[MetricId, Estimate]:
         """Return every metric, exact and without an interval."""
@@ -86,6 +89,7 @@ class AllPairs:
     cells: dict[str, Cell]
     clusters: NDArray[np.int64]
     fmr_by_score: ScoreFmr | None = None
+    draws: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
 
     def __iter__(self) -> Iterator[Cell]:
         yield self.overall
@@ -158,20 +162,68 @@ def all_pairs(
         duplicate=duplicates[order],
         n_clusters=int(cluster_of_subject.max(initial=-1)) + 1,
     )
-    counted = list(count_pairs(rows, 1 if rows.unit.is_cuda else workers or torch.get_num_threads()))
+    threads = 1 if rows.unit.is_cuda else workers or torch.get_num_threads()
+    counted = list(count_pairs(rows, threads))
 
     total = _total([counts for _, _, counts in counted], rows.n_clusters)
     scores = _score_counts(total)
     verification = summarise(scores, fmr_points)
-    cells = {}
+    overall = _cell(ALL, total, scores, verification, verification.points)
+    cells: dict[Classes, Cell] = {}
     if class_names:
         for first, second, counts in counted:
             name = f"{class_names[first]}-{class_names[second]}"
             cell_scores = _score_counts(counts)
-            cells[name] = _cell(name, counts, cell_scores, summarise(cell_scores, fmr_points), verification.points)
-    return AllPairs(
-        _cell(ALL, total, scores, verification, verification.points), cells, clusters, fmr_by_score(scores, fmr_points)
-    )
+            own = summarise(cell_scores, fmr_points)
+            cells[first, second] = _cell(name, counts, cell_scores, own, verification.points)
+    overall, cells = _with_influences(rows, overall, cells, threads)
+    found = {cell.name: cell for cell in cells.values()}
+    return AllPairs(overall, found, clusters, fmr_by_score(scores, fmr_points))
+
+
+def _with_influences(
+    rows: Rows, overall: Cell, cells: Mapping[Classes, Cell], threads: int
+) -> tuple[Cell, dict[Classes, Cell]]:
+    """Count the dyads of all cells, and return the cells with the influences of their metrics."""
+    if rows.n_clusters < 2:
+        return overall, dict(cells)
+    there = [
+        (first, second)
+        for first in range(len(rows.starts) - 1)
+        for second in range(first, len(rows.starts) - 1)
+        if rows.starts[first + 1] > rows.starts[first] and rows.starts[second + 1] > rows.starts[second]
+    ]
+    curves = {key: Curves.of(cell.counts.genuine, cell.counts.impostor_ends) for key, cell in cells.items()}
+    of_all = Curves.of(overall.counts.genuine, overall.counts.impostor_ends)
+    shared = _edges(of_all, overall.verification)
+    own = {key: _edges(curves[key], cell.verification) for key, cell in cells.items()}
+    wanted = {key: sorted({*shared.values(), *own.get(key, {}).values()}) for key in there}
+    dyads = count_dyads(rows, wanted, threads)
+    of_total = add([dyads[key].at(list(shared.values())) for key in there])
+    at_global = {metric: edge for metric, edge in shared.items() if metric.kind == "fnmr"}
+
+    def influences(cell: Curves, own: Mapping[MetricId, int], counted: Dyads) -> dict[MetricId, Influence]:
+        found = {metric: influence(metric, cell, cell, counted, edge) for metric, edge in own.items()}
+        for metric, edge in at_global.items():
+            name = MetricId.at("fnmr_global", metric.fmr_text)
+            found[name] = influence(metric, cell, of_all, of_total, edge) if cell.genuine.any() else None
+        return {metric: one for metric, one in found.items() if one is not None}
+
+    return replace(overall, influences=influences(of_all, shared, of_total)), {
+        key: replace(cell, influences=influences(curves[key], own[key], dyads[key])) for key, cell in cells.items()
+    }
+
+
+def _edges(curves: Curves, verification: Verification) -> dict[MetricId, int]:
+    """Return the coarse edge of every threshold with enough false matches."""
+    if not (verification.n_genuine and verification.n_impostor):
+        return {}
+    found = {EER: curves.crossing()}
+    for point in verification.points:
+        if point.fmr is not None:
+            edge = curves.edge(point.fmr * verification.n_impostor)
+            found[MetricId.at("fnmr", point.target_fmr)] = edge
+    return {metric: edge for metric, edge in found.items() if edge is not None}
 
 
 def _codes(name: str, codes: NDArray[np.integer[Any]], n_rows: int) -> NDArray[np.int64]:

@@ -1,4 +1,8 @@
-"""Confidence intervals by the bootstrap over subjects, for one mode and for the difference of two.
+"""Confidence intervals over subjects, for one mode and for the difference of two.
+
+An error rate of one mode has the interval logit(rate) ± t · sd(logit of its draws). A difference of rates that rest on
+enough false matches has the interval of `variance`, for draws count the own noise of every pair twice. Any other
+difference, such as that of AUC, has the percentile interval of paired draws.
 
 Pairs are not independent: all pairs of a subject share its face. So subjects are drawn with replacement, and every pair
 counts as often as its subjects were drawn (Bolle, Ratha, Pankanti, "Error analysis of pattern recognition systems: the
@@ -28,24 +32,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metrics.allpairs import AllPairs, ClusterCounts
-from metrics.intervals import with_interval
+from metrics.allpairs import AllPairs, Cell, ClusterCounts
+from metrics.intervals import with_interval, with_logit_interval
+from metrics.variance import Influence
 from schemas.metrics import AUC, EER, MetricId
 from schemas.reports import Estimate
 
 Samples = NDArray[np.float64]
+Drawn = dict[str, dict[MetricId, Samples]]
 
 
 def bootstrap(
     result: AllPairs, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, dict[MetricId, Estimate]]:
-    """Return every metric of every cell with its percentile interval, by cell name and metric.
+    """Return every metric of every cell with its interval, by cell name and metric.
 
     Args:
         result: all pairs of one mode.
         resamples: how many draws of subjects.
         seed: equal seeds give equal intervals.
-        level: confidence level. The interval is from the (1 - level) / 2 to the (1 + level) / 2 quantile of the draws.
+        level: confidence level.
 
     There is no interval where more than 5% of the draws lack the metric.
 
@@ -57,21 +63,30 @@ def bootstrap(
     >>> found.low <= found.value <= found.high
     True
     """
-    drawn = draw(result, draw_subjects(result, resamples, seed, level))
+    drawn, subjects = _draws(result, resamples, seed, level), len(result.overall.counts.genuine)
     return {
         cell.name: {
-            metric: with_interval(exact, drawn[cell.name][metric], level) for metric, exact in cell.estimates().items()
+            metric: with_logit_interval(exact, drawn[cell.name][metric], level, subjects)
+            for metric, exact in cell.estimates().items()
         }
         for cell in result
     }
 
 
+def _draws(result: AllPairs, resamples: int, seed: int, level: float) -> Drawn:
+    """Return every metric of every cell in every draw; a result keeps its draws, for it is in several differences."""
+    multiplicities = draw_subjects(result, resamples, seed, level)
+    drawn: Drawn = result.draws.get((resamples, seed)) or draw(result, multiplicities)
+    result.draws[resamples, seed] = drawn
+    return drawn
+
+
 def paired_bootstrap(
     base: AllPairs, other: AllPairs, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, dict[MetricId, Estimate]]:
-    """Return `other` - `base` with percentile intervals, by cell name and metric; negative error rates = improvement.
+    """Return `other` - `base` with intervals, by cell name and metric; negative error rates = improvement.
 
-    Both are drawn with the same subjects. They are results on the same rows: same subjects in the same order, same
+    Both are results on the same rows: same subjects in the same order, same
     classes, same duplicates.
 
     Raises ValueError when they are not, and as `bootstrap` does.
@@ -82,13 +97,13 @@ def paired_bootstrap(
     >>> paired_bootstrap(same, same, resamples=100)["all"][EER].high
     0.0
     """
-    return _paired(base, other, lambda before, after: after - before, resamples, seed, level)
+    return _paired(base, other, lambda before, after: after - before, False, resamples, seed, level)
 
 
 def relative_bootstrap(
     base: AllPairs, other: AllPairs, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, dict[MetricId, Estimate]]:
-    """Return (`other` - `base`) / `base` with percentile intervals, drawn as by `paired_bootstrap`.
+    """Return (`other` - `base`) / `base` with intervals, which on enough false matches are those of the log of the ratio.
 
     Not estimable where the metric of `base` is 0 and the other is not; 0 where both are.
     """
@@ -97,31 +112,45 @@ def relative_bootstrap(
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(before == after, 0.0, after / before - 1)
 
-    return _paired(base, other, ratio, resamples, seed, level)
+    return _paired(base, other, ratio, True, resamples, seed, level)
 
 
 def _paired(
     base: AllPairs,
     other: AllPairs,
     change: Callable[[Samples, Samples], Samples],
+    relative: bool,
     resamples: int,
     seed: int,
     level: float,
 ) -> dict[str, dict[MetricId, Estimate]]:
     """Return the change from `base` to `other` of every metric of every cell, on the data itself and in every draw."""
     _check_same_rows(base, other)
-    multiplicities = draw_subjects(base, resamples, seed, level)
-    before, after = draw(base, multiplicities), draw(other, multiplicities)
-    changes = {}
+    before, after = _draws(base, resamples, seed, level), _draws(other, resamples, seed, level)
+    changes: dict[str, dict[MetricId, Estimate]] = {}
     for cell, changed in zip(base, other, strict=True):
-        new = changed.estimates()
-        changes[cell.name] = {
-            metric: with_interval(
-                _change(old, new[metric], change), change(before[cell.name][metric], after[cell.name][metric]), level
-            )
-            for metric, old in cell.estimates().items()
-        }
+        new, found = changed.estimates(), changes.setdefault(cell.name, {})
+        for metric, old in cell.estimates().items():
+            exact = _change(old, new[metric], change)
+            on_change = _influence(cell, changed, metric, relative)
+            if exact.value is not None and on_change is not None:
+                found[metric] = (on_change.interval_of_ratio if relative else on_change.interval)(exact.value, level)
+            else:
+                samples = change(before[cell.name][metric], after[cell.name][metric])
+                found[metric] = with_interval(exact, samples, level)
     return changes
+
+
+def _influence(base: Cell, other: Cell, metric: MetricId, relative: bool) -> Influence | None:
+    """Return the influence on the difference or, if relative, on the logarithm of the ratio.
+
+    None where a metric rests on too few false matches, or a ratio has no logarithm.
+    """
+    before, after = base.influences.get(metric), other.influences.get(metric)
+    if before is None or after is None or not relative:
+        return None if before is None or after is None else after.minus(before)
+    old, new = base.estimates()[metric].value, other.estimates()[metric].value
+    return after.divided_by(new).minus(before.divided_by(old)) if old and new else None
 
 
 def draw_subjects(result: AllPairs, resamples: int, seed: int, level: float) -> Samples:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from metrics.allpairs import AllPairs
+from metrics.variance import effective_subjects
 from models.inference import Reweighter
 from schemas.errors import BadModelError, StoreError
 from schemas.index import IndexSettings
@@ -39,6 +40,7 @@ from tasks.index import Previous
 
 log = logging.getLogger("frontalis.evaluate")
 
+FEW_EFFECTIVE = 0.5  # of all subjects; below, coverage falls (docs/metrics.md)
 SERVED, ANCHOR = "the served release", "the anchor"
 
 
@@ -106,7 +108,13 @@ def evaluate(
         notes.append("fewer than two labelled subjects are held out: modes cannot be compared")
     else:
         known = populations[ALL].modes if sample.rows is everybody.rows else {}
-        measure.compare(sample, modes)
+        genuine = measure.compare(sample, modes)[RAW].overall.counts.genuine.sum(axis=1)
+        subjects, effective = len(np.unique(sample.rows.subjects)), effective_subjects(genuine)
+        if 0 < effective < FEW_EFFECTIVE * subjects:
+            notes.append(
+                f"{subjects} held-out subjects weigh as much as {effective:.0f} with equally many genuine pairs: "
+                "intervals of single rates are too narrow"
+            )
         references = measure.references(sample, modes, served, anchor)
         unread = references.unread
         for which, why in unread.items():
