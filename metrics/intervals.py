@@ -43,7 +43,7 @@ def with_logit_interval(exact: Estimate, samples: NDArray[np.float64], level: fl
 
     >>> found = with_logit_interval(Estimate(value=0.1), np.random.default_rng(0).normal(0.1, 0.02, 1000), 0.95, 50)
     >>> round(found.low, 3), round(found.high, 3)
-    (0.066, 0.149)
+    (0.065, 0.151)
     """
     from scipy.special import expit, logit, stdtrit  # loaded for this only
 
