@@ -69,6 +69,7 @@ def work(tmp_path_factory, make_checkpoint) -> Path:
     """A source that keeps two cores busy for some seconds: few shards, many blocks."""
     folder = tmp_path_factory.mktemp("interrupt")
     synthesize(folder / "shards", subjects=600, per_subject=40, dim=256, shards=2, seed=1)
+    synthesize(folder / "few", subjects=60, per_subject=14, dim=32, shards=1, seed=1)  # to train on
     for mode in ("per_sample", "batch_stat"):
         make_checkpoint(folder / f"{mode}.safetensors", mode, dim=256)
     (folder / "pipeline.toml").write_text(
@@ -113,7 +114,7 @@ def interrupted_while_computing(prefect_server, work: Path, number: int) -> str:
 @pytest.mark.parametrize(("number", "as_flow"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_training_keeps_the_best_so_far(prefect_server, work, tmp_path, number, as_flow) -> None:
     model = tmp_path / "model.safetensors"
-    words = ("train", work / "shards", "--out", model, "--steps", 100_000)
+    words = ("train", work / "few", "--out", model, "--steps", 100_000)
     env = prefect_server.env if as_flow else WITHOUT_PREFECT
     with start(*words, env=env) as run:
         wait_for(lambda: "step 40" in run.stderr.read_text() or run.poll() is not None)
@@ -123,7 +124,7 @@ def test_training_keeps_the_best_so_far(prefect_server, work, tmp_path, number, 
         assert run.returncode == 128 + number, said
         assert said.splitlines()[-1] == f"frontalis: interrupted; {model} is the best model so far"
         assert "Traceback" not in said
-        assert load(model.read_bytes()).card.embedding_dim == 256
+        assert load(model.read_bytes()).card.embedding_dim == 32
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
