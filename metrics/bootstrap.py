@@ -103,7 +103,7 @@ def paired_bootstrap(
 def relative_bootstrap(
     base: AllPairs, other: AllPairs, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, dict[MetricId, Estimate]]:
-    """Return (`other` - `base`) / `base` with intervals, which on enough false matches are those of the log of the ratio.
+    """Return (`other` - `base`) / `base` with intervals: on enough false matches, those of the logarithm of the ratio.
 
     Not estimable where the metric of `base` is 0 and the other is not; 0 where both are.
     """

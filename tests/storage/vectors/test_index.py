@@ -259,7 +259,7 @@ class TestUpdate:
         assert (found[100:, :10] == keys[900:, None]).any(axis=1).mean() > 0.9
 
     @pytest.mark.parametrize("factory", [
-        "IVF16,PQ8x4fs", pytest.param("IVF16,PQ8", marks=pytest.mark.e2e), "IVF16,SQ8", "IVF16,Flat", "Flat", "HNSW8",
+        "IVF16,PQ8x4fs", "IVF16,PQ8x4", "IVF16,SQ8", "IVF16,Flat", "Flat", "HNSW8",
         "IVF16,PQ8x4fs,RFlat", "IVF16,PQ8x4fs,Refine(SQ8)",
     ])  # fmt: skip
     def test_keys_of_every_kind_are_those_of_the_rows(self, factory):

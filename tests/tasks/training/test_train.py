@@ -5,8 +5,10 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +32,13 @@ REAL = Path(__file__).parents[3] / "../shared/data"
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws() -> Iterator[None]:
+    """Less exact standard errors, for a third of the time; `test_length.py` has the full number."""
+    with mock.patch("tasks.training.length.DRAWS", 40):
+        yield
 
 
 @pytest.fixture(scope="module")
