@@ -3,10 +3,12 @@
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from schemas.metrics import RAW
 from schemas.reports import (
@@ -298,6 +300,27 @@ def report_input() -> ReportInput:
             "settings": {"source": "s3://faces/shards", "gate": {"metric": "eer", "tolerance": 0.0}},
         },
     )  # fmt: skip
+
+
+class Visit:
+    """A page opened in the browser, with what it complained of and what it asked for."""
+
+    def __init__(self, browser: Browser, file: Path | None = None, width: int = 1280, scheme: Any = "light") -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.page: Page = self.context.new_page()
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        if file is not None:
+            self.page.goto(file.as_uri())
+
+    def __enter__(self) -> "Visit":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
 
 
 @pytest.fixture(scope="module")

@@ -268,7 +268,7 @@ def _add_problems(app: FastAPI, store: str) -> None:
         if status == 503:
             log.warning("%s", error)
         headers = {"retry-after": "1"} if status == 503 else None
-        shown = str(error).replace(store, "the store")  # where it lies is nobody's business
+        shown = str(error).replace(store, "the store")  # a client need not know the path
         return JSONResponse({"error": shown}, status, headers)
 
     async def malformed(_: Request, error: Exception) -> Response:

@@ -135,7 +135,7 @@ class _Lane:
     def _answer(self, jobs: list[Job]) -> None:
         try:
             found = search(jobs)
-        except Exception as error:  # handed to whoever waits
+        except Exception as error:  # the futures of these jobs raise it
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
             else:  # one of them is at fault; the others must not suffer

@@ -12,7 +12,7 @@ from storage.tombstones import Tombstones
 
 
 class StoreStatus(BaseModel):
-    """The state of a store. `to_do` is empty where nobody has to do anything."""
+    """The state of a store. `to_do` is empty where an operator has nothing to do."""
 
     store: str
     served: str | None = Field(description="the release that answers queries; None where nothing was promoted yet")

@@ -285,9 +285,9 @@ def test_status_says_what_to_do(shell, job, tmp_path) -> None:
     history = Releases(Location(str(copy)))
     (release,) = history.all()
     history.rewrite([release.as_erased()], [release])
-    told = json.loads(shell("status", "--store", copy, "--json", code=1).stdout)["to_do"]
-    assert any(line.startswith("nothing is served") for line in told)
-    assert any("still hold somebody who was forgotten" in line for line in told)
+    to_do = json.loads(shell("status", "--store", copy, "--json", code=1).stdout)["to_do"]
+    assert any(line.startswith("nothing is served") for line in to_do)
+    assert any("still hold somebody who was forgotten" in line for line in to_do)
 
 
 def test_releases_are_compared(shell, job) -> None:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser
 
 from reports.drawing import plot_files
 from reports.html import draw, markdown_stages, markdown_table, render_report
@@ -27,6 +27,7 @@ from schemas.reports import (
     ReportInput,
     ShardFault,
 )
+from tests.report_fixtures import Visit
 
 HOSTILE = "\"'></td></svg><script>pwned=1</script><img src=x onerror=pwned=1>{{7*7}}</style></title>\u202e&amp;$\\frac{"
 
@@ -315,26 +316,6 @@ def files(
     for name, text in pages.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in pages}
-
-
-class Visit:
-    """A page opened in the browser, with what it complained of and what it asked for."""
-
-    def __init__(self, browser: Browser, file: Path, width: int = 1280, scheme: Any = "light") -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.page: Page = self.context.new_page()
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(file.as_uri())
-
-    def __enter__(self) -> "Visit":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.context.close()
 
 
 @pytest.mark.parametrize("name", ["plain", "hostile", "bare"])

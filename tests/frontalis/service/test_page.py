@@ -4,16 +4,16 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, expect
 
 import frontalis
 from frontalis.service.app import ServiceSettings, create_app
 from frontalis.service.server import listen
+from tests.report_fixtures import Visit
 
 TOKEN = "a-secret-of-the-tests"
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\">"
@@ -86,25 +86,6 @@ def serving(measured_store) -> Iterator[dict[str, str]]:
         thread.join()
 
 
-class Visit:
-    """A page opened in the browser, with what it complained of and what it asked for."""
-
-    def __init__(self, browser: Browser, width: int = 1280, scheme: Any = "light") -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.page: Page = self.context.new_page()
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-
-    def __enter__(self) -> "Visit":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.context.close()
-
-
 def test_a_search_shows_the_neighbours_of_all_modes_side_by_side(
     browser: Browser, serving, measured_store, tmp_path
 ) -> None:
@@ -159,7 +140,7 @@ def test_a_search_shows_the_neighbours_of_all_modes_side_by_side(
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (360, "light")])
 def test_hostile_names_stay_text_and_the_page_fits(browser: Browser, serving, width: int, scheme: str) -> None:
-    with Visit(browser, width, scheme) as visit:
+    with Visit(browser, None, width, scheme) as visit:
         page = visit.page
         page.route("**/release", lambda route: route.fulfill(json=RELEASE))
         page.route("**/search", lambda route: route.fulfill(json={"release": HOSTILE, "answers": {"x": ANSWER}}))
